@@ -1,0 +1,343 @@
+"""Linear datamodels: effects of all training rows on all targets, regressed from retrained models.
+
+One more "model" with all rows, the mean of the full models weighted by their number, anchors
+the sum of the effects: subsets of one fixed size leave it undetermined.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attribution.counterfactual import Change, Counterfactual
+from attribution.ensemble import Ensemble
+from attribution.forget import ForgetSet
+from attribution.ridge import Design, decompose, own_masks, solve
+from attribution.seeds import generator
+from attribution.task import Rows
+from stores import ArraySpec, Provenance, Store, StoreSpec, run_blocks, total, versions
+
+# Candidates for lambda, in units of the mean eigenvalue of the Gram matrix.
+LAMBDAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+HELD_OUT = 0.2
+BLOCK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """All that fitting a block of targets needs."""
+
+    ensemble: Store
+    anchor: Any
+    noise: Any
+    fitted: Rows
+    held: Rows
+    trial: Design
+    final: Design
+    removed: Tensor
+    lambdas: Tensor
+    path: str
+    dtype: torch.dtype
+
+    def __call__(self, block: int) -> None:
+        store = Store.open(self.path, "datamodel")
+        span = store.spec.span(block)
+        outputs = torch.from_numpy(self.ensemble.array("outputs")[:, span]).to(self.dtype)
+        anchor = torch.from_numpy(self.anchor[span]).to(self.dtype)
+        places = torch.arange(span.start, span.stop)
+        chosen, sums = self._choose(outputs, anchor, places)
+        rotated, _ = self.final.centred(torch.cat([outputs, anchor[None]]))
+        own = own_masks(self.final, places)
+        fit = solve(self.final, rotated, self.lambdas[chosen], own)
+        effects = torch.tensordot(self.final.masks.T, fit.dual, 1)
+        inside = places < effects.shape[0]
+        effects[places[inside], torch.nonzero(inside).flatten()] = fit.own[inside]
+        arrays = {
+            "effects": effects,
+            "own": fit.own,
+            "chosen": chosen,
+            "variance": fit.variance,
+            "moments": sums,
+            "noise": torch.from_numpy(self.noise[span]),
+        }
+        kinds = {name: np.dtype(store.spec.arrays[name].dtype) for name in arrays}
+        store.write_block(block, {n: a.numpy().astype(kinds[n]) for n, a in arrays.items()})
+
+    def _choose(self, outputs: Tensor, anchor: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Best lambda of each target and what the shrink factors need, from the change of held-out
+        models against the full ones.
+        """
+        rotated, _ = self.trial.centred(torch.cat([outputs[self.fitted], anchor[None]]))
+        truth = outputs[self.held] - anchor
+        own = own_masks(self.trial, places)
+        cross = self.removed @ self.trial.masks.T
+        seen = torch.zeros(len(self.held), len(places), dtype=self.dtype)
+        inside = places < self.removed.shape[1]
+        seen[:, inside] = self.removed[:, places[inside]]
+        errors, moments = [], []
+        for value in self.lambdas:
+            fit = solve(self.trial, rotated, value.expand(len(places)), own)
+            other = torch.tensordot(cross, fit.dual, 1)
+            mine = seen[:, :, None] * fit.own
+            errors.append((truth - mine - other).square().sum((0, 2)))
+            pairs = [(mine, mine), (mine, other), (other, other), (mine, truth), (other, truth)]
+            moments.append(torch.stack([(a * b).sum((0, 2)) for a, b in pairs], 1))
+        chosen = torch.stack(errors).argmin(0)
+        return chosen, torch.stack(moments)[chosen, torch.arange(len(places))]
+
+
+def fit_datamodels(
+    ensemble: Ensemble,
+    *,
+    anchor: Ensemble,
+    to: str | os.PathLike[str],
+    lambdas: Sequence[float] = LAMBDAS,
+    seed: int = 0,
+    dtype: str = "float32",
+    workers: int | None = 0,
+    scheduler: str | None = None,
+) -> "LinearDatamodel":
+    """Fits linear datamodels for all targets and outputs and stores the effects of all rows.
+
+    Lambda is chosen for each target on held-out models; so are the two factors by which a
+    prediction shrinks, one for the effect of a target's own row and one for other rows.
+
+    Args:
+        ensemble: models trained on subsets.
+        anchor: models trained on all rows.
+        to: folder of the store.
+        lambdas: candidates, in units of the mean eigenvalue of the Gram matrix.
+        seed: of the held-out split.
+        dtype: float32 or float64, of the arithmetic and of the stored effects.
+        workers: processes; 0 for this process, whose BLAS uses all its threads.
+        scheduler: address of an existing dask scheduler instead.
+
+    Returns:
+        The datamodel.
+
+    Raises:
+        ValueError: the ensemble's models all saw the same rows, the anchor's did not see all,
+            they belong to different data, or the store was made from something else.
+
+    Example:
+        >>> import tempfile
+        >>> from attribution import draw_subsets, train_models
+        >>> from examples.digits import task
+        >>> half, full = (draw_subsets(task, models=m, design=d) for m, d in ((20, "half"), (4, "full")))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bank = train_models(task, half, to=f"{folder}/half", workers=0)
+        ...     anchor = train_models(task, full, to=f"{folder}/full", workers=0)
+        ...     datamodel = fit_datamodels(bank, anchor=anchor, to=f"{folder}/datamodel")
+        ...     datamodel.store.spec.arrays["effects"].shape
+        (1437, 1797, 10)
+
+    Source: datamodels (arXiv 2202.00622) with ridge for the lasso; the anchor, the unpenalised own
+        row and the shrink factors are ours.
+    """
+    _check_ensembles(ensemble, anchor)
+    store = _datamodel_store(ensemble, anchor, to, lambdas, seed, dtype)
+    if store.pending():
+        problem = _problem(ensemble, anchor, store, lambdas, seed, dtype)
+        title = f"fitting {os.path.basename(store.path)}"
+        run_blocks(problem, store.pending(), title=title, workers=workers, scheduler=scheduler)
+    return LinearDatamodel.open(store.finalize().path)
+
+
+def _check_ensembles(ensemble: Ensemble, anchor: Ensemble) -> None:
+    if (ensemble.masks == ensemble.masks[0]).all():
+        raise ValueError(
+            f"all models of {ensemble.store.path} saw the same rows: datamodels need models trained"
+            " on different subsets (draw_subsets with design half, bernoulli, clusters or mixed)"
+        )
+    if not anchor.masks.all():
+        raise ValueError(f"the anchor {anchor.store.path} must hold models trained on all rows")
+    for axis in ("train", "target"):
+        if ensemble.store.ids(axis) != anchor.store.ids(axis):
+            raise ValueError(f"ensemble and anchor were made from different {axis} rows")
+
+
+def _datamodel_store(
+    ensemble: Ensemble,
+    anchor: Ensemble,
+    to: str | os.PathLike[str],
+    lambdas: Sequence[float],
+    seed: int,
+    dtype: str,
+) -> Store:
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"dtype must be 'float32' or 'float64', got {dtype!r}")
+    if not lambdas or min(lambdas) <= 0:
+        raise ValueError(f"lambdas must all be above 0, got {tuple(lambdas)}")
+    targets, outputs = ensemble.outputs.shape[1:]
+    n = ensemble.masks.shape[1]
+    per_target = n * outputs * np.dtype(dtype).itemsize
+    block = -(-targets // max(1, -(-targets * per_target // BLOCK_BYTES)))
+    each = ("target", "output")
+    arrays = {
+        "effects": ArraySpec(("train", *each), (n, targets, outputs), dtype),
+        "own": ArraySpec(each, (targets, outputs), dtype),
+        "variance": ArraySpec(each, (targets, outputs), dtype),
+        "noise": ArraySpec(each, (targets, outputs), dtype),
+        "moments": ArraySpec(("target", None), (targets, 5), dtype),
+        "chosen": ArraySpec(("target",), (targets,), "int64"),
+    }
+    design = _final_design(ensemble, anchor, dtype)
+    scale = float(design.eigenvalues.mean())
+    settings = {
+        "ensemble": dict(ensemble.store.provenance.settings),
+        "anchor": dict(anchor.store.provenance.settings),
+        "lambdas": list(lambdas),
+        "seed": seed,
+        "dtype": dtype,
+    }
+    return Store.open_or_create(
+        to,
+        StoreSpec("datamodel", "target", block, arrays),
+        Provenance(settings, {"versions": versions("torch", "numpy", "datamodel-matching")}),
+        constants={
+            "masks": design.masks.numpy(),
+            "eigenvalues": design.eigenvalues.numpy(),
+            "lambdas": np.array(lambdas) * scale,
+        },
+        ids={"train": ensemble.task.train_ids, "target": ensemble.task.target_ids},
+    )
+
+
+def _final_design(ensemble: Ensemble, anchor: Ensemble, dtype: str) -> Design:
+    masks = np.concatenate([ensemble.masks, np.ones_like(ensemble.masks[:1])])
+    weights = np.append(np.ones(len(ensemble)), len(anchor))
+    return decompose(torch.from_numpy(masks).to(getattr(torch, dtype)), torch.from_numpy(weights))
+
+
+def _problem(
+    ensemble: Ensemble,
+    anchor: Ensemble,
+    store: Store,
+    lambdas: Sequence[float],
+    seed: int,
+    dtype: str,
+) -> _Problem:
+    judges = generator(seed, "held-out models").permutation(np.flatnonzero(ensemble.judges))
+    held = judges[: max(1, min(round(HELD_OUT * len(ensemble)), len(judges) // 2))]
+    fitted = np.setdiff1d(np.arange(len(ensemble)), held)
+    number = getattr(torch, dtype)
+    masks = torch.from_numpy(ensemble.masks).to(number)
+    everything = torch.ones(1, masks.shape[1], dtype=number)
+    weights = torch.ones(len(fitted) + 1)
+    weights[-1] = len(anchor)
+    trial = decompose(torch.cat([masks[fitted], everything]), weights)
+    return _Problem(
+        ensemble=ensemble.store,
+        anchor=anchor.outputs.mean(0),
+        noise=anchor.outputs.std(0, ddof=1),
+        fitted=fitted,
+        held=held,
+        trial=trial,
+        final=_final_design(ensemble, anchor, dtype),
+        removed=masks[held] - 1,
+        lambdas=torch.from_numpy(store.constant("lambdas")).to(number),
+        path=store.path,
+        dtype=number,
+    )
+
+
+@dataclass(frozen=True)
+class LinearDatamodel(Counterfactual):
+    """Effects of every training row on every target, and their uncertainty.
+
+    The change of removing rows F is -(own factor x effect of the target's own row, if in F, +
+    other factor x sum of the effects of the other rows in F). Its variance is that of the ridge
+    posterior: with v the sum of F's rotated masks without the own row,
+    variance / lambda x [|F| - v D v + ([own row in F] - a D v)^2 / (a D a)].
+
+    Args:
+        store: where the effects lie.
+    """
+
+    store: Store = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "LinearDatamodel":
+        """Opens fitted datamodels.
+
+        Args:
+            path: folder of the store.
+
+        Returns:
+            The datamodel.
+
+        Raises:
+            ValueError: no such store, or blocks are missing.
+        """
+        store = Store.open(path, "datamodel")
+        if store.pending():
+            raise ValueError(f"{store.path} is not finished: run the command that makes it again")
+        return cls(store)
+
+    @cached_property
+    def shrink(self) -> tuple[float, float]:
+        """Factors of a target's own row and of other rows, fitted on held-out models, >= 0."""
+        aa, ab, bb, ay, by = self.store.numpy("moments").sum(0, dtype=np.float64)
+        own, other = np.linalg.lstsq(np.array([[aa, ab], [ab, bb]]), np.array([ay, by]))[0]
+        return max(0.0, float(own)), max(0.0, float(other))
+
+    @cached_property
+    def _small(self) -> dict[str, Any]:
+        return {name: self.store.numpy(name) for name in ("own", "variance", "noise", "chosen")}
+
+    @cached_property
+    def _design(self) -> tuple[Any, Any, Any]:
+        return tuple(self.store.constant(name) for name in ("masks", "eigenvalues", "lambdas"))
+
+    def change(
+        self, forget: ForgetSet, already: ForgetSet | None = None, targets: Rows | None = None
+    ) -> Change:
+        """Predicted change; linear, so rows that are gone already drop out of the sum.
+
+        Raises:
+            ValueError: a forget set of other data.
+        """
+        n, count = self.store.spec.arrays["effects"].shape[:2]
+        if forget.total != n:
+            raise ValueError(f"the forget set is drawn from {forget.total} rows, the datamodel has {n}")
+        places = np.arange(count) if targets is None else targets
+        gone = forget.mask & ~already.mask if already else forget.mask
+        rows = np.flatnonzero(gone)
+        mine = np.append(gone, np.zeros(count - n, dtype=bool))[places]
+        own = self._small["own"][places] * mine[:, None]
+        others = total(self.store, "effects", rows)[places] - own
+        factor_own, factor_other = self.shrink
+        mean = -(factor_own * own + factor_other * others)
+        std = self._std(rows, mine, places)
+        return Change(mean.astype(np.float32), std, self._small["noise"][places])
+
+    def _std(self, rows: Rows, mine: Any, places: Rows) -> Any:
+        masks, eigenvalues, lambdas = self._design
+        chosen = self._small["chosen"][places]
+        scale = np.zeros(len(places))
+        for index in np.unique(chosen):
+            group = chosen == index
+            scale[group] = _spread(
+                masks, 1 / (eigenvalues + lambdas[index]), rows, mine[group], places[group]
+            )
+        variance = self._small["variance"][places] / lambdas[chosen][:, None]
+        return np.sqrt(variance * scale[:, None]).astype(np.float32)
+
+
+def _spread(masks: Any, damped: Any, rows: Rows, mine: Any, places: Rows) -> Any:
+    """The bracket of the posterior variance for targets that share a lambda, [target]."""
+    summed = masks[:, rows].sum(1)
+    inside = places < masks.shape[1]
+    own = np.where(inside, masks[:, np.minimum(places, masks.shape[1] - 1)], 0)
+    leverage = np.einsum("rt,r,rt->t", own, damped, own)
+    across = own.T @ (damped * summed)
+    within = summed @ (damped * summed)
+    quadratic = within - mine * (2 * across - leverage)
+    left = mine - (across - mine * leverage)
+    unpenalised = np.divide(left**2, leverage, out=np.zeros_like(left), where=inside)
+    return np.maximum(len(rows) - mine - quadratic, 0) + unpenalised

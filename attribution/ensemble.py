@@ -1,0 +1,327 @@
+"""Ensembles: models trained on given subsets, their outputs and weights in a resumable store."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from attribution.descent import stack, unstack, why_one_by_one
+from attribution.forget import ForgetSet
+from attribution.model import Model, check_state
+from attribution.outputs import Array, evaluate, evaluate_many, target_margins
+from attribution.subsets import Subsets
+from attribution.task import State, Task
+from attribution.training import threads, train_many, train_one
+from stores import ArraySpec, Provenance, Store, StoreSpec, digest, run_blocks, versions
+
+# Models trained together; more of them no longer run faster and would not fit the cache.
+MODELS_AT_ONCE = 50
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Trained models of a task: which rows each saw, its outputs, perhaps its weights.
+
+    Args:
+        task: what they were trained for.
+        store: where they lie.
+
+    Example:
+        >>> import tempfile
+        >>> from attribution import draw_subsets
+        >>> from examples.digits import task
+        >>> subsets = draw_subsets(task, models=2, design="half", seed=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bank = train_models(task, subsets, to=f"{folder}/bank", workers=0)
+        ...     bank.outputs.shape
+        (2, 1797, 10)
+    """
+
+    task: Task
+    store: Store = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], task: Task) -> "Ensemble":
+        """Opens an ensemble made from this task.
+
+        Args:
+            path: its folder.
+            task: what it was trained for.
+
+        Returns:
+            The ensemble.
+
+        Raises:
+            ValueError: no such store, blocks are missing, or other rows than the task's.
+        """
+        store = Store.open(path, "ensemble")
+        if store.ids("train") != list(task.train_ids) or store.ids("target") != list(task.target_ids):
+            raise ValueError(f"{store.path} was made from other rows than those of task {task.name!r}")
+        if store.pending():
+            raise ValueError(
+                f"{store.path} is not finished: {len(store.pending())} blocks are pending;"
+                " run the command that makes it again, it resumes"
+            )
+        return cls(task, store)
+
+    def __len__(self) -> int:
+        return self.store.spec.length
+
+    @cached_property
+    def masks(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """True where a model trained on a row, [model, train]."""
+        return self.store.constant("mask")
+
+    @cached_property
+    def judges(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """True where a model may be held out to judge predictions, [model]."""
+        return self.store.constant("judge")
+
+    @cached_property
+    def outputs(self) -> Array:
+        """Outputs of every model on all targets, [model, target, output]."""
+        return self.store.numpy("outputs")
+
+    @cached_property
+    def margins(self) -> Array:
+        """Margins of every model on all targets, [model, target]."""
+        return target_margins(self.task, self.outputs)
+
+    @property
+    def seed(self) -> int:
+        """Seed of the subsets and of every model."""
+        return int(str(self.store.attributes["seed"]))
+
+    @cached_property
+    def without(self) -> ForgetSet | None:
+        """Rows that no model of the design was allowed to see."""
+        ids = [str(row) for row in self.store.attributes["without"]]
+        return ForgetSet.of(self.task, ids) if ids else None
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether the models' weights were kept."""
+        return bool(self.store.attributes["keys"])
+
+    def states(self, models: Sequence[int] | None = None) -> State:
+        """Stacked state dicts of some models, each tensor [model, ...]; None: of all."""
+        if not self.keeps_weights:
+            raise ValueError(
+                f"{self.store.path} kept no weights: train it with train_models(..., keep='weights')"
+            )
+        chosen = list(range(len(self)) if models is None else models)
+        keys = _keys(self.store)
+        return {key: torch.from_numpy(self._rows(name, chosen)) for name, key in keys.items()}
+
+    def _rows(self, name: str, models: Sequence[int]) -> np.ndarray[Any, Any]:
+        size = self.store.spec.block
+        blocks = {i: self.store.numpy(name, i) for i in sorted({m // size for m in models})}
+        return np.stack([blocks[m // size][m % size] for m in models])
+
+    def model(self, index: int) -> Model:
+        """One of its models."""
+        if not 0 <= index < len(self):
+            raise ValueError(f"{self.store.path} has models 0 to {len(self) - 1}, not {index}")
+        state = unstack(self.states([index]), 0)
+        told = {"ensemble": os.path.basename(self.store.path), "index": index, "seed": self.seed}
+        return Model(self.task, state, self.without, told)
+
+    def checkpoints(self, count: int) -> list[Model]:
+        """Its first models."""
+        return [self.model(index) for index in range(count)]
+
+
+@dataclass(frozen=True)
+class _TrainBlock:
+    task: Task
+    path: str
+    seed: int
+    many: bool
+    device: str
+
+    def __call__(self, block: int) -> None:
+        store = Store.open(self.path, "ensemble")
+        span = store.spec.span(block)
+        subsets = [np.flatnonzero(mask) for mask in store.constant("mask")[span]]
+        with threads(1):
+            states = self._trained(subsets, range(span.start, span.stop))
+            arrays = {"outputs": self._outputs(states)}
+        both = stack(states)
+        arrays |= {name: both[key].numpy() for name, key in _keys(store).items()}
+        store.write_block(block, arrays)
+
+    def _trained(self, subsets: list[Any], indices: range) -> list[State]:
+        device = torch.device(self.device)
+        if self.many:
+            return train_many(self.task, subsets, self.seed, indices, device)
+        pairs = zip(subsets, indices, strict=True)
+        states = [train_one(self.task, rows, self.seed, i, device) for rows, i in pairs]
+        for index, state in zip(indices, states, strict=True):
+            check_state(self.task, state, f"model {index}, as trained,")
+        return states
+
+    def _outputs(self, states: list[State]) -> np.ndarray[Any, Any]:
+        inputs, _ = self.task.targets()
+        module, device = self.task.new_model(0), torch.device(self.device)
+        module, inputs = module.to(device), inputs.to(device)
+        if self.many:
+            moved = {name: tensor.to(device) for name, tensor in stack(states).items()}
+            return evaluate_many(module, moved, inputs).cpu().numpy()
+        each = [{name: tensor.to(device) for name, tensor in state.items()} for state in states]
+        return torch.stack([evaluate(module, state, inputs) for state in each]).cpu().numpy()
+
+
+def train_models(
+    task: Task,
+    subsets: Subsets,
+    to: str | os.PathLike[str],
+    *,
+    keep: Literal["outputs", "weights"] = "outputs",
+    device: str | torch.device = "cpu",
+    workers: int | None = None,
+    scheduler: str | None = None,
+    models_at_once: int | None = None,
+) -> Ensemble:
+    """Trains one model for each subset and stores its outputs on all targets.
+
+    Models are trained in blocks of fixed groups, many at once where the model can be vectorised
+    and one by one where it cannot (a warning then says why). Interrupted at any moment, the same
+    call computes the unfinished blocks only and ends with the same bits.
+
+    Args:
+        task: what to train.
+        subsets: rows of each model.
+        to: folder of the store.
+        keep: "weights" to store the state dicts beside the outputs.
+        device: where to compute.
+        workers: processes; None for one per core, 0 for this process.
+        scheduler: address of an existing dask scheduler instead.
+        models_at_once: models of a block; changes the numbers in their last digits, so a store
+            made with another number is refused. None: 50, or 1 where trained one by one.
+
+    Returns:
+        The ensemble.
+
+    Raises:
+        ValueError: the task cannot train, the store was made from other data or another recipe,
+            a trained model does not fit or is not finite.
+        BlocksFailed: blocks failed repeatedly; what was finished is kept.
+
+    Example:
+        >>> import tempfile
+        >>> from attribution import draw_subsets
+        >>> from examples.digits import task
+        >>> subsets = draw_subsets(task, models=2, design="full", seed=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     full = train_models(task, subsets, to=f"{folder}/full", keep="weights", workers=0)
+        ...     full.model(1).outputs([0]).shape
+        (1, 10)
+    """
+    task.check()
+    reason = why_not_many(task)
+    store = _store(task, subsets, to, keep, str(device), reason is None, models_at_once)
+    if store.pending():
+        if reason is not None and task.train is None:
+            warnings.warn(
+                f"models of task {task.name!r} are trained one by one: {reason}", stacklevel=2
+            )
+        work = _TrainBlock(task, store.path, subsets.seed, reason is None, str(device))
+        title = f"training {os.path.basename(store.path)}"
+        run_blocks(work, store.pending(), title=title, workers=workers, scheduler=scheduler)
+    return Ensemble.open(store.finalize().path, task)
+
+
+def why_not_many(task: Task) -> str | None:
+    """Why models of a task are trained one by one, or None where many are trained at once.
+
+    Args:
+        task: the task.
+
+    Returns:
+        The reason in words, or None.
+
+    Raises:
+        ValueError: the task has neither a recipe nor a train function.
+
+    Example:
+        >>> from examples.digits import task
+        >>> why_not_many(task)
+    """
+    if task.train is not None:
+        return "the task has its own train function"
+    if task.recipe is None:
+        raise ValueError(
+            f"task {task.name!r} has neither a recipe nor a train function: give Task(recipe=...)"
+            " or Task(train=...) to train models"
+        )
+    inputs, _ = task.rows("train", [0, 1] if len(task.train_ids) > 1 else [0])
+    return why_one_by_one(task.new_model(0), inputs, training=True)
+
+
+def _store(
+    task: Task,
+    subsets: Subsets,
+    to: str | os.PathLike[str],
+    keep: str,
+    device: str,
+    many: bool,
+    models_at_once: int | None,
+) -> Store:
+    if keep not in ("outputs", "weights"):
+        raise ValueError(f"keep must be 'outputs' or 'weights', got {keep!r}")
+    block = models_at_once or (MODELS_AT_ONCE if many else 1)
+    keys = list(task.new_model(0).state_dict()) if keep == "weights" else []
+    return Store.open_or_create(
+        to,
+        StoreSpec("ensemble", "model", min(block, len(subsets)), _arrays(task, len(subsets), keep)),
+        _provenance(task, subsets, device, many, block),
+        constants={"mask": subsets.masks, "judge": subsets.judges},
+        ids={"train": task.train_ids, "target": task.target_ids},
+        attributes={
+            "design": subsets.design,
+            "seed": subsets.seed,
+            "without": list(subsets.without),
+            "keys": keys,
+        },
+    )
+
+
+def _keys(store: Store) -> dict[str, str]:
+    """Key of the state dict by name of the array."""
+    return {f"weights_{i}": str(key) for i, key in enumerate(store.attributes["keys"])}
+
+
+def _arrays(task: Task, models: int, keep: str) -> dict[str, ArraySpec]:
+    module = task.new_model(0)
+    outputs = evaluate(module, module.state_dict(), task.targets([0])[0]).shape[1]
+    shape = (models, len(task.target_ids), outputs)
+    arrays = {"outputs": ArraySpec(("model", "target", "output"), shape, "float32")}
+    if keep == "weights":
+        for i, tensor in enumerate(module.state_dict().values()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            axes = ("model", *(None for _ in tensor.shape))
+            arrays[f"weights_{i}"] = ArraySpec(axes, (models, *tensor.shape), dtype)
+    return arrays
+
+
+def _provenance(task: Task, subsets: Subsets, device: str, many: bool, block: int) -> Provenance:
+    settings = task.settings() | {
+        "design": subsets.design,
+        "seed": subsets.seed,
+        "models": len(subsets),
+        "masks": digest(subsets.masks),
+        "without": digest(*subsets.without),
+        "path": "many at once" if many else "one by one",
+        "models_at_once": block,
+    }
+    recorded = {
+        "device": device,
+        "versions": versions("torch", "numpy", "datamodel-matching"),
+        "sources": task.sources(),
+    }
+    return Provenance(settings, recorded)

@@ -1,0 +1,193 @@
+"""A trained model as a value: its state, and what it has already forgotten."""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from attribution.forget import ForgetSet
+from attribution.outputs import Array, evaluate
+from attribution.task import Rows, State, Task
+
+METADATA = "datamodel-matching"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A state dict of a task's model, with the rows it has been made to forget.
+
+    Args:
+        task: what it was trained for.
+        state: its state dict, on the CPU.
+        forgotten: rows it no longer depends on; None for a model trained on all rows.
+        provenance: how it came to be, plain values.
+
+    Example:
+        >>> from examples.digits import mlp, task
+        >>> model = Model(task, mlp().state_dict())
+        >>> model.outputs([0, 1]).shape
+        (2, 10)
+    """
+
+    task: Task
+    state: State = field(repr=False)
+    forgotten: ForgetSet | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def outputs(self, targets: Rows | list[int] | None = None) -> Array:
+        """Outputs on some targets, by position; None: on all of them. [target, output]"""
+        inputs, _ = self.task.targets(targets)
+        return evaluate(self.task.new_model(0), self.state, inputs).numpy()
+
+    def digest(self) -> str:
+        """sha256 over names and values of the state."""
+        found = hashlib.sha256()
+        for name in sorted(self.state):
+            found.update(name.encode())
+            found.update(self.state[name].contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes state and provenance as safetensors; forgotten ids stand there as salted digests.
+
+        Args:
+            path: file to write; replaced as a whole.
+
+        Raises:
+            ValueError: the folder cannot be written.
+        """
+        salt = secrets.token_hex(16)
+        ids = self.forgotten.ids if self.forgotten else ()
+        told = dict(self.provenance) | {"salt": salt, "forgotten": [_salted(salt, i) for i in ids]}
+        partial = Path(f"{os.fspath(path)}.partial")
+        tensors = {name: tensor.contiguous().clone() for name, tensor in self.state.items()}
+        try:
+            save_file(tensors, partial, metadata={METADATA: json.dumps(told)})
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot write {os.fspath(path)!r}: {error}") from error
+
+
+def load_model(task: Task, path: str | os.PathLike[str]) -> Model:
+    """Reads a model from safetensors, or from a `.pt` file of tensors only.
+
+    A file without our provenance is taken as trained on all rows.
+
+    Args:
+        task: what it was trained for.
+        path: the file.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the file cannot be read, does not fit the task's model (by key), holds
+            non-finite weights, or has forgotten rows that the task does not know.
+
+    Example:
+        >>> import tempfile
+        >>> from examples.digits import mlp, task
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Model(task, mlp().state_dict()).save(f"{folder}/model.safetensors")
+        ...     load_model(task, f"{folder}/model.safetensors").forgotten
+    """
+    name = os.fspath(path)
+    state, told = _read(name)
+    check_state(task, state, name)
+    forgotten = _known_again(task, told, name)
+    kept = {key: value for key, value in told.items() if key not in ("salt", "forgotten")}
+    return Model(task, state, forgotten, kept | {"file": Path(name).name})
+
+
+def check_state(task: Task, state: Mapping[str, Tensor], where: str) -> None:
+    """Refuses a state dict that does not fit the task's model.
+
+    Args:
+        task: whose model it should be.
+        state: the state dict.
+        where: what the error calls it.
+
+    Raises:
+        ValueError: a missing, unexpected or misshapen key, or non-finite weights; names the key.
+
+    Example:
+        >>> from examples.digits import mlp, task
+        >>> check_state(task, mlp().state_dict(), "a new model")
+    """
+    wanted = task.new_model(0).state_dict()
+    for key in [*wanted, *state]:
+        if key not in state:
+            raise ValueError(f"{where} does not fit task {task.name!r}: key {key!r} is missing")
+        if key not in wanted:
+            raise ValueError(f"{where} does not fit task {task.name!r}: unexpected key {key!r}")
+        if state[key].shape != wanted[key].shape:
+            raise ValueError(
+                f"{where} does not fit task {task.name!r}: key {key!r} has shape"
+                f" {tuple(state[key].shape)}, the model's is {tuple(wanted[key].shape)}"
+            )
+        if not torch.isfinite(state[key]).all():
+            raise ValueError(f"{where} has non-finite weights in key {key!r}")
+
+
+def _read(name: str) -> tuple[State, dict[str, Any]]:
+    try:
+        if name.endswith((".pt", ".pth", ".ckpt")):
+            loaded = torch.load(name, map_location="cpu", weights_only=True)
+            return dict(loaded.get("state_dict", loaded)), {}
+        with safe_open(name, framework="pt") as file:
+            told = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, told  # noqa: SIM118
+    except (OSError, SafetensorError, RuntimeError, ValueError, AttributeError) as error:
+        raise ValueError(f"cannot read the checkpoint {name!r}: {error}") from error
+
+
+def _salted(salt: str, row: str) -> str:
+    return hashlib.sha256(f"{salt}:{row}".encode()).hexdigest()
+
+
+def _known_again(task: Task, told: Mapping[str, Any], name: str) -> ForgetSet | None:
+    wanted = set(told.get("forgotten", ()))
+    if not wanted:
+        return None
+    salt = told["salt"]
+    ids = [row for row in task.train_ids if _salted(salt, row) in wanted]
+    if len(ids) != len(wanted):
+        raise ValueError(
+            f"{name!r} has forgotten {len(wanted)} rows, of which task {task.name!r} knows"
+            f" {len(ids)}: open it with the task it was made from"
+        )
+    return ForgetSet.of(task, ids, "forgotten")
+
+
+def with_forgotten(model: Model, state: State, forget: ForgetSet, **told: Any) -> Model:
+    """The model after forgetting more rows.
+
+    Args:
+        model: before.
+        state: its new state dict.
+        forget: the rows it forgot now.
+        told: how, for the provenance.
+
+    Returns:
+        A new model; what was forgotten before stays forgotten.
+
+    Example:
+        >>> from examples.digits import mlp, task
+        >>> before = Model(task, mlp().state_dict())
+        >>> forget = ForgetSet.of(task, ["train-17"])
+        >>> with_forgotten(before, before.state, forget, method="none").forgotten.ids
+        ('train-17',)
+    """
+    forgotten = forget.union(model.task, model.forgotten)
+    return replace(model, state=state, forgotten=forgotten, provenance=dict(model.provenance) | told)
+
+

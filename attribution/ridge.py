@@ -1,0 +1,129 @@
+"""Ridge regression of outputs on masks in the eigenbasis of the masks' Gram matrix.
+
+For every target t and output c, over models j with masks x_j, outputs y_j and weights a_j,
+
+    minimise  sum_j a_j (y_j - b - x_j w)^2 + lambda_t sum_{i != t} w_i^2
+
+Neither the intercept b nor the target's own row is penalised. One decomposition serves all
+targets, outputs and lambdas.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Design:
+    """Centred, weighted masks of some models in their eigenbasis; costly, made once.
+
+    Args:
+        basis: eigenvectors of the Gram matrix, [model, rank].
+        eigenvalues: [rank].
+        masks: rotated masks, [rank, train].
+        weights: square roots of the models' weights, [model].
+        centre: weighted mean mask, [train].
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    masks: Tensor
+    weights: Tensor
+    centre: Tensor
+
+    def centred(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated centred outputs [rank, ...] of outputs [model, ...], and their centre [...]."""
+        squares = self.weights.square()
+        centre = torch.tensordot(squares / squares.sum(), outputs, 1)
+        scaled = self.weights.reshape(-1, *[1] * (outputs.ndim - 1)) * (outputs - centre)
+        return torch.tensordot(self.basis.T, scaled, 1), centre
+
+
+def decompose(masks: Tensor, weights: Tensor) -> Design:
+    """Eigenbasis of the centred masks.
+
+    Args:
+        masks: [model, train], numbers.
+        weights: weight of each model, [model].
+
+    Returns:
+        The design, in the dtype of the masks; the decomposition itself is in float64.
+
+    Example:
+        >>> design = decompose(torch.eye(3), torch.ones(3))
+        >>> design.eigenvalues.round(decimals=3)
+        tensor([1., 1.])
+    """
+    roots = weights.double().sqrt()
+    centre = (weights.double() @ masks.double()) / weights.double().sum()
+    scaled = roots[:, None] * (masks.double() - centre)
+    values, vectors = torch.linalg.eigh(scaled @ scaled.T)
+    kept = values > values[-1] * 1e-12
+    basis, dtype = vectors[:, kept], masks.dtype
+    parts = (basis, values[kept], basis.T @ scaled, roots, centre)
+    return Design(*(part.to(dtype) for part in parts))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Effects in dual form for some targets.
+
+    Args:
+        dual: coefficients of the rotated models, [rank, target, output].
+        own: effect of each target's own row, [target, output]; 0 for test targets.
+        variance: of one model's output around the fit, [target, output].
+    """
+
+    dual: Tensor
+    own: Tensor
+    variance: Tensor
+
+
+def solve(design: Design, rotated: Tensor, penalty: Tensor, own: Tensor) -> Fit:
+    """Ridge with an unpenalised own row, in closed form.
+
+    With D = 1 / (S + lambda), a the own row's rotated mask and b the rotated outputs:
+    own = (a D b) / (a D a), dual = D (b - a own).
+
+    Args:
+        design: of the models.
+        rotated: rotated outputs, [rank, target, output].
+        penalty: lambda of each target, [target].
+        own: rotated mask of each target's own row, [rank, target]; 0 for test targets.
+
+    Returns:
+        The fit.
+
+    Example:
+        >>> design = decompose(torch.eye(3), torch.ones(3))
+        >>> fit = solve(design, torch.ones(2, 1, 1), torch.ones(1), torch.zeros(2, 1))
+        >>> fit.dual.flatten()
+        tensor([0.5000, 0.5000])
+    """
+    damped = 1 / (design.eigenvalues[:, None] + penalty)
+    leverage = (own.square() * damped).sum(0).clamp_min(torch.finfo(own.dtype).tiny)
+    effect = torch.einsum("rt,rtc->tc", own * damped, rotated) / leverage[:, None]
+    dual = damped[:, :, None] * (rotated - own[:, :, None] * effect)
+    variance = penalty[:, None] * (rotated * dual).sum(0) / len(rotated)
+    return Fit(dual, effect, variance)
+
+
+def own_masks(design: Design, places: Tensor) -> Tensor:
+    """Rotated mask of each target's own row.
+
+    Args:
+        design: of the models.
+        places: positions among the targets, training rows first, [target].
+
+    Returns:
+        [rank, target]; 0 for test targets.
+
+    Example:
+        >>> own_masks(decompose(torch.eye(3), torch.ones(3)), torch.tensor([0, 3])).shape
+        torch.Size([2, 2])
+    """
+    rank, n = design.masks.shape
+    own = torch.zeros(rank, len(places), dtype=design.masks.dtype)
+    own[:, places < n] = design.masks[:, places[places < n]]
+    return own

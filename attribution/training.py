@@ -1,0 +1,251 @@
+"""Train one model by a task's recipe, or many small ones at once; same rows, order and steps."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attribution.descent import SGD, Batch, Descent, split_state, stack, unstack
+from attribution.seeds import derive_seed, generator
+from attribution.task import Recipe, Rows, State, Task
+
+PADDING = -1
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Runs the body with so many torch threads and restores the number after it.
+
+    Args:
+        count: threads within one operation.
+
+    Example:
+        >>> with threads(1):
+        ...     torch.get_num_threads()
+        1
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def epoch_order(rows: Rows, batch_size: int, random: np.random.Generator) -> Rows:
+    """A random order of rows cut into batches; the last one is padded with -1.
+
+    Args:
+        rows: positions to visit once each.
+        batch_size: rows a step.
+        random: generator of the order.
+
+    Returns:
+        Positions [step, row].
+
+    Example:
+        >>> epoch_order(np.arange(5), 3, np.random.default_rng(0)).shape
+        (2, 3)
+    """
+    steps = -(-len(rows) // batch_size)
+    order = np.full(steps * batch_size, PADDING, dtype=np.int64)
+    order[: len(rows)] = random.permutation(rows)
+    return order.reshape(steps, batch_size)
+
+
+def training_order(rows: Rows, epochs: int, batch_size: int, seed: int, index: int) -> Rows:
+    """Rows of every training step of one model; depends on (rows, seed, index) alone.
+
+    Args:
+        rows: positions to train on.
+        epochs: passes over them.
+        batch_size: rows a step.
+        seed: seed of the ensemble.
+        index: number of the model in the ensemble.
+
+    Returns:
+        Positions [step, row], padded with -1.
+
+    Example:
+        >>> training_order(np.arange(5), 2, 3, seed=0, index=0).shape
+        (4, 3)
+    """
+    random = generator(seed, "order", index)
+    return np.concatenate([epoch_order(rows, batch_size, random) for _ in range(epochs)])
+
+
+def take(inputs: Tensor, order: Tensor) -> Tensor:
+    """Rows of a tensor in the shape of an order; padding (-1) takes the last row.
+
+    Args:
+        inputs: [row, ...].
+        order: positions, any shape.
+
+    Returns:
+        Values, [*order.shape, ...].
+
+    Example:
+        >>> take(torch.arange(4.0), torch.tensor([[2, -1]]))
+        tensor([[2., 3.]])
+    """
+    flat = order.reshape(-1) % len(inputs)
+    return inputs.index_select(0, flat).reshape(*order.shape, *inputs.shape[1:])
+
+
+def row_weights(order: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights that average over the real rows of each step and leave padding out.
+
+    Args:
+        order: positions [..., row], padded with -1.
+        dtype: of the weights.
+
+    Returns:
+        Weights [..., row].
+
+    Example:
+        >>> row_weights(torch.tensor([[4, 7, -1]]), torch.float32)
+        tensor([[0.5000, 0.5000, 0.0000]])
+    """
+    real = (order != PADDING).to(dtype)
+    return real / real.sum(-1, keepdim=True)
+
+
+def train_one(task: Task, rows: Rows, seed: int, index: int, device: torch.device) -> State:
+    """Trains one model on some of the rows, by the recipe or by the task's own function.
+
+    Args:
+        task: what to train.
+        rows: positions of the training rows.
+        seed: seed of the ensemble.
+        index: number of the model in the ensemble.
+        device: where to compute.
+
+    Returns:
+        Its state dict, on the CPU.
+
+    Raises:
+        ValueError: the task has neither a recipe nor a train function.
+
+    Example:
+        >>> from examples.digits import task
+        >>> sorted(train_one(task, np.arange(20), 0, 0, torch.device("cpu")))[:2]
+        ['0.bias', '0.weight']
+    """
+    if task.train is not None:
+        state = task.train(rows, derive_seed(seed, "train", index), device)
+        return {name: tensor.detach().cpu() for name, tensor in state.items()}
+    return train_many(task, [rows], seed, [index], device, many=False)[0]
+
+
+def train_many(
+    task: Task,
+    subsets: Sequence[Rows],
+    seed: int,
+    indices: Sequence[int],
+    device: torch.device,
+    *,
+    many: bool = True,
+) -> list[State]:
+    """Trains models by the recipe, those with equally many steps all at once.
+
+    Args:
+        task: a task with a recipe.
+        subsets: for each model the positions of its training rows.
+        seed: seed of the ensemble.
+        indices: number of each model in the ensemble.
+        device: where to compute.
+        many: vectorise over the models; False trains one after the other.
+
+    Returns:
+        Their state dicts, on the CPU.
+
+    Raises:
+        ValueError: the task has no recipe.
+
+    Example:
+        >>> from examples.digits import task
+        >>> subsets = [np.arange(20), np.arange(40)]
+        >>> len(train_many(task, subsets, 0, [0, 1], torch.device("cpu")))
+        2
+    """
+    recipe = require_recipe(task)
+    states: dict[int, State] = {}
+    places = sorted(range(len(subsets)), key=lambda i: recipe.steps(len(subsets[i])))
+    inputs, labels = (tensor.to(device) for tensor in task.rows("train", np.arange(len(task.train_ids))))
+    for _, group in groupby(places, key=lambda i: recipe.steps(len(subsets[i]))):
+        for part in [list(group)] if many else [[i] for i in group]:
+            chosen = [(subsets[i], indices[i]) for i in part]
+            states |= zip(part, _train_group(task, recipe, inputs, labels, chosen, seed, many), strict=True)
+    return [states[i] for i in range(len(subsets))]
+
+
+def require_recipe(task: Task) -> Recipe:
+    """The task's recipe, or a refusal that names the task."""
+    if task.recipe is None:
+        raise ValueError(f"task {task.name!r} has no recipe: training needs one, or Task(train=...)")
+    return task.recipe
+
+
+def _train_group(
+    task: Task,
+    recipe: Recipe,
+    inputs: Tensor,
+    labels: Tensor,
+    chosen: Sequence[tuple[Rows, int]],
+    seed: int,
+    many: bool,
+) -> list[State]:
+    orders = np.stack([
+        training_order(rows, recipe.epochs, recipe.batch_size, seed, index) for rows, index in chosen
+    ])
+    modules = [task.new_model(seed, index).to(device=inputs.device) for _, index in chosen]
+    states = [module.state_dict() for module in modules]
+    descent = Descent(
+        modules[0],
+        stack(states) if many else states[0],
+        lambda outputs, y, _: task.loss.gradient(outputs, y),
+        SGD(recipe.momentum, recipe.weight_decay),
+        many=many,
+        training=True,
+    )
+    order = torch.from_numpy(orders if many else orders[0]).to(inputs.device)
+    weights = row_weights(order, inputs.dtype)
+    nothing = torch.zeros(*order.shape[:-2], order.shape[-1], 0, device=inputs.device)
+    per_epoch = orders.shape[1] // recipe.epochs
+    seeds = [derive_seed(seed, "augment", index) for _, index in chosen]
+    for step, rate in enumerate(recipe.rates(orders.shape[1])):
+        now = order[..., step, :]
+        x = _augmented(recipe, take(inputs, now), now, seeds, step // per_epoch)
+        descent.step(Batch(x, take(labels, now), weights[..., step, :], nothing), float(rate))
+    final = {name: tensor.cpu() for name, tensor in descent.state.items()}
+    return [unstack(final, i) for i in range(len(chosen))] if many else [final]
+
+
+def _augmented(recipe: Recipe, inputs: Tensor, rows: Tensor, seeds: Sequence[int], epoch: int) -> Tensor:
+    if recipe.augment is None:
+        return inputs
+    if len(seeds) == 1 and rows.ndim == 1:
+        return recipe.augment(inputs, seeds[0], epoch, rows)
+    each = zip(inputs, seeds, rows, strict=True)
+    return torch.stack([recipe.augment(x, seed, epoch, row) for x, seed, row in each])
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of trainable numbers of a model.
+
+    Args:
+        module: the model.
+
+    Returns:
+        The count.
+
+    Example:
+        >>> parameter_count(nn.Linear(64, 10))
+        650
+    """
+    state: dict[str, Any] = module.state_dict()
+    return sum(tensor.numel() for tensor in split_state(module, state)[0].values())

@@ -1,0 +1,25 @@
+"""Arrays on disk: blocks written once, read lazily or row by row, computed by workers."""
+
+from stores.jobs import BlocksFailed, pickle_by_value, run_blocks
+from stores.provenance import Provenance, check_provenance, digest, versions
+from stores.rows import gather, total
+from stores.schema import ArraySpec, StoreSpec
+from stores.store import Store
+
+__all__ = [
+    # What a store holds, and what made it
+    "ArraySpec",
+    "StoreSpec",
+    "Provenance",
+    "check_provenance",
+    "digest",
+    "versions",
+    # Arrays on disk
+    "Store",
+    "gather",
+    "total",
+    # Blocks as tasks
+    "run_blocks",
+    "BlocksFailed",
+    "pickle_by_value",
+]

@@ -1,0 +1,193 @@
+"""Making the folder of a store: written aside under another name, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.dtypes import StringDType
+from zarr.codecs import BloscCodec
+
+from stores.schema import AXES, SCHEMA_PREFIX, SCHEMA_VERSION, Json, StoreSpec, check_name
+
+
+def create_folder(
+    path: str,
+    spec: StoreSpec,
+    attributes: Mapping[str, Json],
+    constants: Mapping[str, np.ndarray],
+    ids: Mapping[str, Sequence[str]],
+) -> None:
+    """Create a zarr group with empty arrays, all constants and all ids.
+
+    Args:
+        path: The folder to create.
+        spec: Its arrays.
+        attributes: What the root holds beside schema, specification and state.
+        constants: Small arrays by name, written whole.
+        ids: The ids of the rows by axis.
+
+    Raises:
+        ValueError: The path exists or cannot be written, or constants or ids are unusable.
+
+    Example:
+        >>> import tempfile
+        >>> from stores.schema import ArraySpec
+        >>> spec = StoreSpec("masks", "model", 2, {"mask": ArraySpec(("model",), (3,), "bool")})
+        >>> create_folder(tempfile.mkdtemp() + "/masks", spec, {}, {}, {"model": ["a", "b", "c"]})
+    """
+    if os.path.lexists(path):
+        raise ValueError(f"{path} exists already; open it, or give another folder")
+    _check_constants(spec, constants)
+    check_ids(spec, ids)
+    aside = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _write(aside, spec, attributes, constants, ids)
+        # A store is there as a whole or not at all, even if this process is killed.
+        os.rename(aside, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error}; give a folder you may write") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_ids(spec: StoreSpec, ids: Mapping[str, Sequence[str]]) -> None:
+    """Refuse ids that cannot name the rows of an axis.
+
+    Args:
+        spec: The arrays whose axes are named.
+        ids: The ids of the rows by axis.
+
+    Raises:
+        ValueError: An axis is unknown, its length differs, or an id occurs twice.
+        TypeError: An id is no text.
+
+    Example:
+        >>> from stores.schema import ArraySpec
+        >>> spec = StoreSpec("masks", "model", 2, {"mask": ArraySpec(("model",), (3,), "bool")})
+        >>> check_ids(spec, {"model": ["a", "b", "c"]})
+    """
+    for axis, names in ids.items():
+        if axis not in AXES:
+            raise ValueError(f"expected ids of the axes {', '.join(AXES)}; got {axis!r}")
+        _check_names(axis, names, _axis_length(spec, axis))
+
+
+def _check_names(axis: str, names: Sequence[str], length: int | None) -> None:
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"expected texts as ids of {axis!r}, got {wrong[0]!r}; use str()")
+    if length is not None and len(names) != length:
+        raise ValueError(f"expected {length} ids of the axis {axis!r}, got {len(names)}")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"expected each id of {axis!r} once, got {twice[0]!r} twice")
+
+
+def _axis_length(spec: StoreSpec, axis: str) -> int | None:
+    lengths = (
+        array.shape[array.axes.index(axis)] for array in spec.arrays.values() if axis in array.axes
+    )
+    return next(lengths, None)
+
+
+def _check_constants(spec: StoreSpec, constants: Mapping[str, np.ndarray]) -> None:
+    for name, value in constants.items():
+        check_name(name)
+        if name in spec.arrays:
+            raise ValueError(f"expected another name than the array's for the constant {name!r}")
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+            raise TypeError(
+                f"expected a numpy array of numbers as the constant {name!r}, "
+                f"got {getattr(value, 'dtype', type(value).__name__)}"
+            )
+
+
+def _write(
+    path: str,
+    spec: StoreSpec,
+    attributes: Mapping[str, Json],
+    constants: Mapping[str, np.ndarray],
+    ids: Mapping[str, Sequence[str]],
+) -> None:
+    group = zarr.create_group(path, attributes=_root(spec, attributes, constants, ids))
+    for name in spec.arrays:
+        _create_array(group, spec, name)
+    for name, value in constants.items():
+        _create_whole(group, name, value, [f"{name}_{index}" for index in range(value.ndim)])
+    for axis, names in ids.items():
+        _create_whole(group, f"{axis}_id", np.array(list(names), dtype=StringDType()), [axis])
+    _create_done(group, spec.blocks)
+
+
+def _root(
+    spec: StoreSpec,
+    attributes: Mapping[str, Json],
+    constants: Mapping[str, np.ndarray],
+    ids: Mapping[str, Sequence[str]],
+) -> dict[str, Json]:
+    return {
+        "schema": f"{SCHEMA_PREFIX}{spec.kind}",
+        "schema_version": SCHEMA_VERSION,
+        "state": "open",
+        "spec": spec.to_json(),
+        "constants": list(constants),
+        "ids": list(ids),
+        **attributes,
+    }
+
+
+def _create_array(group: zarr.Group, spec: StoreSpec, name: str) -> None:
+    array = spec.arrays[name]
+    group.create_array(
+        name,
+        shape=array.shape,
+        chunks=spec.chunks(name),
+        dtype=array.dtype,
+        fill_value=_fill(array.dtype),
+        # zarr compresses by default, and only raw objects can be read row by row.
+        compressors=_blosc() if array.compress else None,
+        filters=None,
+        # xarray needs a name for every dimension.
+        dimension_names=[axis or f"{name}_{i}" for i, axis in enumerate(array.axes)],
+    )
+
+
+def _create_whole(group: zarr.Group, name: str, value: np.ndarray, axes: list[str]) -> None:
+    group.create_array(
+        name,
+        data=value,
+        chunks=tuple(max(1, length) for length in value.shape),
+        compressors=None,
+        dimension_names=axes,
+        config={"write_empty_chunks": True},
+    )
+
+
+def _create_done(group: zarr.Group, blocks: int) -> None:
+    # One object a mark: processes that share an object lose each other's marks.
+    group.create_array(
+        "done",
+        shape=(blocks,),
+        chunks=(1,),
+        dtype="uint32",
+        fill_value=0,
+        compressors=None,
+        filters=None,
+        dimension_names=["block"],
+    )
+
+
+def _fill(dtype: str) -> Any:
+    return np.nan if np.dtype(dtype).kind == "f" else np.zeros((), dtype)[()]
+
+
+def _blosc() -> BloscCodec:
+    return BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle")

@@ -1,0 +1,134 @@
+import os
+
+import numpy as np
+import pytest
+
+from stores import ArraySpec, Provenance, Store, StoreSpec, gather, rows, total
+
+LENGTH, TARGETS, OUTPUTS = 53, 11, 3
+ORDERS = {
+    "sorted": [0, 7, 19, 20, 52],
+    "any order": [52, 3, 20, 19, 0, 41],
+    "duplicates": [5, 5, 52, 5, 0],
+    "everything": list(range(LENGTH)),
+    "one": [20],
+    "none": [],
+}
+
+
+def make(path, *, dtype="float32", axis="target", compress=False, cut=20):
+    array = ArraySpec(
+        ("train", "target", "output"), (LENGTH, TARGETS, OUTPUTS), dtype, cut, compress
+    )
+    spec = StoreSpec("scores", axis, 4, {"scores": array})
+    store = Store.create(path, spec, Provenance({}))
+    values = np.random.default_rng(0).integers(-9, 9, array.shape).astype(dtype)
+    return store, values
+
+
+def fill(store, values, skip=()):
+    axis = store.spec.block_axis("scores")
+    for block in range(store.spec.blocks):
+        if block not in skip:
+            span = store.spec.span(block)
+            part = values.take(np.arange(span.start, span.stop), axis)
+            store.write_block(block, {"scores": part})
+    return store
+
+
+@pytest.mark.parametrize("wanted", ORDERS.values(), ids=ORDERS.keys())
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dtype": "float16"},
+        {"dtype": "float64", "cut": None},
+        {"axis": "train", "cut": 5},
+        {"compress": True},
+    ],
+    ids=str,
+)
+def test_rows_equal_numpy(tmp_path, changes, wanted):
+    store, values = make(tmp_path / "s", **changes)
+    fill(store, values)
+    positions = np.array(wanted, dtype=np.int64)
+    np.testing.assert_array_equal(gather(store, "scores", positions), values[positions])
+    expected = values[positions].sum(0, dtype=np.promote_types(values.dtype, np.float32))
+    found = total(store, "scores", positions)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_one_dimensional_arrays(tmp_path):
+    spec = StoreSpec("loss", "train", 4, {"loss": ArraySpec(("train",), (6,), "float32")})
+    store = Store.create(tmp_path / "s", spec, Provenance({}))
+    values = np.arange(6, dtype=np.float32)
+    for block in range(2):
+        store.write_block(block, {"loss": values[spec.span(block)]})
+    np.testing.assert_array_equal(gather(store, "loss", np.array([5, 0, 5])), [5, 0, 5])
+    assert total(store, "loss", np.array([5, 0, 5])) == 10
+
+
+def test_small_batches_give_the_same(tmp_path, monkeypatch):
+    store, values = make(tmp_path / "s")
+    fill(store, values)
+    monkeypatch.setattr(rows, "_BATCH_BYTES", 3 * 4 * OUTPUTS * 4)
+    positions = np.random.default_rng(1).integers(0, LENGTH, 100)
+    np.testing.assert_array_equal(gather(store, "scores", positions), values[positions])
+    np.testing.assert_array_equal(total(store, "scores", positions), values[positions].sum(0))
+
+
+def test_without_positioned_reads_zarr_answers(tmp_path, monkeypatch):
+    store, values = make(tmp_path / "s")
+    fill(store, values)
+    monkeypatch.delattr(os, "preadv")
+    positions = np.array([3, 52, 3])
+    np.testing.assert_array_equal(gather(store, "scores", positions), values[positions])
+
+
+@pytest.mark.parametrize("function", [gather, total])
+def test_pending_blocks_are_refused(tmp_path, function):
+    store, values = make(tmp_path / "s")
+    fill(store, values, skip=[1])
+    with pytest.raises(ValueError, match=r"block 1 of .* is pending"):
+        function(store, "scores", np.array([0]))
+
+
+@pytest.mark.parametrize("function", [gather, total])
+@pytest.mark.parametrize("left", [0, 10])
+def test_truncated_objects_are_refused(tmp_path, function, left):
+    store, values = make(tmp_path / "s")
+    fill(store, values)
+    os.truncate(tmp_path / "s/scores/c/2/1/0", left)
+    with pytest.raises(ValueError, match=rf"expected 960 bytes in .*c/2/1/0, got {left}"):
+        function(store, "scores", np.array([52]))
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_missing_objects_are_refused(tmp_path, compress):
+    store, values = make(tmp_path / "s", compress=compress)
+    fill(store, values)
+    (tmp_path / "s/scores/c/2/1/0").unlink()
+    with pytest.raises(ValueError, match="c/2/1/0 is missing; discard block 1"):
+        gather(store, "scores", np.array([52]))
+
+
+def test_positions_are_checked(tmp_path):
+    store, values = make(tmp_path / "s")
+    fill(store, values)
+    for position in (-1, LENGTH):
+        with pytest.raises(ValueError, match=f"expected positions from 0 to 52, got {position}"):
+            gather(store, "scores", np.array([0, position]))
+    with pytest.raises(TypeError, match=r"1-D array of integers, got bool.*flatnonzero"):
+        gather(store, "scores", np.ones(LENGTH, bool))
+    with pytest.raises(TypeError, match="1-D array of integers"):
+        total(store, "scores", np.zeros((1, 1), int))
+
+
+def test_the_first_axis_must_be_train(tmp_path):
+    spec = StoreSpec("o", "target", 4, {"o": ArraySpec(("target", "train"), (4, 3), "float32")})
+    store = Store.create(tmp_path / "s", spec, Provenance({}))
+    with pytest.raises(ValueError, match="expected 'train' as first axis of 'o'"):
+        gather(store, "o", np.array([0]))
+    with pytest.raises(ValueError, match="expected one of the arrays o; got 'p'"):
+        gather(store, "p", np.array([0]))

@@ -1,0 +1,372 @@
+import builtins
+import itertools
+import os
+import pickle
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from stores import ArraySpec, Provenance, Store, StoreSpec
+
+IDS = {"train": [f"train-{row}" for row in range(10)], "target": ["é", "b", "c", "d", "e"]}
+ARRAYS = {
+    "weights": ArraySpec(("train", "target", None), (10, 5, 3), "float16", rows=4),
+    "bias": ArraySpec(("target",), (5,), "float32"),
+    "chosen": ArraySpec(("target", "train"), (5, 10), "bool", compress=True),
+}
+SPEC = StoreSpec("datamodel", "target", 2, ARRAYS)
+MADE_BY = Provenance({"seed": 0})
+
+
+def values(block, seed=0):
+    generator = np.random.default_rng([seed, block])
+    return {
+        name: generator.normal(size=SPEC.block_shape(name, block)).astype(array.dtype)
+        for name, array in ARRAYS.items()
+    }
+
+
+def whole(name, seed=0):
+    parts = [values(block, seed)[name] for block in range(SPEC.blocks)]
+    return np.concatenate(parts, SPEC.block_axis(name))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store.create(
+        tmp_path / "a" / "s", SPEC, MADE_BY, {"scale": np.ones((2, 3))}, IDS, {"note": "x"}
+    )
+
+
+@pytest.fixture
+def full(store):
+    for block in (2, 0, 1):
+        store.write_block(block, values(block))
+    return store
+
+
+def test_round_trip(full):
+    again = Store.open(full.path, "datamodel")
+    assert again == full
+    assert pickle.loads(pickle.dumps(full)) == full
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(again.numpy(name), whole(name))
+        np.testing.assert_array_equal(again.numpy(name, 2), values(2)[name])
+        assert again.numpy(name).dtype == array.dtype
+    np.testing.assert_array_equal(again.constant("scale"), np.ones((2, 3)))
+    assert {axis: again.ids(axis) for axis in IDS} == IDS
+    assert again.attributes == {"note": "x"}
+    assert again.complete
+    assert again.verify() == []
+
+
+def test_progress(store):
+    assert (store.done(), store.pending(), store.complete) == ([], [0, 1, 2], False)
+    store.write_block(1, values(1))
+    assert (store.done(), store.pending(), store.complete) == ([1], [0, 2], False)
+
+
+def test_raw_objects_are_plain_bytes(full):
+    with open(f"{full.path}/bias/c/1", "rb") as file:
+        assert file.read() == values(1)["bias"].tobytes()
+
+
+def test_zeros_and_constants_are_stored_as_objects(store):
+    zeros = {name: np.zeros_like(value) for name, value in values(0).items()}
+    store.write_block(0, zeros)
+    np.testing.assert_array_equal(store.numpy("chosen", 0), zeros["chosen"])
+    assert os.path.exists(f"{store.path}/chosen/c/0/0")
+
+
+def test_dask_is_lazy_over_whole_objects(full):
+    lazy = full.dask("weights")
+    assert lazy.chunks == ((4, 4, 2), (2, 2, 1), (3,))
+    np.testing.assert_array_equal(lazy.compute(scheduler="sync"), whole("weights"))
+    part = lazy[1:, ::2].max(axis=0).compute(scheduler="sync")
+    np.testing.assert_array_equal(part, whole("weights")[1:, ::2].max(axis=0))
+
+
+def test_xarray_reads_it(full):
+    pytest.importorskip("xarray")
+    dataset = full.to_xarray()
+    assert dataset["weights"].dims == ("train", "target", "weights_2")
+    assert list(dataset["target_id"].to_numpy()) == IDS["target"]
+    assert dataset.attrs == {"note": "x"}
+    np.testing.assert_array_equal(dataset["chosen"].to_numpy(), whole("chosen"))
+    np.testing.assert_array_equal(dataset["scale"].to_numpy(), np.ones((2, 3)))
+
+
+def test_xarray_is_optional(full, monkeypatch):
+    original = builtins.__import__
+
+    def without_xarray(name, *rest, **named):
+        if name == "xarray":
+            raise ImportError(name)
+        return original(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without_xarray)
+    with pytest.raises(ImportError, match=r"pip install 'datamodel-matching\[xarray\]'"):
+        full.to_xarray()
+
+
+def test_the_zarr_view_is_read_only(full):
+    with pytest.raises(ValueError, match="read-only"):
+        full.array("bias")[0] = 1
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda store: store.numpy("bias"),
+        lambda store: store.numpy("bias", 2),
+        lambda store: store.dask("bias"),
+        lambda store: store.to_xarray(),
+        lambda store: store.finalize(),
+    ],
+)
+def test_pending_blocks_are_never_read(store, read):
+    store.write_block(0, values(0))
+    with pytest.raises(ValueError, match=r"blocks? (1, )?2 of .* (is|are) pending"):
+        read(store)
+
+
+def test_many_pending_blocks_are_named_in_short(tmp_path):
+    spec = StoreSpec("a", "model", 1, {"a": ArraySpec(("model",), (30,), "bool")})
+    store = Store.create(tmp_path / "s", spec, MADE_BY)
+    with pytest.raises(ValueError, match="blocks 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 20 more of"):
+        store.numpy("a")
+
+
+def test_blocks_are_write_once(full):
+    with pytest.raises(
+        ValueError, match=r"block 1 of .* is done already and blocks are write-once"
+    ):
+        full.write_block(1, values(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda a: a.pop("bias"), ValueError, "expected the arrays .* for block 2, got"),
+        (lambda a: a.update(more=a["bias"]), ValueError, "expected the arrays"),
+        (lambda a: a.update(bias=[1.0]), TypeError, "expected a numpy array as 'bias' of block 2"),
+        (
+            lambda a: a.update(bias=np.ones(2, np.float32)),
+            ValueError,
+            r"expected 'bias' of block 2 of shape \(1,\), got \(2,\)",
+        ),
+        (
+            lambda a: a.update(bias=np.ones(1)),
+            ValueError,
+            r"of dtype float32, got float64; convert it with .astype\('float32'\)",
+        ),
+        (
+            lambda a: a.update(bias=np.array([np.nan], np.float32)),
+            ValueError,
+            "expected finite values in 'bias' of block 2",
+        ),
+        (
+            lambda a: a.update(weights=a["weights"] * np.inf),
+            ValueError,
+            "expected finite values in 'weights' of block 2",
+        ),
+    ],
+)
+def test_wrong_blocks_are_refused(store, change, error, message):
+    arrays = values(2)
+    change(arrays)
+    with np.errstate(all="ignore"), pytest.raises(error, match=message):
+        store.write_block(2, arrays)
+    assert store.done() == []
+
+
+def test_blocks_outside_are_refused(store):
+    with pytest.raises(ValueError, match="expected a block from 0 to 2, got 3"):
+        store.write_block(3, {})
+    with pytest.raises(ValueError, match="expected a done block to discard, got block 0"):
+        store.discard(0)
+
+
+def test_unknown_names_are_refused(full):
+    with pytest.raises(ValueError, match=r"expected one of the arrays bias.*got 'w'"):
+        full.numpy("w")
+    with pytest.raises(ValueError, match="expected one of the arrays"):
+        full.array("w")
+    with pytest.raises(ValueError, match="expected one of the constants scale; got 'w'"):
+        full.constant("w")
+    with pytest.raises(ValueError, match="expected one of the ids of the axes train, target; got"):
+        full.ids("model")
+
+
+def test_a_flipped_bit_is_found_and_healed(full):
+    full.finalize()
+    with open(f"{full.path}/bias/c/1", "r+b") as file:
+        byte = file.read(1)[0]
+        file.seek(0)
+        file.write(bytes([byte ^ 1]))
+    assert full.verify() == [1]
+    full.discard(1)
+    assert full.pending() == [1]
+    assert zarr.open_group(full.path, mode="r").attrs["state"] == "open"
+    full.write_block(1, values(1))
+    assert full.verify() == []
+    np.testing.assert_array_equal(full.finalize().numpy("bias"), whole("bias"))
+
+
+@pytest.mark.parametrize("name", ["weights/c/0/1/0", "chosen/c/1/0", "bias/c/1"])
+@pytest.mark.parametrize("size", [None, 0, 3])
+def test_lost_and_truncated_objects_are_found(full, name, size):
+    if size is None:
+        os.unlink(f"{full.path}/{name}")
+        with pytest.raises(ValueError, match=f"{name} is missing; discard block 1"):
+            full.numpy(name.split("/")[0])
+    else:
+        os.truncate(f"{full.path}/{name}", size)
+    assert full.verify() == [1]
+
+
+def test_finalize_sweeps_leftovers_and_can_be_repeated(full):
+    leftover = f"{full.path}/bias/c/1.0123.partial"
+    with open(leftover, "wb"):
+        pass
+    assert full.finalize().finalize() == full
+    assert not os.path.exists(leftover)
+    assert zarr.open_group(full.path, mode="r").attrs["state"] == "complete"
+
+
+def test_a_mark_that_is_being_written_does_not_count(store):
+    os.makedirs(f"{store.path}/done/c")
+    with open(f"{store.path}/done/c/1.0123.partial", "wb"):
+        pass
+    assert store.done() == []
+
+
+def test_create_refuses_an_existing_path(store, tmp_path):
+    with pytest.raises(ValueError, match="exists already; open it, or give another folder"):
+        Store.create(store.path, SPEC, MADE_BY)
+    assert os.listdir(tmp_path / "a") == ["s"]
+
+
+def test_create_refuses_what_it_cannot_write(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot write .*file/s: ") as caught:
+        Store.create(tmp_path / "file" / "s", SPEC, MADE_BY)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "message"),
+    [
+        ({"ids": {"rows": ["a"]}}, ValueError, "expected ids of the axes .* got 'rows'"),
+        ({"ids": {"target": [1, 2]}}, TypeError, "expected texts as ids of 'target', got 1"),
+        ({"ids": {"target": ["a"]}}, ValueError, "expected 5 ids of the axis 'target', got 1"),
+        ({"ids": {"target": list("abcda")}}, ValueError, "each id of 'target' once, got 'a' twice"),
+        ({"constants": {"bias": np.ones(1)}}, ValueError, "expected another name .* 'bias'"),
+        ({"constants": {"done": np.ones(1)}}, ValueError, "expected an identifier"),
+        ({"constants": {"c": [1]}}, TypeError, "numpy array of numbers as the constant 'c'"),
+        ({"constants": {"c": np.array(["a"])}}, TypeError, "array of numbers .*got <U1"),
+        ({"attributes": {"a": np.ones(1)}}, TypeError, r"expected a plain value at attributes\.a"),
+    ],
+)
+def test_create_refuses_unusable_parts(tmp_path, named, error, message):
+    with pytest.raises(error, match=message):
+        Store.create(tmp_path / "s", SPEC, MADE_BY, **named)
+    assert os.listdir(tmp_path) == []
+
+
+def test_open_refuses_what_is_no_such_store(store, tmp_path):
+    with pytest.raises(ValueError, match=r"expected a store at .*none, found none"):
+        Store.open(tmp_path / "none")
+    zarr.create_group(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"expected a store of datamodel-matching at .*other"):
+        Store.open(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"expected a store of kind 'masks' at .*'datamodel'"):
+        Store.open(store.path, "masks")
+    zarr.open_group(store.path, mode="r+").attrs["schema_version"] = 2
+    with pytest.raises(ValueError, match="has schema version 2, expected at most 1"):
+        Store.open(store.path)
+
+
+def test_open_or_create_resumes_only_the_same(tmp_path):
+    path = tmp_path / "s"
+    store = Store.open_or_create(path, SPEC, MADE_BY, ids=IDS)
+    store.write_block(0, values(0))
+    assert Store.open_or_create(path, SPEC, MADE_BY, ids=IDS).done() == [0]
+    other = StoreSpec("datamodel", "target", 3, ARRAYS)
+    with pytest.raises(ValueError, match="block: stored 2, wanted 3"):
+        Store.open_or_create(path, other, MADE_BY, ids=IDS)
+    with pytest.raises(ValueError, match="seed: stored 0, wanted 1"):
+        Store.open_or_create(path, SPEC, Provenance({"seed": 1}), ids=IDS)
+    with pytest.raises(ValueError, match="made for other target ids"):
+        Store.open_or_create(path, SPEC, MADE_BY, ids={**IDS, "target": list("abcde")})
+    with pytest.raises(ValueError, match="expected a store of kind"):
+        Store.open_or_create(path, StoreSpec("masks", "target", 2, ARRAYS), MADE_BY)
+
+
+class StoreAgainstDict(RuleBasedStateMachine):
+    """Every operation on a store gives what it gives on a dict of blocks."""
+
+    numbers = itertools.count()
+    folder = None
+
+    @initialize()
+    def create(self):
+        self.model = {}
+        path = self.folder / str(next(self.numbers))
+        self.store = Store.create(path, SPEC, MADE_BY)
+
+    @rule(block=st.integers(0, 2), seed=st.integers(0, 3))
+    def write(self, block, seed):
+        if block in self.model:
+            with pytest.raises(ValueError, match="write-once"):
+                self.store.write_block(block, values(block, seed))
+        else:
+            self.store.write_block(block, values(block, seed))
+            self.model[block] = values(block, seed)
+
+    @rule(block=st.integers(0, 2))
+    def discard(self, block):
+        if self.model.pop(block, None) is None:
+            with pytest.raises(ValueError, match="expected a done block"):
+                self.store.discard(block)
+        else:
+            self.store.discard(block)
+
+    @rule()
+    def reopen(self):
+        self.store = Store.open(self.store.path)
+
+    @rule()
+    def finalize(self):
+        if len(self.model) == SPEC.blocks:
+            self.store.finalize()
+        else:
+            with pytest.raises(ValueError, match="pending"):
+                self.store.finalize()
+
+    @rule(block=st.integers(0, 2), name=st.sampled_from(sorted(ARRAYS)))
+    def read(self, block, name):
+        if block in self.model:
+            np.testing.assert_array_equal(self.store.numpy(name, block), self.model[block][name])
+        else:
+            with pytest.raises(ValueError, match="pending"):
+                self.store.numpy(name, block)
+
+    @invariant()
+    def progress(self):
+        assert self.store.done() == sorted(self.model)
+        assert self.store.pending() == [block for block in range(3) if block not in self.model]
+        assert self.store.verify() == []
+
+
+def test_store_against_dict(tmp_path, monkeypatch):
+    monkeypatch.setattr(StoreAgainstDict, "folder", tmp_path)
+    machine = StoreAgainstDict.TestCase()
+    machine.settings = settings(
+        max_examples=15, stateful_step_count=12, derandomize=True, deadline=None, database=None
+    )
+    machine.runTest()

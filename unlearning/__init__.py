@@ -1,0 +1,16 @@
+"""From predicted outputs to an unlearned model, and the evidence for it."""
+
+from unlearning.klom import gaussian_kl, klom, shift, spread
+from unlearning.methods.do_nothing import DoNothing
+from unlearning.methods.fine_tune import FineTune
+from unlearning.methods.gradient_ascent import GradientAscent
+from unlearning.methods.matching import Matching
+from unlearning.methods.projected_gradient import ProjectedGradient
+from unlearning.projection import GradientProjection
+from unlearning.runner import (
+    Unlearned,
+    UnlearnedModels,
+    UnlearningMethod,
+    margins,
+    unlearn_models,
+)

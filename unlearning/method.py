@@ -1,0 +1,221 @@
+"""Requests and plans: an unlearning method turns a request into a plan of gradient steps."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attribution.descent import SGD, Cotangent, Optimizer, Project, unstack
+from attribution.forget import ForgetSet
+from attribution.outputs import evaluate, evaluate_many
+from attribution.seeds import generator
+from attribution.task import Rows, State, Task
+from attribution.training import epoch_order
+
+Batchnorm = str
+Value = Callable[[Tensor, Tensor, Tensor], Tensor]
+Gap = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Models that are to forget the same rows.
+
+    Args:
+        task: what they were trained for.
+        forget: rows to forget now.
+        already: rows they have forgotten before, or None.
+        states: stacked state dicts, each tensor [model, ...], on the device.
+        numbers: number of each model, which selects its random stream.
+        digests: digest of the weights that each model's stored moments belong to.
+        seed: of every draw.
+        device: where to compute.
+        many: whether the models are computed at once.
+    """
+
+    task: Task
+    forget: ForgetSet
+    already: ForgetSet | None
+    states: State = field(repr=False)
+    numbers: tuple[int, ...]
+    digests: tuple[str, ...]
+    seed: int
+    device: torch.device
+    many: bool
+
+    @property
+    def wanted(self) -> ForgetSet:
+        """All rows that are to be gone in the end."""
+        return self.forget.union(self.task, self.already)
+
+    def module(self) -> nn.Module:
+        """A model of the task's structure, on the device."""
+        return self.task.new_model(0).to(self.device)
+
+    def rows(self, positions: Rows) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of training rows, on the device."""
+        inputs, labels = self.task.rows("train", positions)
+        return inputs.to(self.device), labels.to(self.device)
+
+    def outputs(self, states: State, inputs: Tensor) -> Tensor:
+        """Outputs of all models in eval mode, [model, row, output]."""
+        if self.many:
+            return evaluate_many(self.module(), states, inputs)
+        module, count = self.module(), len(self.numbers)
+        return torch.stack([evaluate(module, unstack(states, i), inputs) for i in range(count)])
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """Stops a model at the first check where its gap is above 0; keeps the smaller gap of two.
+
+    Args:
+        every: steps between checks.
+        rows: number of leading plan rows that the gap is computed on.
+        gap: maps outputs [model, row, output] to the gap of each model, [model].
+    """
+
+    every: int
+    rows: int
+    gap: Gap
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Gradient steps, the same for one model and for many.
+
+    Args:
+        inputs: rows that are visited, [row, ...].
+        labels: [row].
+        order: positions among these rows of every step, [model, step, row], padded with -1.
+        rates: learning rate of every step, [step].
+        cotangent: derivative of a row's objective with respect to its outputs.
+        value: a row's objective, for the history.
+        optimizer: SGD or Adam.
+        targets: outputs to match, [model, row, output], or None.
+        project: maps updates by parameter name to the updates that are made, or None.
+        stopping: when to stop early, or None.
+        training: steps in train mode, so that BatchNorm statistics move.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    order: Rows
+    rates: Rows
+    cotangent: Cotangent
+    value: Value
+    optimizer: Optimizer = SGD()
+    targets: Tensor | None = None
+    project: Callable[[int | None], Project] | None = None
+    stopping: Stopping | None = None
+    training: bool = False
+
+
+def stream_order(rows: int, steps: int, batch_size: int, request: Request) -> Rows:
+    """Rows of every step of every model: random passes in one stream, no batch cut short.
+
+    Args:
+        rows: number of rows to draw from.
+        steps: number of steps.
+        batch_size: rows a step.
+        request: gives the models' numbers and the seed.
+
+    Returns:
+        Positions [model, step, row].
+    """
+    passes = -(-steps * batch_size // rows)
+    orders = []
+    for number in request.numbers:
+        random = generator(request.seed, "unlearning order", number)
+        stream = np.concatenate([random.permutation(rows) for _ in range(passes)])
+        orders.append(stream[: steps * batch_size].reshape(steps, batch_size))
+    return np.stack(orders)
+
+
+def epochs_order(rows: int, epochs: int, batch_size: int, request: Request) -> Rows:
+    """Rows of every step of every model: whole passes, the last batch of each padded with -1.
+
+    Args:
+        rows: number of rows.
+        epochs: passes over them.
+        batch_size: rows a step.
+        request: gives the models' numbers and the seed.
+
+    Returns:
+        Positions [model, step, row].
+    """
+    orders = []
+    for number in request.numbers:
+        random = generator(request.seed, "unlearning order", number)
+        passes = [epoch_order(np.arange(rows), batch_size, random) for _ in range(epochs)]
+        orders.append(np.concatenate(passes))
+    return np.stack(orders)
+
+
+def loss_plan(
+    request: Request,
+    rows: Rows,
+    *,
+    sign: int,
+    epochs: int,
+    rate: float,
+    batch_size: int,
+    training: bool,
+) -> Plan:
+    """Plain passes over some rows, down the task's loss (sign 1) or up (sign -1).
+
+    Args:
+        request: the models.
+        rows: positions of the training rows to visit.
+        sign: 1 to descend, -1 to ascend.
+        epochs: passes over the rows.
+        rate: learning rate.
+        batch_size: rows a step.
+        training: steps in train mode.
+
+    Returns:
+        The plan.
+    """
+    inputs, labels = request.rows(rows)
+    order = epochs_order(len(rows), epochs, batch_size, request)
+    loss = request.task.loss
+    return Plan(
+        inputs=inputs,
+        labels=labels,
+        order=order,
+        rates=np.full(order.shape[1], rate),
+        cotangent=lambda outputs, y, _: sign * loss.gradient(outputs, y),
+        value=lambda outputs, y, _: loss.value(outputs, y),
+        training=training,
+    )
+
+
+def check_positive(method: object, names: Sequence[str]) -> None:
+    """Refuses settings of a method that are not above 0.
+
+    Args:
+        method: a dataclass.
+        names: fields to check.
+
+    Raises:
+        ValueError: names the field and its value.
+    """
+    for name in names:
+        if not getattr(method, name) > 0:
+            kind = type(method).__name__
+            raise ValueError(f"{kind}.{name} must be above 0, got {getattr(method, name)}")
+
+
+def check_batchnorm(batchnorm: Batchnorm) -> None:
+    """Refuses anything but the two policies.
+
+    Args:
+        batchnorm: the policy.
+
+    Raises:
+        ValueError: neither "frozen" nor "update".
+    """
+    if batchnorm not in ("frozen", "update"):
+        raise ValueError(f"batchnorm must be 'frozen' or 'update', got {batchnorm!r}")

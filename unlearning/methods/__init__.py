@@ -1,0 +1,93 @@
+"""The table of methods: one name, one file, what it needs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from attribution import Counterfactual
+from attribution.moments import Moments
+from unlearning.methods.do_nothing import DoNothing
+from unlearning.methods.fine_tune import FineTune
+from unlearning.methods.gradient_ascent import GradientAscent
+from unlearning.methods.matching import Matching
+from unlearning.methods.projected_gradient import ProjectedGradient
+from unlearning.projection import GradientProjection
+from unlearning.runner import UnlearningMethod
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a run can give to a method; each is opened only by a method that needs it.
+
+    Args:
+        predictor: predicted counterfactual outputs.
+        oracle: outputs of retrained models for this forget set.
+        moments: input moments of the models.
+    """
+
+    predictor: Callable[[], Counterfactual]
+    oracle: Callable[[], Counterfactual]
+    moments: Callable[[], Moments]
+
+
+METHODS: dict[str, Callable[[Evidence], UnlearningMethod]] = {
+    "do_nothing": lambda _: DoNothing(),
+    "dmm": lambda given: Matching(given.predictor()),
+    "om": lambda given: Matching(given.oracle()),
+    "pgu": lambda given: ProjectedGradient(given.moments()),
+    "dmm_pgu": lambda given: Matching(
+        given.predictor(), backend=GradientProjection(given.moments())
+    ),
+    "gradient_ascent": lambda _: GradientAscent(),
+    "fine_tune": lambda _: FineTune(),
+}
+
+
+def check_method(name: str) -> None:
+    """Refuses a name that is not in the table.
+
+    Args:
+        name: the name.
+
+    Raises:
+        ValueError: names the known methods.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+
+
+def build_method(
+    name: str, evidence: Evidence, settings: Mapping[str, str] | None = None
+) -> UnlearningMethod:
+    """A method of the table with some of its settings changed.
+
+    Args:
+        name: its name in the table.
+        evidence: what it may need.
+        settings: values by field name, as text.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: an unknown name or field, or a value of another type.
+    """
+    check_method(name)
+    method = METHODS[name](evidence)
+    return replace(method, **{f: _parsed(method, name, f, v) for f, v in (settings or {}).items()})
+
+
+def _parsed(method: UnlearningMethod, name: str, field: str, text: str) -> Any:
+    plain = (bool, int, float, str)
+    known = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
+    known = {key: value for key, value in known.items() if isinstance(value, plain)}
+    if field not in known:
+        listed = ", ".join(known) or "none"
+        raise ValueError(f"method {name!r} has no setting {field!r}; it has: {listed}")
+    kind = type(known[field])
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(
+            f"setting {field!r} of method {name!r} takes {kind.__name__} values, got {text!r}"
+        ) from error

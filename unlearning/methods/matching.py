@@ -1,0 +1,99 @@
+"""Matching: fine-tune a model until it outputs what a retrained model is predicted to output."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attribution import Counterfactual, ForgetSet
+from attribution.descent import Adam
+from attribution.seeds import generator
+from attribution.task import Rows
+from unlearning.method import Plan, Request, check_batchnorm, check_positive, stream_order
+from unlearning.projection import GradientProjection
+from unlearning.runner import UnlearningMethod
+
+
+@dataclass(frozen=True)
+class Matching(UnlearningMethod):
+    """Matches predicted counterfactual outputs on the forget rows and a sample of retain rows.
+
+    Minimises the mean over rows and outputs of (f(x) - target)^2 with Adam, its rate falling
+    linearly to 0; target = f(x) before + predicted change. With a datamodel as counterfactual
+    this is Datamodel Matching (DMM), with an oracle it is oracle matching (OM).
+
+    Args:
+        counterfactual: predicts the targets.
+        backend: projects every update out of the retain rows' core gradient space; None: free.
+        passes: gradient evaluations, in units of the number of training rows.
+        rate: first learning rate.
+        batch_size: rows a step.
+        retain_multiplier: retain rows visited, per forget row.
+        retain_extra: retain rows visited on top.
+        batchnorm: "frozen" leaves BatchNorm statistics as they are, "update" lets them move.
+
+    Raises:
+        ValueError: a number is outside its range.
+
+    Source: Attribute-to-Delete (arXiv 2410.23232), algorithms C.1 and C.3.
+    """
+
+    counterfactual: Counterfactual
+    backend: GradientProjection | None = None
+    passes: float = 1.5
+    rate: float = 3e-3
+    batch_size: int = 16
+    retain_multiplier: float = 3.0
+    retain_extra: int = 100
+    batchnorm: str = "frozen"
+
+    def __post_init__(self) -> None:
+        check_positive(self, ("passes", "rate", "batch_size"))
+        if self.retain_multiplier < 0 or self.retain_extra < 0:
+            raise ValueError("Matching.retain_multiplier and retain_extra must not be negative")
+        check_batchnorm(self.batchnorm)
+
+    def plan(self, request: Request) -> Plan:
+        """Steps toward the predicted outputs."""
+        rows = np.concatenate([request.forget.rows, self.retain_rows(request.wanted, request.seed)])
+        inputs, labels = request.rows(rows)
+        change = self.counterfactual.change(request.wanted, request.already, rows)
+        before = request.outputs(request.states, inputs).cpu().numpy()
+        targets = torch.from_numpy(change.applied(before)).to(request.device)
+        steps = -(-int(self.passes * request.forget.total) // self.batch_size)
+        return Plan(
+            inputs=inputs,
+            labels=labels,
+            order=stream_order(len(rows), steps, self.batch_size, request),
+            rates=self.rate * (1 - np.arange(steps) / steps),
+            cotangent=_derivative,
+            value=_mismatch,
+            optimizer=Adam(),
+            targets=targets,
+            project=self.backend.bind(request) if self.backend else None,
+            training=self.batchnorm == "update",
+        )
+
+    def retain_rows(self, forget: ForgetSet, seed: int) -> Rows:
+        """The sample of retain rows that is matched beside the forget rows.
+
+        Args:
+            forget: all rows that are to be gone.
+            seed: of the draw.
+
+        Returns:
+            Positions among the training rows, [row].
+        """
+        wanted = round(self.retain_multiplier * len(forget)) + self.retain_extra
+        return generator(seed, "retain rows").permutation(forget.retained)[:wanted]
+
+
+def _mismatch(outputs: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    del labels
+    return (outputs - targets).square().mean(-1)
+
+
+def _derivative(outputs: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    del labels
+    return 2 * (outputs - targets) / outputs.shape[-1]
