@@ -49,7 +49,8 @@ def klom(unlearned: Array, oracles: Array) -> Array:
     u, o = np.clip(u, -CLIP, CLIP), np.clip(o, -CLIP, CLIP)
     lowest = np.minimum(u.min(0), o.min(0))
     highest = np.maximum(u.max(0), o.max(0))
-    edges = np.linspace(lowest, highest, BINS + 1)
+    # np.linspace of all rows at once rounds otherwise as soon as one row is constant.
+    edges = np.arange(BINS + 1)[:, None] * ((highest - lowest) / BINS) + lowest
     p, q = _frequencies(u, edges), _frequencies(o, edges)
     q = np.where(p > 0, np.maximum(q, FLOOR), q)
     q = q / q.sum(0)
@@ -129,7 +130,7 @@ def spread(unlearned: Array, oracles: Array) -> Array:
 
 def _pair(unlearned: Array, oracles: Array) -> tuple[Array, Array]:
     u, o = np.asarray(unlearned, dtype=np.float64), np.asarray(oracles, dtype=np.float64)
-    if u.ndim != 2 or o.ndim != 2 or u.shape[1] != o.shape[1]:  # noqa: PLR2004
+    if u.ndim != 2 or o.ndim != 2 or u.shape[1] != o.shape[1] or 0 in (len(u), len(o)):
         raise ValueError(
             f"expected margins [model, target] of the same targets, got {u.shape} and {o.shape}"
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from attribution.training import epoch_order
 
 Batchnorm = str
 Value = Callable[[Tensor, Tensor, Tensor], Tensor]
-Gap = Callable[[Tensor], Tensor]
+Gap = Callable[[Tensor, slice], Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Stopping:
     Args:
         every: steps between checks.
         rows: number of leading plan rows that the gap is computed on.
-        gap: maps outputs [model, row, output] to the gap of each model, [model].
+        gap: maps outputs [model, row, output] of a slice of the models to the gap of each,
+            [model].
     """
 
     every: int
@@ -193,7 +195,7 @@ def loss_plan(
 
 
 def check_positive(method: object, names: Sequence[str]) -> None:
-    """Refuses settings of a method that are not above 0.
+    """Refuses settings of a method that are not above 0, or infinite.
 
     Args:
         method: a dataclass.
@@ -203,9 +205,11 @@ def check_positive(method: object, names: Sequence[str]) -> None:
         ValueError: names the field and its value.
     """
     for name in names:
-        if not getattr(method, name) > 0:
+        if not 0 < getattr(method, name) < np.inf:
             kind = type(method).__name__
-            raise ValueError(f"{kind}.{name} must be above 0, got {getattr(method, name)}")
+            raise ValueError(
+                f"{kind}.{name} must be above 0 and finite, got {getattr(method, name)}"
+            )
 
 
 def check_batchnorm(batchnorm: Batchnorm) -> None:
@@ -219,3 +223,18 @@ def check_batchnorm(batchnorm: Batchnorm) -> None:
     """
     if batchnorm not in ("frozen", "update"):
         raise ValueError(f"batchnorm must be 'frozen' or 'update', got {batchnorm!r}")
+
+
+def told_settings(method: object) -> dict[str, Any]:
+    """Settings of a method for the provenance of a model.
+
+    Args:
+        method: a dataclass.
+
+    Returns:
+        Plain values by field name; of a counterfactual or a store only the kind, because these
+        hold ids of rows.
+    """
+    plain = (bool, int, float, str)
+    held = vars(method)
+    return {k: v if isinstance(v, plain) else type(v).__name__ for k, v in held.items()}

@@ -65,7 +65,9 @@ def retain_moments(moments: Moments, request: Request) -> State:
     inputs, _ = request.rows(request.wanted.rows)
     module = request.module()
     count = len(request.numbers)
-    forget = stack([input_moments(module, unstack(request.states, i), inputs) for i in range(count)])
+    forget = stack(
+        [input_moments(module, unstack(request.states, i), inputs) for i in range(count)]
+    )
     numbers = [moments.find_digest(digest) for digest in request.digests]
     stored = moments.layers(numbers)
     return {name: stored[name].to(request.device) - forget[name] for name in forget}

@@ -17,7 +17,7 @@ from attribution.model import check_state, with_forgotten
 from attribution.outputs import Array, evaluate, evaluate_many, target_margins
 from attribution.task import State
 from attribution.training import row_weights, take
-from unlearning.method import Plan, Request, Stopping
+from unlearning.method import Plan, Request, told_settings
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,13 @@ class UnlearningMethod(ABC):
             many=False,
         )
         ran = execute(self.plan(request), request)
-        told = {"method": type(self).__name__, "settings": repr(self), "unlearning_seed": seed}
-        new = with_forgotten(model, unstack(ran.states, 0), left, **told, moments=digest)
+        told = {
+            "method": type(self).__name__,
+            "settings": told_settings(self),
+            "unlearning_seed": seed,
+        }
+        state = {name: tensor.cpu() for name, tensor in unstack(ran.states, 0).items()}
+        new = with_forgotten(model, state, left, **told, moments=digest)
         seconds = time.perf_counter() - start
         return Unlearned(new, ran.status[0], seconds, ran.history, int(ran.evaluations[0]))
 
@@ -151,7 +156,9 @@ def _still_there(task: Task, forget: ForgetSet, already: ForgetSet | None) -> Fo
         )
     left = forget.minus(task, already)
     if left is None:
-        raise ValueError(f"the model has forgotten all {len(forget)} rows of {forget.name!r} already")
+        raise ValueError(
+            f"the model has forgotten all {len(forget)} rows of {forget.name!r} already"
+        )
     return left
 
 
@@ -180,7 +187,8 @@ def unlearn_models(
         The new models.
 
     Raises:
-        ValueError: the ensemble kept no weights, or the method cannot serve the request.
+        ValueError: the ensemble kept no weights or has fewer models, or the method cannot serve
+            the request.
 
     Example:
         >>> import tempfile
@@ -194,6 +202,8 @@ def unlearn_models(
         {'unchanged': 2}
     """
     start = time.perf_counter()
+    if count is not None and not 0 < count <= len(models):
+        raise ValueError(f"count must lie between 1 and {len(models)} models, got {count}")
     numbers = range(len(models) if count is None else count)
     states = models.states(numbers)
     left = _still_there(task, forget, models.without)
@@ -257,9 +267,10 @@ def execute(plan: Plan | None, request: Request) -> Ran:
     # Train mode moves BatchNorm statistics, which only the path of one model can do.
     if request.many and not plan.training:
         ended = [_descend(plan, request, None)]
+        states = ended[0].states
     else:
         ended = [_descend(plan, request, i) for i in range(count)]
-    states = ended[0].states if len(ended) == 1 and request.many else stack([e.states for e in ended])
+        states = stack([e.states for e in ended])
     for name, tensor in states.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"unlearning diverged: non-finite weights in {name!r}; lower the rate")
@@ -271,7 +282,7 @@ def execute(plan: Plan | None, request: Request) -> Ran:
 
 def _objective(plan: Plan, request: Request, states: State) -> float:
     outputs = request.outputs(states, plan.inputs)
-    labels = plan.labels.expand(*outputs.shape[:-1])
+    labels = plan.labels.expand(len(outputs), *plan.labels.shape)
     targets = outputs[..., :0] if plan.targets is None else plan.targets
     return float(plan.value(outputs, labels, targets).mean())
 
@@ -299,14 +310,16 @@ def _descend(plan: Plan, request: Request, index: int | None) -> _Ended:
         training=plan.training,
         project=plan.project(index) if plan.project else None,
     )
-    watch = _Watch(plan.stopping, request, plan.inputs, descent, many)
+    watch = _Watch(plan, request, descent, index)
     for step, rate in enumerate(plan.rates):
         if watch.finished(step):
             break
         now = order[..., step, :]
         targets = _targets(plan, chosen, now)
-        batch = Batch(take(plan.inputs, now), take(plan.labels, now), weights[..., step, :], targets)
-        descent.step(batch, float(rate))
+        visited = take(plan.inputs, now), take(plan.labels, now)
+        descent.step(Batch(*visited, weights[..., step, :], targets), float(rate))
+    else:
+        watch.finished(len(plan.rates))
     done = (order >= 0).sum(-1).cumsum(-1)
     return watch.ended(len(plan.rates), done)
 
@@ -322,19 +335,13 @@ def _targets(plan: Plan, chosen: slice | int, now: Tensor) -> Tensor:
 class _Watch:
     """Follows the gap of each model and keeps the state of each at its best moment."""
 
-    def __init__(
-        self,
-        stopping: Stopping | None,
-        request: Request,
-        inputs: Tensor,
-        descent: Descent,
-        many: bool,
-    ) -> None:
-        self.stopping, self.descent, self.many = stopping, descent, many
-        self.request, self.inputs = request, inputs
-        self.count = len(request.numbers) if many else 1
+    def __init__(self, plan: Plan, request: Request, descent: Descent, index: int | None) -> None:
+        self.stopping, self.inputs, self.request = plan.stopping, plan.inputs, request
+        self.descent, self.many = descent, index is None
+        self.models = slice(None) if index is None else slice(index, index + 1)
+        self.count = len(request.numbers[self.models])
         self.kept: list[State | None] = [None] * self.count
-        self.status = ["never crossed" if stopping else "finished"] * self.count
+        self.status = ["never crossed" if plan.stopping else "finished"] * self.count
         self.stopped = [-1] * self.count
         self.last: tuple[State, Tensor] | None = None
 
@@ -343,7 +350,7 @@ class _Watch:
         if self.stopping is None or step % self.stopping.every:
             return False
         state = self.descent.state
-        gaps = self.stopping.gap(self._outputs(state)).cpu()
+        gaps = self.stopping.gap(self._outputs(state), self.models).cpu()
         for i in [i for i in range(self.count) if self.kept[i] is None and gaps[i] > 0]:
             earlier = self.last is not None and abs(self.last[1][i]) < abs(gaps[i])
             self.kept[i] = self._one(self.last[0] if earlier and self.last else state, i)
@@ -365,9 +372,7 @@ class _Watch:
     def ended(self, steps: int, done: Tensor) -> _Ended:
         """The kept states; models that never stopped keep their last one."""
         final = self.descent.state
-        states = [
-            self._one(final, i) if kept is None else kept for i, kept in enumerate(self.kept)
-        ]
+        states = [self._one(final, i) if kept is None else kept for i, kept in enumerate(self.kept)]
         last = [steps if at < 0 else at for at in self.stopped]
         rows = done if self.many else done[None]
         evaluations = [float(rows[i, at - 1]) if at else 0.0 for i, at in enumerate(last)]

@@ -50,8 +50,10 @@ class Matching(UnlearningMethod):
 
     def __post_init__(self) -> None:
         check_positive(self, ("passes", "rate", "batch_size"))
-        if self.retain_multiplier < 0 or self.retain_extra < 0:
-            raise ValueError("Matching.retain_multiplier and retain_extra must not be negative")
+        if not 0 <= self.retain_multiplier < np.inf or self.retain_extra < 0:
+            raise ValueError(
+                "Matching.retain_multiplier and retain_extra must be finite and not negative"
+            )
         check_batchnorm(self.batchnorm)
 
     def plan(self, request: Request) -> Plan:
@@ -60,8 +62,8 @@ class Matching(UnlearningMethod):
         inputs, labels = request.rows(rows)
         change = self.counterfactual.change(request.wanted, request.already, rows)
         before = request.outputs(request.states, inputs).cpu().numpy()
-        targets = torch.from_numpy(change.applied(before)).to(request.device)
-        steps = -(-int(self.passes * request.forget.total) // self.batch_size)
+        targets = torch.from_numpy(change.applied(before).astype(before.dtype)).to(request.device)
+        steps = -(-max(1, int(self.passes * request.forget.total)) // self.batch_size)
         return Plan(
             inputs=inputs,
             labels=labels,

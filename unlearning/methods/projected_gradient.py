@@ -69,9 +69,9 @@ class ProjectedGradient(UnlearningMethod):
             [self.moments.find_digest(digest) for digest in request.digests]
         )
 
-        def gap(outputs: Tensor) -> Tensor:
+        def gap(outputs: Tensor, models: slice) -> Tensor:
             right = request.task.loss.quality(outputs, labels.expand(outputs.shape[:-1]))
-            return reference[: len(right)].to(right) - right.mean(-1)
+            return reference[models].to(right) - right.mean(-1)
 
         return Plan(
             inputs=inputs,

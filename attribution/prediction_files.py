@@ -1,0 +1,77 @@
+"""Predictions as files: a zarr store, or a table for a spreadsheet."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+
+from attribution.counterfactual import Prediction
+from attribution.forget import ForgetSet
+from stores import ArraySpec, Provenance, Store, StoreSpec, versions
+
+COLUMNS = ("before", "mean", "std", "noise")
+
+
+def check_prediction_file(path: str) -> None:
+    """Refuses a file that a prediction cannot be written to, before it is computed.
+
+    Args:
+        path: where to write.
+
+    Raises:
+        ValueError: another ending than .zarr or .csv, a zarr folder that exists, or a folder that
+            cannot be written.
+
+    Example:
+        >>> check_prediction_file("predicted.xlsx")
+        Traceback (most recent call last):
+            ...
+        ValueError: predictions are written to .zarr or .csv, got 'predicted.xlsx'
+    """
+    if not path.endswith((".zarr", ".csv")):
+        raise ValueError(f"predictions are written to .zarr or .csv, got {path!r}")
+    if path.endswith(".zarr") and Path(path).exists():
+        raise ValueError(f"{path!r} exists already: name another folder")
+    folder = Path(path).resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write {path!r}: {str(folder)!r} is no folder that can be written")
+
+
+def write_prediction(prediction: Prediction, path: str, forget: ForgetSet) -> None:
+    """Writes a prediction, one row a target (zarr) or a target and output (csv).
+
+    Args:
+        prediction: what to write.
+        path: a .zarr folder or a .csv file.
+        forget: the forget set, for the provenance.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    check_prediction_file(path)
+    if path.endswith(".csv"):
+        _write_csv(prediction, path)
+        return
+    shape = prediction.mean.shape
+    arrays = {name: ArraySpec(("target", "output"), shape, "float32") for name in COLUMNS}
+    store = Store.create(
+        path,
+        StoreSpec("prediction", "target", shape[0], arrays),
+        Provenance({"forget": forget.name, "rows": len(forget)}, {"versions": versions("torch")}),
+        ids={"target": prediction.targets},
+    )
+    values = {name: np.asarray(getattr(prediction, name), dtype=np.float32) for name in COLUMNS}
+    store.write_block(0, values)
+    store.finalize()
+
+
+def _write_csv(prediction: Prediction, path: str) -> None:
+    partial = Path(f"{path}.partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["target", "output", *COLUMNS])
+        for i, target in enumerate(prediction.targets):
+            for c in range(prediction.mean.shape[1]):
+                writer.writerow([target, c, *(float(getattr(prediction, n)[i, c]) for n in COLUMNS)])
+    partial.replace(path)

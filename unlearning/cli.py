@@ -1,0 +1,295 @@
+"""The command line: each verb reads its arguments and calls one public function."""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+from attribution import Model, load_model, parse_forget
+from attribution.counterfactual import parse_targets
+from attribution.prediction_files import check_prediction_file, write_prediction
+from attribution.run import PREDICTORS, Run, precompute
+from attribution.subsets import DESIGNS
+from stores import BlocksFailed
+from unlearning.evaluation import evaluate_methods
+from unlearning.methods import METHODS, Evidence, build_method, check_method
+from unlearning.report import render_report
+from unlearning.tables import evaluation_table, prediction_table, status_table
+from unlearning.thumbnails import forgotten_thumbnails
+
+BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: words after `dmm`; None: those of the process.
+
+    Returns:
+        0, 2 for bad input, 1 for a failure, 130 after Ctrl-C.
+
+    Example:
+        >>> main(["status", "--run", "nowhere"])
+        2
+    """
+    options = _parser().parse_args(arguments)
+    warnings.showwarning = _warn
+    try:
+        told, text = options.verb(options)
+    except (ValueError, TypeError) as error:
+        return _fail(error, BAD_INPUT)
+    except KeyboardInterrupt:
+        return _fail("stopped; what is finished is kept, the same command resumes", INTERRUPTED)
+    except (BlocksFailed, OSError, RuntimeError) as error:
+        return _fail(error, FAILURE)
+    print(json.dumps(told, indent=2) if options.json else text)
+    return 0
+
+
+def _fail(error: object, code: int) -> int:
+    line = " ".join(str(error).split())
+    print(f"dmm: {line}", file=sys.stderr)
+    return code
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    print(f"dmm: warning: {message}", file=sys.stderr)
+
+
+# -- verbs -----------------------------------------------------------------------------------
+
+
+def _precompute(options: argparse.Namespace) -> tuple[Any, str]:
+    run = precompute(
+        options.task,
+        options.run,
+        full_models=options.full_models,
+        subset_models=options.subset_models,
+        design=options.design,
+        seed=options.seed,
+        **_where(options),
+    )
+    own, other = run.datamodel.shrink
+    told = {"run": str(run.path), "stores": [s.path for s in run.stores()], "shrink": [own, other]}
+    text = (
+        f"{run.path}: {len(run.full)} full models, {options.subset_models} models on"
+        f" {options.design} subsets, datamodels of {len(run.task.target_ids)} targets\n"
+        f"next: dmm predict --run {run.path} --forget random:50:0"
+    )
+    return told, text
+
+
+def _predict(options: argparse.Namespace) -> tuple[Any, str]:
+    if options.out:
+        check_prediction_file(options.out)
+    run = Run.open(options.run)
+    forget = parse_forget(run.task, options.forget)
+    targets = parse_targets(run.task, options.targets or "forget", forget)
+    model = _model(run, options.checkpoint)
+    prediction = run.predictor(options.predictor).predict(model, forget, targets)
+    if options.out:
+        write_prediction(prediction, options.out, forget)
+    columns = ("before", "mean", "std", "noise")
+    told = {"forget": list(forget.ids), "targets": list(prediction.targets)}
+    told |= {name: getattr(prediction, name).tolist() for name in columns}
+    return told, prediction_table(run.task, prediction, targets)
+
+
+def _unlearn(options: argparse.Namespace) -> tuple[Any, str]:
+    check_method(options.method)
+    _check_writable(options.out)
+    run = Run.open(options.run)
+    forget = parse_forget(run.task, options.forget)
+    model = _model(run, options.checkpoint)
+    where = {key: value for key, value in _where(options).items() if value is not None}
+    evidence = Evidence(
+        predictor=lambda: run.predictor(options.predictor),
+        oracle=lambda: run.oracle(forget, len(run.full), **where),
+        moments=lambda: run.moments,
+    )
+    method = build_method(options.method, evidence, _settings(options.set))
+    result = method(model, run.task, forget, seed=options.seed, device=options.device)
+    result.model.save(options.out)
+    told = {
+        "out": options.out,
+        "method": options.method,
+        "status": result.status,
+        "seconds": result.seconds,
+        "gradient_evaluations": result.gradient_evaluations,
+        "history": list(result.history),
+        "forgotten": len(result.model.forgotten) if result.model.forgotten else 0,
+    }
+    return told, (
+        f"{options.out}: {len(forget)} rows forgotten by {options.method} ({result.status}) in"
+        f" {result.seconds:.2f} s, {result.gradient_evaluations} gradient evaluations"
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> tuple[Any, str]:
+    methods = [name for part in options.methods for name in part.split(",") if name]
+    for name in methods:
+        check_method(name)
+    out = options.out or str(Path(options.run) / "evaluation.json")
+    _check_writable(out)
+    run = Run.open(options.run)
+    told = evaluate_methods(
+        run,
+        [parse_forget(run.task, spec) for spec in options.forget],
+        methods,
+        n_models=options.n_models,
+        seed=options.seed,
+        predictor=options.predictor,
+        **_where(options),
+    )
+    _write(out, json.dumps(told, indent=1) + "\n")
+    return told, f"{evaluation_table(told)}\nwritten to {out}"
+
+
+def _status(options: argparse.Namespace) -> tuple[Any, str]:
+    from attribution.run import read_settings
+
+    path = Path(options.run)
+    settings = read_settings(path)
+    found = []
+    for store in Run(path, settings, task=None).stores():  # type: ignore[arg-type]
+        bad = store.verify() if options.verify else []
+        found.append(
+            {
+                "store": os.path.relpath(store.path, path),
+                "kind": store.spec.kind,
+                "blocks": store.spec.blocks,
+                "done": len(store.done()),
+                "pending": len(store.pending()),
+                "bad": bad,
+            }
+        )
+    if any(row["bad"] for row in found):
+        damaged = [f"{row['store']} blocks {row['bad']}" for row in found if row["bad"]]
+        raise RuntimeError(f"damaged: {'; '.join(damaged)}")
+    return {"run": str(path), "stores": found}, status_table(found, verified=options.verify)
+
+
+def _report(options: argparse.Namespace) -> tuple[Any, str]:
+    path = Path(options.run)
+    source, out = path / "evaluation.json", options.out or str(path / "report.html")
+    try:
+        evaluation = json.loads(source.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot read {str(source)!r}: run dmm evaluate --run {path} first"
+        ) from error
+    _check_writable(out)
+    images = forgotten_thumbnails(Run.open(path).task, evaluation) if options.thumbnails else None
+    title = f"Unlearning on {evaluation.get('task', 'a task')}"
+    _write(out, render_report(evaluation, title=title, thumbnails=images))
+    return {"out": out}, f"written to {out}"
+
+
+# -- arguments -------------------------------------------------------------------------------
+
+
+def _where(options: argparse.Namespace) -> dict[str, Any]:
+    if options.workers is not None and options.scheduler is not None:
+        raise ValueError("give --workers or --scheduler, not both")
+    return {
+        "device": options.device,
+        "workers": options.workers,
+        "scheduler": options.scheduler,
+    }
+
+
+def _model(run: Run, checkpoint: str | None) -> Model:
+    return load_model(run.task, checkpoint) if checkpoint else run.full.model(0)
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, str]:
+    wrong = [pair for pair in pairs if "=" not in pair]
+    if wrong:
+        raise ValueError(f"--set takes field=value, got {wrong[0]!r}")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _check_writable(out: str) -> None:
+    folder = Path(out).resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write {out!r}: {str(folder)!r} is no folder that can be written")
+
+
+def _write(out: str, text: str) -> None:
+    partial = Path(f"{out}.partial")
+    try:
+        partial.write_text(text)
+        partial.replace(out)
+    except OSError as error:
+        raise ValueError(f"cannot write {out!r}: {error.strerror}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dmm", description="Predict what a model would output without some of its training"
+        " rows, make it so, and show the evidence."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    make = _verb(verbs, "precompute", _precompute, "train models and fit attributions")
+    make.add_argument("task", metavar="TASK", help="file.py:name or module:name")
+    make.add_argument("--full-models", type=int, default=100, metavar="L")
+    make.add_argument("--subset-models", type=int, default=2000, metavar="M")
+    make.add_argument("--design", choices=[d for d in DESIGNS if d != "full"], default="mixed")
+    predict = _verb(verbs, "predict", _predict, "predict outputs without a forget set")
+    _forget(predict)
+    _predictor(predict)
+    predict.add_argument("--targets", metavar="SPEC", help="train, test, forget, ids or @file")
+    predict.add_argument("--checkpoint", metavar="FILE", help="start from this model")
+    predict.add_argument("--out", metavar="FILE", help="also write a .zarr folder or a .csv file")
+    unlearn = _verb(verbs, "unlearn", _unlearn, "make one model forget")
+    _forget(unlearn)
+    _predictor(unlearn)
+    unlearn.add_argument("--method", required=True, metavar="NAME", help=", ".join(METHODS))
+    unlearn.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    unlearn.add_argument("--checkpoint", metavar="FILE", help="start from this model")
+    unlearn.add_argument("--out", required=True, metavar="FILE.safetensors")
+    evaluate = _verb(verbs, "evaluate", _evaluate, "compare methods with retrained models")
+    evaluate.add_argument("--forget", nargs="+", required=True, metavar="SPEC")
+    evaluate.add_argument("--methods", nargs="+", required=True, metavar="NAME,NAME")
+    evaluate.add_argument("--n-models", type=int, default=100)
+    _predictor(evaluate)
+    evaluate.add_argument("--out", metavar="FILE.json")
+    status = _verb(verbs, "status", _status, "what a run holds and what is pending")
+    status.add_argument("--verify", action="store_true", help="recompute all checksums")
+    report = _verb(verbs, "report", _report, "write the report of an evaluation")
+    report.add_argument("--thumbnails", action="store_true", help="show the forgotten images")
+    report.add_argument("--out", metavar="FILE.html")
+    return parser
+
+
+def _verb(
+    verbs: Any, name: str, action: Callable[[argparse.Namespace], Any], text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
+    parser.set_defaults(verb=action)
+    parser.add_argument("--run", required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, metavar="W", help="processes; 0: this one")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="an existing dask scheduler")
+    return parser
+
+
+def _forget(parser: argparse.ArgumentParser) -> None:
+    text = "ids, @file, rows:10:20, random:50:seed or cluster:60:seed"
+    parser.add_argument("--forget", required=True, metavar="SPEC", help=text)
+
+
+def _predictor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--predictor", choices=PREDICTORS, default=PREDICTORS[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

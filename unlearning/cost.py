@@ -1,0 +1,89 @@
+"""Cost: one request for one model against one retraining of one model, the same code path."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from attribution import ForgetSet, Model, Task
+from attribution.training import threads, train_one
+from unlearning.runner import Unlearned, UnlearningMethod
+
+Result = TypeVar("Result")
+REPEATS = 5
+THREADS = 1
+
+
+def measure_retraining(
+    task: Task, device: str = "cpu", *, repeats: int = REPEATS
+) -> dict[str, Any]:
+    """Wall time and gradient evaluations of one retraining of one model on all rows.
+
+    Args:
+        task: what to train.
+        device: where to compute.
+        repeats: timed runs, of which the median is taken.
+
+    Returns:
+        `seconds` and `gradient_evaluations` (None for a task's own training function).
+
+    Example:
+        >>> from examples.digits import task
+        >>> measure_retraining(task, repeats=1)["gradient_evaluations"]
+        43110
+    """
+    rows = np.arange(len(task.train_ids))
+    with threads(THREADS):
+        _, seconds = _timed(lambda: train_one(task, rows, 0, 0, torch.device(device)), repeats)
+    visited = task.recipe.epochs * len(rows) if task.recipe else None
+    return {"seconds": seconds, "gradient_evaluations": visited}
+
+
+def measure_request(
+    method: UnlearningMethod,
+    model: Model,
+    forget: ForgetSet,
+    device: str = "cpu",
+    *,
+    repeats: int = REPEATS,
+) -> dict[str, Any]:
+    """Wall time and gradient evaluations of one unlearning of one model, prediction included.
+
+    Args:
+        method: how.
+        model: what to change.
+        forget: rows to forget.
+        device: where to compute.
+        repeats: timed runs, of which the median is taken.
+
+    Returns:
+        `seconds` and `gradient_evaluations`.
+
+    Example:
+        >>> from examples.digits import mlp, task
+        >>> from unlearning import DoNothing
+        >>> forget = ForgetSet.of(task, ["train-17"])
+        >>> measure_request(DoNothing(), Model(task, mlp().state_dict()), forget)[
+        ...     "gradient_evaluations"
+        ... ]
+        0
+    """
+
+    def request() -> Unlearned:
+        return method(model, model.task, forget, device=device)
+
+    with threads(THREADS):
+        result, seconds = _timed(request, repeats)
+    return {"seconds": seconds, "gradient_evaluations": result.gradient_evaluations}
+
+
+def _timed(action: Callable[[], Result], repeats: int) -> tuple[Result, float]:
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = action()
+        taken.append(time.perf_counter() - start)
+    return result, median(taken)

@@ -1,0 +1,129 @@
+"""Plain text tables for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from attribution import Prediction, Task
+from attribution.task import Rows
+
+SHOWN_TARGETS = 20
+
+
+def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    pads = [str.ljust] + [str.rjust] * (len(header) - 1)
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True))
+        for line in lines
+    )
+
+
+def _pair(block: Mapping[str, Any] | None) -> str:
+    mean, p95 = (block or {}).get("mean"), (block or {}).get("p95")
+    return f"{_number(mean)} / {_number(p95)}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def evaluation_table(evaluation: Mapping[str, Any]) -> str:
+    """One table a forget set: distance to oracles, shift, spread, accuracy and cost of methods.
+
+    Args:
+        evaluation: what `evaluate_methods` returned.
+
+    Returns:
+        The tables.
+
+    Example:
+        >>> evaluation_table({"n_models": 2, "hardware": "a toaster", "forget_sets": {}})
+        '2 models, a toaster'
+    """
+    parts = [f"{evaluation['n_models']} models, {evaluation['hardware']}"]
+    parts += [_set_table(name, block) for name, block in evaluation["forget_sets"].items()]
+    return "\n\n".join(parts)
+
+
+def _set_table(name: str, block: Mapping[str, Any]) -> str:
+    counted = block["null"]["klom"]["forget"]["mean"] is not None
+    measure, title = ("klom", "KLOM") if counted else ("gaussian_kl", "Gaussian KL")
+    header = [f"{name} ({block['size']} rows)", f"{title} forget", "retain", "test"]
+    header += ["shift", "spread", "accuracy", "seconds", "of a retrain"]
+    rows = [["two oracle banks", *_distances(block["null"], measure), "", "", ""]]
+    for method, told in block["methods"].items():
+        rows.append(
+            [
+                method,
+                *_distances(told, measure),
+                _number(told["accuracy"]["forget"]),
+                f"{told['seconds']:.3f}",
+                _percent(told["cost_over_retrain"]),
+            ]
+        )
+    return _lines(header, rows)
+
+
+def _distances(told: Mapping[str, Any], measure: str) -> list[str]:
+    pairs = [_pair(told[measure][split]) for split in ("forget", "retain", "test")]
+    return [*pairs, _number(told["shift"]["forget"]), _number(told["spread"]["forget"])]
+
+
+def prediction_table(task: Task, prediction: Prediction, targets: Rows) -> str:
+    """Margins of the first targets before and after, most changed first.
+
+    Args:
+        task: gives labels and loss.
+        prediction: what was predicted.
+        targets: positions of its targets.
+
+    Returns:
+        The table.
+    """
+    _, labels = task.targets(targets)
+    before, after = (
+        task.loss.margin(torch.from_numpy(np.ascontiguousarray(values)), labels).numpy()
+        for values in (prediction.before, prediction.mean)
+    )
+    order = np.argsort(-np.abs(after - before), kind="stable")[:SHOWN_TARGETS]
+    rows = [
+        [
+            prediction.targets[i],
+            str(labels[i].item()),
+            f"{before[i]:.2f}",
+            f"{after[i]:.2f}",
+            f"{after[i] - before[i]:+.2f}",
+            f"{prediction.std[i].max():.2f}",
+            f"{prediction.noise[i].max():.2f}",
+        ]
+        for i in order
+    ]
+    header = ["target", "label", "margin now", "predicted", "change", "std", "noise"]
+    left = len(prediction.targets) - len(rows)
+    more = f"\n{left} further targets: --json or --out give all" if left > 0 else ""
+    return _lines(header, rows) + "\nstd and noise: the largest of the target's outputs" + more
+
+
+def status_table(stores: Sequence[Mapping[str, Any]], *, verified: bool) -> str:
+    """What each store of a run holds.
+
+    Args:
+        stores: name, kind and block counts of each.
+        verified: whether checksums were recomputed.
+
+    Returns:
+        The table.
+    """
+    rows = [
+        [s["store"], s["kind"], str(s["blocks"]), str(s["done"]), str(s["pending"])] for s in stores
+    ]
+    text = _lines(["store", "kind", "blocks", "done", "pending"], rows)
+    return text + ("\nall checksums hold" if verified else "")
