@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attribution.forget import ForgetSet
+from attribution.forget import ForgetSet, read_ids
 from attribution.model import Model
 from attribution.outputs import Array
 from attribution.task import Rows, Task
@@ -140,8 +140,11 @@ def parse_targets(task: Task, spec: str, forget: ForgetSet) -> Rows:
         Positions, [target].
 
     Raises:
-        ValueError: an unknown id.
+        ValueError: an unknown id, or a file that cannot be read.
     """
     n, total = len(task.train_ids), len(task.target_ids)
     known = {"train": np.arange(n), "test": np.arange(n, total), "forget": forget.rows}
-    return known[spec] if spec in known else target_positions(task, spec.split(","))
+    if spec in known:
+        return known[spec]
+    ids = read_ids(spec[1:]) if spec.startswith("@") else spec.split(",")
+    return target_positions(task, [row.strip() for row in ids])

@@ -5,7 +5,7 @@ the sum of the effects: subsets of one fixed size leave it undetermined.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from attribution.counterfactual import Change, Counterfactual
 from attribution.ensemble import Ensemble
 from attribution.forget import ForgetSet
-from attribution.ridge import Design, decompose, own_masks, solve
+from attribution.ridge import Design, Fit, decompose, own_masks, solve
 from attribution.seeds import generator
 from attribution.task import Rows
 from stores import ArraySpec, Provenance, Store, StoreSpec, run_blocks, total, versions
@@ -39,7 +39,8 @@ class _Problem:
     held: Rows
     trial: Design
     final: Design
-    removed: Tensor
+    held_masks: Tensor
+    judging: Tensor
     lambdas: Tensor
     path: str
     dtype: torch.dtype
@@ -69,26 +70,35 @@ class _Problem:
         store.write_block(block, {n: a.numpy().astype(kinds[n]) for n, a in arrays.items()})
 
     def _choose(self, outputs: Tensor, anchor: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Best lambda of each target and what the shrink factors need, from the change of held-out
-        models against the full ones.
+        """Best lambda of each target on held-out models, and what the shrink factors need.
+
+        Lambda is judged by deviations from the mean of all held-out models; the factors by the
+        change from the full models to those held-out models that are like a deletion request.
         """
-        rotated, _ = self.trial.centred(torch.cat([outputs[self.fitted], anchor[None]]))
-        truth = outputs[self.held] - anchor
+        rotated, centre = self.trial.centred(torch.cat([outputs[self.fitted], anchor[None]]))
         own = own_masks(self.trial, places)
-        cross = self.removed @ self.trial.masks.T
-        seen = torch.zeros(len(self.held), len(places), dtype=self.dtype)
-        inside = places < self.removed.shape[1]
-        seen[:, inside] = self.removed[:, places[inside]]
+        held = outputs[self.held]
+        around = self._against(self.held_masks - self.trial.centre, places)
+        removed = self._against(self.held_masks[self.judging] - 1, places)
         errors, moments = [], []
         for value in self.lambdas:
             fit = solve(self.trial, rotated, value.expand(len(places)), own)
-            other = torch.tensordot(cross, fit.dual, 1)
-            mine = seen[:, :, None] * fit.own
-            errors.append((truth - mine - other).square().sum((0, 2)))
+            mine, other = around(fit)
+            errors.append((held - centre - mine - other).square().sum((0, 2)))
+            mine, other = removed(fit)
+            truth = held[self.judging] - anchor
             pairs = [(mine, mine), (mine, other), (other, other), (mine, truth), (other, truth)]
             moments.append(torch.stack([(a * b).sum((0, 2)) for a, b in pairs], 1))
         chosen = torch.stack(errors).argmin(0)
         return chosen, torch.stack(moments)[chosen, torch.arange(len(places))]
+
+    def _against(self, masks: Tensor, places: Tensor) -> Callable[[Fit], tuple[Tensor, Tensor]]:
+        """Effects of the own row and of the other rows of some masks, each [model, target, output]."""
+        inside = places < masks.shape[1]
+        mine = torch.zeros(len(masks), len(places), dtype=self.dtype)
+        mine[:, inside] = masks[:, places[inside]]
+        across = masks @ self.trial.masks.T
+        return lambda fit: (mine[:, :, None] * fit.own, torch.tensordot(across, fit.dual, 1))
 
 
 def fit_datamodels(
@@ -222,8 +232,10 @@ def _problem(
     seed: int,
     dtype: str,
 ) -> _Problem:
-    judges = generator(seed, "held-out models").permutation(np.flatnonzero(ensemble.judges))
-    held = judges[: max(1, min(round(HELD_OUT * len(ensemble)), len(judges) // 2))]
+    # The same share of every kind of model: the order is drawn anew within judges and others.
+    order = generator(seed, "held-out models").permutation(len(ensemble))
+    order = order[np.argsort(ensemble.judges[order], kind="stable")]
+    held = np.sort(order[:: round(1 / HELD_OUT)])
     fitted = np.setdiff1d(np.arange(len(ensemble)), held)
     number = getattr(torch, dtype)
     masks = torch.from_numpy(ensemble.masks).to(number)
@@ -239,7 +251,8 @@ def _problem(
         held=held,
         trial=trial,
         final=_final_design(ensemble, anchor, dtype),
-        removed=masks[held] - 1,
+        held_masks=masks[held],
+        judging=torch.from_numpy(np.flatnonzero(ensemble.judges[held])),
         lambdas=torch.from_numpy(store.constant("lambdas")).to(number),
         path=store.path,
         dtype=number,

@@ -143,6 +143,8 @@ def why_one_by_one(module: nn.Module, inputs: Tensor, *, training: bool) -> str 
     buffers = [name for name, _ in module.named_buffers()]
     if training and buffers:
         return f"its buffers ({buffers[0]}, ...) change during training"
+    if len(dict(module.named_parameters(remove_duplicate=False))) > len(list(module.parameters())):
+        return "some of its layers share parameters"
     probe = deepcopy(module).train(training)
     parameters, rest = stack_module_state([probe, probe])
     try:
@@ -223,7 +225,8 @@ class Descent:
             return {name: tensor.detach().clone() for name, tensor in state.items()}
         # The module of one model computes on the very tensors that the optimiser moves.
         self.module.load_state_dict(state)
-        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        own: State = dict(self.module.named_parameters(remove_duplicate=False))
+        own |= dict(self.module.named_buffers(remove_duplicate=False))
         return {name: own[name] for name in state if name in own}
 
     def _bind(self, first: Batch) -> Gradients:

@@ -172,7 +172,7 @@ def parse_forget(task: Task, spec: str) -> ForgetSet:
     named = re.fullmatch(r"([\w.-]+)=(.+)", spec, flags=re.DOTALL)
     name, body = named.groups() if named else (spec, spec)
     if body.startswith("@"):
-        return ForgetSet.of(task, _lines(Path(body[1:])), name, "file")
+        return ForgetSet.of(task, read_ids(body[1:]), name, "file")
     if re.match(r"rows:", body):
         rows = np.arange(len(task.train_ids))[_slice(body)]
         return ForgetSet.at(task, rows, name, "rows")
@@ -183,11 +183,29 @@ def parse_forget(task: Task, spec: str) -> ForgetSet:
     return ForgetSet.of(task, [part.strip() for part in body.split(",") if part.strip()], name)
 
 
-def _lines(path: Path) -> list[str]:
+def read_ids(path: str) -> list[str]:
+    """The ids in a file, one a line.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The ids.
+
+    Raises:
+        ValueError: the file cannot be read.
+
+    Example:
+        >>> read_ids("nowhere.txt")
+        Traceback (most recent call last):
+            ...
+        ValueError: cannot read the file of ids 'nowhere.txt': No such file or directory
+    """
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise ValueError(f"cannot read the forget file {str(path)!r}: {error.strerror}") from error
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot read the file of ids {path!r}: {reason}") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from attribution.outputs import Array, evaluate
 from attribution.task import Rows, State, Task
 
 METADATA = "datamodel-matching"
+TORCH_FILES = (".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,10 @@ class Model:
             path: file to write; replaced as a whole.
 
         Raises:
-            ValueError: the folder cannot be written.
+            ValueError: the folder cannot be written, or the name is that of a torch file.
         """
+        if os.fspath(path).endswith(TORCH_FILES):
+            raise ValueError(f"models are written as .safetensors, got {os.fspath(path)!r}")
         salt = secrets.token_hex(16)
         ids = self.forgotten.ids if self.forgotten else ()
         told = dict(self.provenance) | {"salt": salt, "forgotten": [_salted(salt, i) for i in ids]}
@@ -117,7 +121,8 @@ def check_state(task: Task, state: Mapping[str, Tensor], where: str) -> None:
         where: what the error calls it.
 
     Raises:
-        ValueError: a missing, unexpected or misshapen key, or non-finite weights; names the key.
+        ValueError: a missing, unexpected or misshapen key, another dtype, or non-finite weights;
+            names the key.
 
     Example:
         >>> from examples.digits import mlp, task
@@ -129,10 +134,17 @@ def check_state(task: Task, state: Mapping[str, Tensor], where: str) -> None:
             raise ValueError(f"{where} does not fit task {task.name!r}: key {key!r} is missing")
         if key not in wanted:
             raise ValueError(f"{where} does not fit task {task.name!r}: unexpected key {key!r}")
+        if not isinstance(state[key], Tensor):
+            raise ValueError(f"{where} does not fit task {task.name!r}: key {key!r} holds no tensor")
         if state[key].shape != wanted[key].shape:
             raise ValueError(
                 f"{where} does not fit task {task.name!r}: key {key!r} has shape"
                 f" {tuple(state[key].shape)}, the model's is {tuple(wanted[key].shape)}"
+            )
+        if state[key].dtype != wanted[key].dtype:
+            raise ValueError(
+                f"{where} does not fit task {task.name!r}: key {key!r} has dtype"
+                f" {state[key].dtype}, the model's is {wanted[key].dtype}"
             )
         if not torch.isfinite(state[key]).all():
             raise ValueError(f"{where} has non-finite weights in key {key!r}")
@@ -140,13 +152,19 @@ def check_state(task: Task, state: Mapping[str, Tensor], where: str) -> None:
 
 def _read(name: str) -> tuple[State, dict[str, Any]]:
     try:
-        if name.endswith((".pt", ".pth", ".ckpt")):
+        if name.endswith(TORCH_FILES):
             loaded = torch.load(name, map_location="cpu", weights_only=True)
             return dict(loaded.get("state_dict", loaded)), {}
         with safe_open(name, framework="pt") as file:
             told = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             return {key: file.get_tensor(key) for key in file.keys()}, told  # noqa: SIM118
-    except (OSError, SafetensorError, RuntimeError, ValueError, AttributeError) as error:
+    except (UnpicklingError, EOFError) as error:
+        # torch's own text advises to unpickle it all the same.
+        raise ValueError(
+            f"cannot read the checkpoint {name!r}: it is damaged or holds more than tensors;"
+            " save the state dict alone"
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"cannot read the checkpoint {name!r}: {error}") from error
 
 

@@ -30,7 +30,12 @@ def evaluate(module: nn.Module, state: Mapping[str, Tensor], inputs: Tensor) -> 
         >>> evaluate(nn.Linear(2, 1), nn.Linear(2, 1).state_dict(), torch.zeros(3, 2)).shape
         torch.Size([3, 1])
     """
-    return _in_pieces(module, inputs, lambda rows: functional_call(module, dict(state), (rows,)), 0)
+
+    def run(rows: Tensor) -> Tensor:
+        # A state holds layers that share a parameter each with a tensor of its own.
+        return functional_call(module, dict(state), (rows,), tie_weights=False)  # type: ignore[no-any-return]
+
+    return _in_pieces(module, inputs, run, 0)
 
 
 def evaluate_many(module: nn.Module, states: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
@@ -52,7 +57,8 @@ def evaluate_many(module: nn.Module, states: Mapping[str, Tensor], inputs: Tenso
     """
 
     def run(rows: Tensor) -> Tensor:
-        return vmap(lambda state: functional_call(module, state, (rows,)))(dict(states))
+        call = vmap(lambda state: functional_call(module, state, (rows,), tie_weights=False))
+        return call(dict(states))  # type: ignore[no-any-return]
 
     return _in_pieces(module, inputs, run, 1)
 
@@ -87,4 +93,4 @@ def target_margins(task: Task, outputs: np.ndarray[Any, Any]) -> Array:
     """
     _, labels = task.targets()
     values = torch.from_numpy(np.ascontiguousarray(outputs))
-    return task.loss.margin(values, labels.expand(*values.shape[:-1])).numpy()
+    return task.loss.margin(values, labels.expand(*values.shape[:-2], *labels.shape)).numpy()

@@ -108,7 +108,7 @@ def draw_subsets(
         The subsets.
 
     Raises:
-        ValueError: an unknown design or no models.
+        ValueError: an unknown design, no models, too few rows, or other data's forget set.
 
     Example:
         >>> from examples.digits import task
@@ -120,6 +120,11 @@ def draw_subsets(
         raise ValueError(f"unknown design {design!r}: choose one of {', '.join(DESIGNS)}")
     if models < 1:
         raise ValueError(f"an ensemble needs at least 1 model, got {models}")
+    if without is not None and without.total != len(task.train_ids):
+        raise ValueError(
+            f"the forget set is drawn from {without.total} rows, task {task.name!r} has"
+            f" {len(task.train_ids)}: make it with this task"
+        )
     masks = DESIGNS[design](task, models, generator(seed, f"subsets {design}"))
     if without is not None:
         masks &= ~without.mask

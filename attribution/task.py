@@ -62,6 +62,10 @@ class Recipe:
         for name, value in positive.items():
             if not value > 0:
                 raise ValueError(f"recipe.{name} must be above 0, got {value}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"recipe.momentum must be from 0 to below 1, got {self.momentum}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"recipe.weight_decay must be 0 or above, got {self.weight_decay}")
         if not 0 < self.peak_at < 1:
             raise ValueError(f"recipe.peak_at must lie between 0 and 1, got {self.peak_at}")
 
@@ -117,7 +121,8 @@ class Task:
         embed: maps inputs [row, ...] to vectors [row, feature] for nearest-row forget sets.
 
     Raises:
-        ValueError: ids that repeat or do not fit the data, no way to train named twice.
+        ValueError: ids that repeat or do not fit the data, no rows, two ways to train.
+        TypeError: an id is no text.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -153,6 +158,9 @@ class Task:
     def _checked_ids(self, split: str) -> tuple[str, ...]:
         size, given = len(self.data(split)), getattr(self, f"{split}_ids")
         ids = tuple(given) or tuple(f"{split}-{i}" for i in range(size))
+        wrong = [row for row in ids if not isinstance(row, str)]
+        if wrong:
+            raise TypeError(f"expected texts as {split} ids, got {wrong[0]!r}; use str()")
         if len(ids) != size:
             raise ValueError(f"task {self.name!r}: {len(ids)} {split} ids for {size} rows")
         if len(set(ids)) != size:
@@ -228,8 +236,14 @@ class Task:
                     f"task {self.name!r}: the {what} of row {self.train_ids[probe[0]]!r} or one of"
                     " its neighbours differ between two reads; put augmentation in the recipe"
                 )
-        with torch.no_grad():
-            outputs = self.new_model(0).eval()(first[0])
+        try:
+            with torch.no_grad():
+                outputs = self.new_model(0).eval()(first[0])
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"task {self.name!r}: the model does not take inputs of shape"
+                f" {tuple(first[0].shape)} and dtype {first[0].dtype}: {error}"
+            ) from error
         if outputs.ndim != 2 or len(outputs) != len(probe):  # noqa: PLR2004
             raise ValueError(
                 f"task {self.name!r}: the model must map inputs [row, ...] to outputs"

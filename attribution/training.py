@@ -220,9 +220,17 @@ def _train_group(
     for step, rate in enumerate(recipe.rates(orders.shape[1])):
         now = order[..., step, :]
         x = _augmented(recipe, take(inputs, now), now, seeds, step // per_epoch)
-        descent.step(Batch(x, take(labels, now), weights[..., step, :], nothing), float(rate))
+        batch = Batch(x, take(labels, now), weights[..., step, :], nothing)
+        descent.step(batch if many else _without_padding(batch), float(rate))
     final = {name: tensor.cpu() for name, tensor in descent.state.items()}
     return [unstack(final, i) for i in range(len(chosen))] if many else [final]
+
+
+def _without_padding(batch: Batch) -> Batch:
+    """The real rows alone: BatchNorm would count padding, which may be a row of no subset."""
+    real = batch.weight > 0
+    parts = (batch.inputs, batch.labels, batch.weight, batch.targets)
+    return Batch(*(part[real] for part in parts))
 
 
 def _augmented(recipe: Recipe, inputs: Tensor, rows: Tensor, seeds: Sequence[int], epoch: int) -> Tensor:

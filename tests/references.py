@@ -120,3 +120,37 @@ def patches(layer, images):
         for column in widths
     ]
     return torch.tensor(found, dtype=images.dtype)
+
+
+def klom_of_row(unlearned, oracles):
+    """KLOM of one target from two lists of margins, bin by bin."""
+    u = [min(max(margin, -100.0), 100.0) for margin in unlearned]
+    o = [min(max(margin, -100.0), 100.0) for margin in oracles]
+    lowest, highest = min(u + o), max(u + o)
+    if lowest == highest:
+        return 0.0
+    edges = np.linspace(lowest, highest, 21)
+    p = [count / len(u) for count in np.histogram(u, edges)[0]]
+    q = [count / len(o) for count in np.histogram(o, edges)[0]]
+    raised = [max(b, 1e-5) if a > 0 else b for a, b in zip(p, q, strict=True)]
+    normal = [b / sum(raised) for b in raised]
+    return sum(a * math.log(a / b) for a, b in zip(p, normal, strict=True) if a > 0)
+
+
+def divergence_of_normals(mean, deviation, other_mean, other_deviation):
+    """KL(N(mean, deviation) || N(other)) by the trapezoid rule over 12 standard deviations."""
+    x = np.linspace(mean - 12 * deviation, mean + 12 * deviation, 200_001)
+
+    def log_density(m, s):
+        return -(((x - m) / s) ** 2) / 2 - math.log(s) - math.log(2 * math.pi) / 2
+
+    mine, other = log_density(mean, deviation), log_density(other_mean, other_deviation)
+    return np.trapezoid(np.exp(mine) * (mine - other), x)
+
+
+def dense_projector(vectors, gamma):
+    """Projector on the leading directions of stacked input vectors [vector, width], by an SVD."""
+    _, singular, rows = np.linalg.svd(vectors, full_matrices=True)
+    share = np.cumsum(singular) / singular.sum()
+    kept = rows[: max(1, int((share <= gamma).sum()))]
+    return kept.T @ kept

@@ -91,7 +91,7 @@ class GradientProjection:
     """
 
     moments: Moments
-    gamma: float = 0.9
+    gamma: float = 0.8
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1:

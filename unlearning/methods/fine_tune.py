@@ -21,7 +21,7 @@ class FineTune(UnlearningMethod):
     """
 
     epochs: int = 3
-    rate: float = 1e-2
+    rate: float = 0.1
     batch_size: int = 64
     batchnorm: str = "frozen"
 

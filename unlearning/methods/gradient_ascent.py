@@ -21,7 +21,7 @@ class GradientAscent(UnlearningMethod):
     """
 
     epochs: int = 5
-    rate: float = 1e-3
+    rate: float = 0.03
     batch_size: int = 64
     batchnorm: str = "frozen"
 

@@ -29,6 +29,7 @@ class Matching(UnlearningMethod):
         passes: gradient evaluations, in units of the number of training rows.
         rate: first learning rate.
         batch_size: rows a step.
+        forget_multiplier: visits of a forget row, per visit of a retain row.
         retain_multiplier: retain rows visited, per forget row.
         retain_extra: retain rows visited on top.
         batchnorm: "frozen" leaves BatchNorm statistics as they are, "update" lets them move.
@@ -41,15 +42,16 @@ class Matching(UnlearningMethod):
 
     counterfactual: Counterfactual
     backend: GradientProjection | None = None
-    passes: float = 1.5
-    rate: float = 3e-3
-    batch_size: int = 16
-    retain_multiplier: float = 3.0
+    passes: float = 2.0
+    rate: float = 5e-3
+    batch_size: int = 32
+    forget_multiplier: int = 2
+    retain_multiplier: float = 1.0
     retain_extra: int = 100
     batchnorm: str = "frozen"
 
     def __post_init__(self) -> None:
-        check_positive(self, ("passes", "rate", "batch_size"))
+        check_positive(self, ("passes", "rate", "batch_size", "forget_multiplier"))
         if not 0 <= self.retain_multiplier < np.inf or self.retain_extra < 0:
             raise ValueError(
                 "Matching.retain_multiplier and retain_extra must be finite and not negative"
@@ -63,11 +65,13 @@ class Matching(UnlearningMethod):
         change = self.counterfactual.change(request.wanted, request.already, rows)
         before = request.outputs(request.states, inputs).cpu().numpy()
         targets = torch.from_numpy(change.applied(before).astype(before.dtype)).to(request.device)
+        forget, retain = np.split(np.arange(len(rows)), [len(request.forget)])
+        visits = np.concatenate([np.tile(forget, self.forget_multiplier), retain])
         steps = -(-max(1, int(self.passes * request.forget.total)) // self.batch_size)
         return Plan(
             inputs=inputs,
             labels=labels,
-            order=stream_order(len(rows), steps, self.batch_size, request),
+            order=visits[stream_order(len(visits), steps, self.batch_size, request)],
             rates=self.rate * (1 - np.arange(steps) / steps),
             cotangent=_derivative,
             value=_mismatch,

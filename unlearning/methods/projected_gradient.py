@@ -44,7 +44,7 @@ class ProjectedGradient(UnlearningMethod):
     """
 
     moments: Moments
-    gamma: float = 0.9
+    gamma: float = 0.8
     epochs: int = 100
     rate: float = 0.1
     last_rate: float = 0.01
