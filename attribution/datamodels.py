@@ -29,6 +29,23 @@ BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
+class _Settings:
+    lambdas: tuple[float, ...]
+    seed: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be 'float32' or 'float64', got {self.dtype!r}")
+        if not self.lambdas or min(self.lambdas) <= 0:
+            raise ValueError(f"lambdas must all be above 0, got {self.lambdas}")
+
+    @property
+    def number(self) -> torch.dtype:
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+
+@dataclass(frozen=True)
 class _Problem:
     """All that fitting a block of targets needs."""
 
@@ -93,7 +110,7 @@ class _Problem:
         return chosen, torch.stack(moments)[chosen, torch.arange(len(places))]
 
     def _against(self, masks: Tensor, places: Tensor) -> Callable[[Fit], tuple[Tensor, Tensor]]:
-        """Effects of the own row and of the other rows of some masks, each [model, target, output]."""
+        """Effects of the own row and of the other rows, each [model, target, output]."""
         inside = places < masks.shape[1]
         mine = torch.zeros(len(masks), len(places), dtype=self.dtype)
         mine[:, inside] = masks[:, places[inside]]
@@ -138,7 +155,8 @@ def fit_datamodels(
         >>> import tempfile
         >>> from attribution import draw_subsets, train_models
         >>> from examples.digits import task
-        >>> half, full = (draw_subsets(task, models=m, design=d) for m, d in ((20, "half"), (4, "full")))
+        >>> half = draw_subsets(task, models=20, design="half")
+        >>> full = draw_subsets(task, models=4, design="full")
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     bank = train_models(task, half, to=f"{folder}/half", workers=0)
         ...     anchor = train_models(task, full, to=f"{folder}/full", workers=0)
@@ -150,11 +168,14 @@ def fit_datamodels(
         row and the shrink factors are ours.
     """
     _check_ensembles(ensemble, anchor)
-    store = _datamodel_store(ensemble, anchor, to, lambdas, seed, dtype)
+    chosen = _Settings(tuple(lambdas), seed, dtype)
+    final = _final_design(ensemble, anchor, chosen.number)
+    store = _datamodel_store(ensemble, anchor, to, final, chosen)
     if store.pending():
-        problem = _problem(ensemble, anchor, store, lambdas, seed, dtype)
+        problem = _problem(ensemble, anchor, store, final, chosen)
         title = f"fitting {os.path.basename(store.path)}"
-        run_blocks(problem, store.pending(), title=title, workers=workers, scheduler=scheduler)
+        at = None if scheduler else workers
+        run_blocks(problem, store.pending(), title=title, workers=at, scheduler=scheduler)
     return LinearDatamodel.open(store.finalize().path)
 
 
@@ -175,35 +196,29 @@ def _datamodel_store(
     ensemble: Ensemble,
     anchor: Ensemble,
     to: str | os.PathLike[str],
-    lambdas: Sequence[float],
-    seed: int,
-    dtype: str,
+    design: Design,
+    chosen: _Settings,
 ) -> Store:
-    if dtype not in ("float32", "float64"):
-        raise ValueError(f"dtype must be 'float32' or 'float64', got {dtype!r}")
-    if not lambdas or min(lambdas) <= 0:
-        raise ValueError(f"lambdas must all be above 0, got {tuple(lambdas)}")
     targets, outputs = ensemble.outputs.shape[1:]
     n = ensemble.masks.shape[1]
-    per_target = n * outputs * np.dtype(dtype).itemsize
+    per_target = n * outputs * np.dtype(chosen.dtype).itemsize
     block = -(-targets // max(1, -(-targets * per_target // BLOCK_BYTES)))
     each = ("target", "output")
     arrays = {
-        "effects": ArraySpec(("train", *each), (n, targets, outputs), dtype),
-        "own": ArraySpec(each, (targets, outputs), dtype),
-        "variance": ArraySpec(each, (targets, outputs), dtype),
-        "noise": ArraySpec(each, (targets, outputs), dtype),
-        "moments": ArraySpec(("target", None), (targets, 5), dtype),
+        "effects": ArraySpec(("train", *each), (n, targets, outputs), chosen.dtype),
+        "own": ArraySpec(each, (targets, outputs), chosen.dtype),
+        "variance": ArraySpec(each, (targets, outputs), chosen.dtype),
+        "noise": ArraySpec(each, (targets, outputs), chosen.dtype),
+        "moments": ArraySpec(("target", None), (targets, 5), chosen.dtype),
         "chosen": ArraySpec(("target",), (targets,), "int64"),
     }
-    design = _final_design(ensemble, anchor, dtype)
     scale = float(design.eigenvalues.mean())
     settings = {
         "ensemble": dict(ensemble.store.provenance.settings),
         "anchor": dict(anchor.store.provenance.settings),
-        "lambdas": list(lambdas),
-        "seed": seed,
-        "dtype": dtype,
+        "lambdas": list(chosen.lambdas),
+        "seed": chosen.seed,
+        "dtype": chosen.dtype,
     }
     return Store.open_or_create(
         to,
@@ -212,32 +227,27 @@ def _datamodel_store(
         constants={
             "masks": design.masks.numpy(),
             "eigenvalues": design.eigenvalues.numpy(),
-            "lambdas": np.array(lambdas) * scale,
+            "lambdas": np.array(chosen.lambdas) * scale,
         },
         ids={"train": ensemble.task.train_ids, "target": ensemble.task.target_ids},
     )
 
 
-def _final_design(ensemble: Ensemble, anchor: Ensemble, dtype: str) -> Design:
+def _final_design(ensemble: Ensemble, anchor: Ensemble, dtype: torch.dtype) -> Design:
     masks = np.concatenate([ensemble.masks, np.ones_like(ensemble.masks[:1])])
     weights = np.append(np.ones(len(ensemble)), len(anchor))
-    return decompose(torch.from_numpy(masks).to(getattr(torch, dtype)), torch.from_numpy(weights))
+    return decompose(torch.from_numpy(masks).to(dtype), torch.from_numpy(weights))
 
 
 def _problem(
-    ensemble: Ensemble,
-    anchor: Ensemble,
-    store: Store,
-    lambdas: Sequence[float],
-    seed: int,
-    dtype: str,
+    ensemble: Ensemble, anchor: Ensemble, store: Store, final: Design, chosen: _Settings
 ) -> _Problem:
     # The same share of every kind of model: the order is drawn anew within judges and others.
-    order = generator(seed, "held-out models").permutation(len(ensemble))
+    order = generator(chosen.seed, "held-out models").permutation(len(ensemble))
     order = order[np.argsort(ensemble.judges[order], kind="stable")]
     held = np.sort(order[:: round(1 / HELD_OUT)])
     fitted = np.setdiff1d(np.arange(len(ensemble)), held)
-    number = getattr(torch, dtype)
+    number = chosen.number
     masks = torch.from_numpy(ensemble.masks).to(number)
     everything = torch.ones(1, masks.shape[1], dtype=number)
     weights = torch.ones(len(fitted) + 1)
@@ -250,7 +260,7 @@ def _problem(
         fitted=fitted,
         held=held,
         trial=trial,
-        final=_final_design(ensemble, anchor, dtype),
+        final=final,
         held_masks=masks[held],
         judging=torch.from_numpy(np.flatnonzero(ensemble.judges[held])),
         lambdas=torch.from_numpy(store.constant("lambdas")).to(number),
@@ -305,7 +315,8 @@ class LinearDatamodel(Counterfactual):
 
     @cached_property
     def _design(self) -> tuple[Any, Any, Any]:
-        return tuple(self.store.constant(name) for name in ("masks", "eigenvalues", "lambdas"))
+        masks, eigenvalues = self.store.constant("masks"), self.store.constant("eigenvalues")
+        return masks, eigenvalues, self.store.constant("lambdas")
 
     def change(
         self, forget: ForgetSet, already: ForgetSet | None = None, targets: Rows | None = None
@@ -317,7 +328,9 @@ class LinearDatamodel(Counterfactual):
         """
         n, count = self.store.spec.arrays["effects"].shape[:2]
         if forget.total != n:
-            raise ValueError(f"the forget set is drawn from {forget.total} rows, the datamodel has {n}")
+            raise ValueError(
+                f"the forget set is drawn from {forget.total} rows, the datamodel has {n}"
+            )
         places = np.arange(count) if targets is None else targets
         gone = forget.mask & ~already.mask if already else forget.mask
         rows = np.flatnonzero(gone)

@@ -60,8 +60,12 @@ class Ensemble:
             ValueError: no such store, blocks are missing, or other rows than the task's.
         """
         store = Store.open(path, "ensemble")
-        if store.ids("train") != list(task.train_ids) or store.ids("target") != list(task.target_ids):
-            raise ValueError(f"{store.path} was made from other rows than those of task {task.name!r}")
+        if store.ids("train") != list(task.train_ids) or store.ids("target") != list(
+            task.target_ids
+        ):
+            raise ValueError(
+                f"{store.path} was made from other rows than those of task {task.name!r}"
+            )
         if store.pending():
             raise ValueError(
                 f"{store.path} is not finished: {len(store.pending())} blocks are pending;"
@@ -112,7 +116,8 @@ class Ensemble:
         """Stacked state dicts of some models, each tensor [model, ...]; None: of all."""
         if not self.keeps_weights:
             raise ValueError(
-                f"{self.store.path} kept no weights: train it with train_models(..., keep='weights')"
+                f"{self.store.path} kept no weights: train it with"
+                " train_models(..., keep='weights')"
             )
         chosen = list(range(len(self)) if models is None else models)
         keys = _keys(self.store)
@@ -124,12 +129,14 @@ class Ensemble:
         return np.stack([blocks[m // size][m % size] for m in models])
 
     def model(self, index: int) -> Model:
-        """One of its models."""
+        """One of its models; the rows it never saw count as forgotten."""
         if not 0 <= index < len(self):
             raise ValueError(f"{self.store.path} has models 0 to {len(self) - 1}, not {index}")
         state = unstack(self.states([index]), 0)
         told = {"ensemble": os.path.basename(self.store.path), "index": index, "seed": self.seed}
-        return Model(self.task, state, self.without, told)
+        unseen = np.flatnonzero(~self.masks[index])
+        forgotten = ForgetSet.at(self.task, unseen) if len(unseen) else None
+        return Model(self.task, state, forgotten, told)
 
     def checkpoints(self, count: int) -> list[Model]:
         """Its first models."""
@@ -224,7 +231,15 @@ def train_models(
     """
     task.check()
     reason = why_not_many(task)
-    store = _store(task, subsets, to, keep, str(device), reason is None, models_at_once)
+    store = _store(
+        task,
+        subsets,
+        to,
+        keep=keep,
+        device=str(device),
+        many=reason is None,
+        models_at_once=models_at_once,
+    )
     if store.pending():
         if reason is not None and task.train is None:
             warnings.warn(
@@ -267,6 +282,7 @@ def _store(
     task: Task,
     subsets: Subsets,
     to: str | os.PathLike[str],
+    *,
     keep: str,
     device: str,
     many: bool,
@@ -274,6 +290,14 @@ def _store(
 ) -> Store:
     if keep not in ("outputs", "weights"):
         raise ValueError(f"keep must be 'outputs' or 'weights', got {keep!r}")
+    if models_at_once is not None and models_at_once < 1:
+        raise ValueError(f"models_at_once must be above 0, got {models_at_once}")
+    rows = subsets.masks.shape[1]
+    if rows != len(task.train_ids):
+        raise ValueError(
+            f"the subsets are drawn from {rows} rows, task {task.name!r} has {len(task.train_ids)}:"
+            " draw them with this task"
+        )
     block = models_at_once or (MODELS_AT_ONCE if many else 1)
     keys = list(task.new_model(0).state_dict()) if keep == "weights" else []
     return Store.open_or_create(
@@ -298,9 +322,10 @@ def _keys(store: Store) -> dict[str, str]:
 
 def _arrays(task: Task, models: int, keep: str) -> dict[str, ArraySpec]:
     module = task.new_model(0)
-    outputs = evaluate(module, module.state_dict(), task.targets([0])[0]).shape[1]
-    shape = (models, len(task.target_ids), outputs)
-    arrays = {"outputs": ArraySpec(("model", "target", "output"), shape, "float32")}
+    outputs = evaluate(module, module.state_dict(), task.targets([0])[0])
+    shape = (models, len(task.target_ids), outputs.shape[1])
+    dtype = str(outputs.dtype).removeprefix("torch.")
+    arrays = {"outputs": ArraySpec(("model", "target", "output"), shape, dtype)}
     if keep == "weights":
         for i, tensor in enumerate(module.state_dict().values()):
             dtype = str(tensor.dtype).removeprefix("torch.")

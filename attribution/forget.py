@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ class ForgetSet:
     kind: str = "ids"
 
     @classmethod
-    def of(cls, task: Task, ids: Sequence[str], name: str = "forget", kind: str = "ids") -> "ForgetSet":
+    def of(
+        cls, task: Task, ids: Sequence[str], name: str = "forget", kind: str = "ids"
+    ) -> "ForgetSet":
         """The forget set of some ids.
 
         Args:
@@ -101,13 +104,15 @@ class ForgetSet:
             wrong = positions[0] if positions[0] < 0 else positions[-1]
             row = task.target_ids[wrong] if 0 <= wrong < len(task.target_ids) else wrong
             raise ValueError(f"forget set {name!r}: {row!r} is none of the {total} training rows")
-        repeated = {a for a, b in zip(positions, positions[1:], strict=False) if a == b}
+        repeated = {a for a, b in pairwise(positions) if a == b}
         if repeated:
             raise ValueError(
                 f"forget set {name!r} names {task.train_ids[min(repeated)]!r} more than once"
             )
         if len(positions) == total:
-            raise ValueError(f"forget set {name!r} holds all {total} training rows: nothing is left")
+            raise ValueError(
+                f"forget set {name!r} holds all {total} training rows: nothing is left"
+            )
         ids = tuple(task.train_ids[i] for i in positions)
         return cls(ids, tuple(positions), total, name, kind)
 
@@ -227,7 +232,9 @@ def _drawn(task: Task, body: str) -> tuple[str, int, int]:
         raise ValueError(f"expected random:SIZE:SEED or cluster:SIZE:SEED, got {body!r}")
     size, total = int(found.group(2)), len(task.train_ids)
     if not 0 < size < total:
-        raise ValueError(f"{body!r} asks for {size} of {total} training rows: take 1 to {total - 1}")
+        raise ValueError(
+            f"{body!r} asks for {size} of {total} training rows: take 1 to {total - 1}"
+        )
     return found.group(1), size, int(found.group(3) or 0)
 
 

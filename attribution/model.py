@@ -46,12 +46,12 @@ class Model:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def outputs(self, targets: Rows | list[int] | None = None) -> Array:
-        """Outputs on some targets, by position; None: on all of them. [target, output]"""
+        """Outputs [target, output] on some targets, by position; None: on all of them."""
         inputs, _ = self.task.targets(targets)
         return evaluate(self.task.new_model(0), self.state, inputs).numpy()
 
     def digest(self) -> str:
-        """sha256 over names and values of the state."""
+        """The sha256 over names and values of the state."""
         found = hashlib.sha256()
         for name in sorted(self.state):
             found.update(name.encode())
@@ -135,7 +135,9 @@ def check_state(task: Task, state: Mapping[str, Tensor], where: str) -> None:
         if key not in wanted:
             raise ValueError(f"{where} does not fit task {task.name!r}: unexpected key {key!r}")
         if not isinstance(state[key], Tensor):
-            raise ValueError(f"{where} does not fit task {task.name!r}: key {key!r} holds no tensor")
+            raise ValueError(
+                f"{where} does not fit task {task.name!r}: key {key!r} holds no tensor"
+            )
         if state[key].shape != wanted[key].shape:
             raise ValueError(
                 f"{where} does not fit task {task.name!r}: key {key!r} has shape"
@@ -206,6 +208,6 @@ def with_forgotten(model: Model, state: State, forget: ForgetSet, **told: Any) -
         ('train-17',)
     """
     forgotten = forget.union(model.task, model.forgotten)
-    return replace(model, state=state, forgotten=forgotten, provenance=dict(model.provenance) | told)
-
-
+    return replace(
+        model, state=state, forgotten=forgotten, provenance=dict(model.provenance) | told
+    )

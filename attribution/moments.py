@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn import functional
 
 from attribution.ensemble import Ensemble
 from attribution.model import Model
 from attribution.outputs import evaluate
-from attribution.task import Rows, State, Task
+from attribution.task import State, Task
 from attribution.training import threads
 from stores import ArraySpec, Provenance, Store, StoreSpec, run_blocks, versions
 
@@ -38,7 +37,9 @@ def layers(module: nn.Module) -> dict[str, nn.Module]:
         ['0']
     """
     named = dict(module.named_modules())
-    found = {name: part for name, part in named.items() if isinstance(part, nn.Linear | nn.Conv2d)}
+    found: dict[str, nn.Module] = {
+        name: part for name, part in named.items() if isinstance(part, nn.Linear | nn.Conv2d)
+    }
     for name, part in found.items():
         if isinstance(part, nn.Conv2d) and part.groups != 1:
             raise ValueError(f"layer {name!r} has {part.groups} groups: only groups=1 is supported")
@@ -209,7 +210,7 @@ class _MomentBlock:
         found = input_moments(self.task.new_model(0), model.state, inputs)
         arrays = {f"moment_{i}": value.numpy() for i, value in enumerate(found.values())}
         arrays["digest"] = np.frombuffer(bytes.fromhex(model.digest()), dtype=np.uint8)
-        arrays["accuracy"] = np.float64(_test_quality(model))
+        arrays["accuracy"] = np.array(_test_quality(model))
         return arrays
 
 

@@ -60,6 +60,8 @@ class Oracle(Counterfactual):
         chosen = slice(None) if targets is None else targets
         after, before = self.bank.outputs[:, chosen], self.full.outputs[:, chosen]
         noise = after.std(0, ddof=1)
-        error = noise**2 / len(after) + (0 if self.absolute else before.var(0, ddof=1) / len(before))
+        error = noise**2 / len(after) + (
+            0 if self.absolute else before.var(0, ddof=1) / len(before)
+        )
         mean = after.mean(0) if self.absolute else after.mean(0) - before.mean(0)
         return Change(mean, np.sqrt(error), noise, self.absolute)

@@ -73,5 +73,7 @@ def _write_csv(prediction: Prediction, path: str) -> None:
         writer.writerow(["target", "output", *COLUMNS])
         for i, target in enumerate(prediction.targets):
             for c in range(prediction.mean.shape[1]):
-                writer.writerow([target, c, *(float(getattr(prediction, n)[i, c]) for n in COLUMNS)])
+                writer.writerow(
+                    [target, c, *(float(getattr(prediction, n)[i, c]) for n in COLUMNS)]
+                )
     partial.replace(path)

@@ -160,7 +160,9 @@ def read_settings(path: Path) -> RunSettings:
             f"there is no run in {str(path)!r}: make one with dmm precompute TASK --run {path}"
         ) from error
     if schema != SCHEMA:
-        raise ValueError(f"the run in {str(path)!r} has schema {schema}, this version reads {SCHEMA}")
+        raise ValueError(
+            f"the run in {str(path)!r} has schema {schema}, this version reads {SCHEMA}"
+        )
     return RunSettings(**told)
 
 

@@ -18,6 +18,7 @@ from stores import digest
 Split = Literal["train", "test"]
 State = dict[str, Tensor]
 Rows = np.ndarray[Any, np.dtype[np.int64]]
+Rates = np.ndarray[Any, np.dtype[np.float64]]
 TrainFunction = Callable[[Rows, int, torch.device], Mapping[str, Tensor]]
 AugmentFunction = Callable[[Tensor, int, int, Tensor], Tensor]
 
@@ -58,7 +59,11 @@ class Recipe:
     version: str = ""
 
     def __post_init__(self) -> None:
-        positive = {"epochs": self.epochs, "batch_size": self.batch_size, "peak_rate": self.peak_rate}
+        positive = {
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "peak_rate": self.peak_rate,
+        }
         for name, value in positive.items():
             if not value > 0:
                 raise ValueError(f"recipe.{name} must be above 0, got {value}")
@@ -73,10 +78,10 @@ class Recipe:
         """Number of steps on so many rows."""
         return self.epochs * -(-rows // self.batch_size)
 
-    def rates(self, steps: int) -> Rows:
+    def rates(self, steps: int) -> Rates:
         """Learning rate of each step, [step]."""
         ends = [0, max(1, round(self.peak_at * steps)), steps]
-        return np.interp(np.arange(steps) + 0.5, ends, [0, self.peak_rate, 0])
+        return np.asarray(np.interp(np.arange(steps) + 0.5, ends, [0, self.peak_rate, 0]))
 
     def settings(self) -> dict[str, Any]:
         """The fields as plain values, for provenance."""
@@ -244,7 +249,7 @@ class Task:
                 f"task {self.name!r}: the model does not take inputs of shape"
                 f" {tuple(first[0].shape)} and dtype {first[0].dtype}: {error}"
             ) from error
-        if outputs.ndim != 2 or len(outputs) != len(probe):  # noqa: PLR2004
+        if outputs.ndim != 2 or len(outputs) != len(probe):
             raise ValueError(
                 f"task {self.name!r}: the model must map inputs [row, ...] to outputs"
                 f" [row, output], got shape {tuple(outputs.shape)} for {len(probe)} rows"

@@ -60,7 +60,9 @@ def task_place(spec: str) -> str:
 
 def _refuse_inside(file: Path, outside: Path | None) -> None:
     if outside is not None and file.resolve().is_relative_to(outside.resolve()):
-        raise ValueError(f"the task file {file} lies in the run's own folder: code is not loaded there")
+        raise ValueError(
+            f"the task file {file} lies in the run's own folder: code is not loaded there"
+        )
 
 
 def _by_name(place: str, outside: Path | None) -> ModuleType:

@@ -36,6 +36,25 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Runs the body with torch's global generator at a seed (dropout draws from it).
+
+    Args:
+        seed: the seed.
+
+    Example:
+        >>> with seeded(3):
+        ...     first = torch.rand(2)
+        >>> with seeded(3):
+        ...     torch.equal(first, torch.rand(2))
+        True
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 def epoch_order(rows: Rows, batch_size: int, random: np.random.Generator) -> Rows:
     """A random order of rows cut into batches; the last one is padded with -1.
 
@@ -136,7 +155,9 @@ def train_one(task: Task, rows: Rows, seed: int, index: int, device: torch.devic
         ['0.bias', '0.weight']
     """
     if task.train is not None:
-        state = task.train(rows, derive_seed(seed, "train", index), device)
+        own_seed = derive_seed(seed, "train", index)
+        with seeded(own_seed):
+            state = task.train(rows, own_seed, device)
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
     return train_many(task, [rows], seed, [index], device, many=False)[0]
 
@@ -175,33 +196,41 @@ def train_many(
     recipe = require_recipe(task)
     states: dict[int, State] = {}
     places = sorted(range(len(subsets)), key=lambda i: recipe.steps(len(subsets[i])))
-    inputs, labels = (tensor.to(device) for tensor in task.rows("train", np.arange(len(task.train_ids))))
+    inputs, labels = task.rows("train", np.arange(len(task.train_ids)))
+    data = (inputs.to(device), labels.to(device))
     for _, group in groupby(places, key=lambda i: recipe.steps(len(subsets[i]))):
         for part in [list(group)] if many else [[i] for i in group]:
             chosen = [(subsets[i], indices[i]) for i in part]
-            states |= zip(part, _train_group(task, recipe, inputs, labels, chosen, seed, many), strict=True)
+            with seeded(derive_seed(seed, "forward passes", indices[part[0]])):
+                group_states = _train_group(task, data, chosen, seed, many=many)
+            states |= zip(part, group_states, strict=True)
     return [states[i] for i in range(len(subsets))]
 
 
 def require_recipe(task: Task) -> Recipe:
     """The task's recipe, or a refusal that names the task."""
     if task.recipe is None:
-        raise ValueError(f"task {task.name!r} has no recipe: training needs one, or Task(train=...)")
+        raise ValueError(
+            f"task {task.name!r} has no recipe: training needs one, or Task(train=...)"
+        )
     return task.recipe
 
 
 def _train_group(
     task: Task,
-    recipe: Recipe,
-    inputs: Tensor,
-    labels: Tensor,
+    data: tuple[Tensor, Tensor],
     chosen: Sequence[tuple[Rows, int]],
     seed: int,
+    *,
     many: bool,
 ) -> list[State]:
-    orders = np.stack([
-        training_order(rows, recipe.epochs, recipe.batch_size, seed, index) for rows, index in chosen
-    ])
+    recipe, (inputs, labels) = require_recipe(task), data
+    orders = np.stack(
+        [
+            training_order(rows, recipe.epochs, recipe.batch_size, seed, index)
+            for rows, index in chosen
+        ]
+    )
     modules = [task.new_model(seed, index).to(device=inputs.device) for _, index in chosen]
     states = [module.state_dict() for module in modules]
     descent = Descent(
@@ -233,7 +262,9 @@ def _without_padding(batch: Batch) -> Batch:
     return Batch(*(part[real] for part in parts))
 
 
-def _augmented(recipe: Recipe, inputs: Tensor, rows: Tensor, seeds: Sequence[int], epoch: int) -> Tensor:
+def _augmented(
+    recipe: Recipe, inputs: Tensor, rows: Tensor, seeds: Sequence[int], epoch: int
+) -> Tensor:
     if recipe.augment is None:
         return inputs
     if len(seeds) == 1 and rows.ndim == 1:

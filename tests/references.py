@@ -108,9 +108,7 @@ def patches(layer, images):
     )
     found = [
         [
-            image[
-                channel, row + a * layer.dilation[0], column + b * layer.dilation[1]
-            ]
+            image[channel, row + a * layer.dilation[0], column + b * layer.dilation[1]]
             for channel in range(image.shape[0])
             for a in range(layer.kernel_size[0])
             for b in range(layer.kernel_size[1])

@@ -64,7 +64,9 @@ def ridge_training(data, penalty):
 
 def ridge_task(rows=31, test_rows=9, penalty=2.0, **changes):
     """Linear regression in float64 with the user's own closed-form training."""
-    train, test = (line_data(count, seed, torch.float64) for seed, count in ((1, rows), (2, test_rows)))
+    train, test = (
+        line_data(count, seed, torch.float64) for seed, count in ((1, rows), (2, test_rows))
+    )
     fields = {
         "model": lambda: nn.Linear(4, 1, dtype=torch.float64),
         "train": ridge_training(train, penalty),

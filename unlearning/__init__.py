@@ -1,5 +1,6 @@
 """From predicted outputs to an unlearned model, and the evidence for it."""
 
+from unlearning.evaluation import evaluate_methods
 from unlearning.klom import gaussian_kl, klom, shift, spread
 from unlearning.methods.do_nothing import DoNothing
 from unlearning.methods.fine_tune import FineTune
@@ -7,6 +8,7 @@ from unlearning.methods.gradient_ascent import GradientAscent
 from unlearning.methods.matching import Matching
 from unlearning.methods.projected_gradient import ProjectedGradient
 from unlearning.projection import GradientProjection
+from unlearning.report import render_report
 from unlearning.runner import (
     Unlearned,
     UnlearnedModels,
@@ -14,3 +16,26 @@ from unlearning.runner import (
     margins,
     unlearn_models,
 )
+
+__all__ = [
+    # methods
+    "UnlearningMethod",
+    "DoNothing",
+    "Matching",
+    "ProjectedGradient",
+    "GradientProjection",
+    "GradientAscent",
+    "FineTune",
+    # results
+    "Unlearned",
+    "UnlearnedModels",
+    "unlearn_models",
+    "margins",
+    # evidence
+    "klom",
+    "gaussian_kl",
+    "shift",
+    "spread",
+    "evaluate_methods",
+    "render_report",
+]

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-
 from attribution import Model, load_model, parse_forget
 from attribution.counterfactual import parse_targets
 from attribution.prediction_files import check_prediction_file, write_prediction
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         2
     """
     options = _parser().parse_args(arguments)
-    warnings.showwarning = _warn
+    warnings.showwarning = _warn  # type: ignore[assignment]
     try:
         told, text = options.verb(options)
     except (ValueError, TypeError) as error:
@@ -232,8 +231,9 @@ def _write(out: str, text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dmm", description="Predict what a model would output without some of its training"
-        " rows, make it so, and show the evidence."
+        prog="dmm",
+        description="Predict what a model would output without some of its training"
+        " rows, make it so, and show the evidence.",
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     make = _verb(verbs, "precompute", _precompute, "train models and fit attributions")

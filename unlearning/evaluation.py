@@ -26,7 +26,7 @@ from unlearning.klom import (
     spread,
 )
 from unlearning.methods import Evidence, build_method, check_method
-from unlearning.runner import UnlearnedModels, unlearn_models
+from unlearning.runner import UnlearnedModels, UnlearningMethod, unlearn_models
 
 SCHEMA = 1
 SCATTERED_ROWS = 400
@@ -110,13 +110,14 @@ def evaluate_methods(
             block["methods"] = {}
             for name in methods:
                 changed = (settings or {}).get(name)
-                unlearned, told = _audited(audit, name, given, changed, n_models, seed, device)
+                method = build_method(name, given, changed)
+                unlearned, told = _audited(audit, method, n_models, seed, device)
                 told["cost_over_retrain"] = _ratio(told["seconds"], retrain["seconds"])
                 block["methods"][name] = told
                 _fill_affected(block["affected"], audit, name, unlearned)
                 bar.update()
             blocks[forget.name] = block
-    return _plain(
+    told: Json = _plain(
         {
             "schema": SCHEMA,
             "task": run.task.name,
@@ -131,6 +132,7 @@ def evaluate_methods(
             "forget_sets": blocks,
         }
     )
+    return told
 
 
 def _check(
@@ -141,7 +143,9 @@ def _check(
     names = [forget.name for forget in forget_sets]
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
-        raise ValueError(f"two forget sets are called {repeated[0]!r}: name them, as in a=SPEC b=SPEC")
+        raise ValueError(
+            f"two forget sets are called {repeated[0]!r}: name them, as in a=SPEC b=SPEC"
+        )
     if not 2 <= n_models <= len(run.full):
         raise ValueError(
             f"the run has {len(run.full)} full models: n_models must lie between 2 and that,"
@@ -223,15 +227,8 @@ def _accuracy(audit: Audit, outputs: np.ndarray[Any, Any]) -> Json:
 
 
 def _audited(
-    audit: Audit,
-    name: str,
-    given: Evidence,
-    changed: Mapping[str, str] | None,
-    n_models: int,
-    seed: int,
-    device: str,
+    audit: Audit, method: UnlearningMethod, n_models: int, seed: int, device: str
 ) -> tuple[UnlearnedModels, Json]:
-    method = build_method(name, given, changed)
     unlearned = unlearn_models(
         method, audit.full, audit.task, audit.forget, count=n_models, seed=seed, device=device
     )
@@ -277,7 +274,7 @@ def _predictions(audit: Audit, change: Change, n_models: int) -> Json:
 def _error(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Standard error of a difference of mean outputs."""
     parts = [values.var(0, ddof=1) / len(values) for values in (before, after)]
-    return np.sqrt(parts[0] + parts[1])
+    return np.asarray(np.sqrt(parts[0] + parts[1]))
 
 
 def _margin_std(
@@ -288,7 +285,7 @@ def _margin_std(
     values = torch.from_numpy(outputs).requires_grad_()
     audit.task.loss.margin(values, labels).sum().backward()
     assert values.grad is not None
-    return np.sqrt(np.square(values.grad.numpy() * std).sum(-1))
+    return np.asarray(np.sqrt(np.square(values.grad.numpy() * std).sum(-1)))
 
 
 def _rows(audit: Audit, change: Change, n_models: int) -> Json:
@@ -348,5 +345,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value
-
-

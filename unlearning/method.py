@@ -12,7 +12,7 @@ from attribution.descent import SGD, Cotangent, Optimizer, Project, unstack
 from attribution.forget import ForgetSet
 from attribution.outputs import evaluate, evaluate_many
 from attribution.seeds import generator
-from attribution.task import Rows, State, Task
+from attribution.task import Rates, Rows, State, Task
 from attribution.training import epoch_order
 
 Batchnorm = str
@@ -105,10 +105,10 @@ class Plan:
     inputs: Tensor
     labels: Tensor
     order: Rows
-    rates: Rows
+    rates: Rates
     cotangent: Cotangent
     value: Value
-    optimizer: Optimizer = SGD()
+    optimizer: Optimizer = field(default_factory=SGD)
     targets: Tensor | None = None
     project: Callable[[int | None], Project] | None = None
     stopping: Stopping | None = None

@@ -46,7 +46,7 @@ def core_projector(moment: Tensor, gamma: float) -> Tensor:
     share = singular.cumsum(-1) / singular.sum(-1, keepdim=True)
     kept = (share <= gamma + 1e-12).sum(-1).clamp_min(1)
     leading = torch.arange(values.shape[-1], device=values.device) < kept.unsqueeze(-1)
-    basis = vectors.flip(-1) * leading.unsqueeze(-2)
+    basis: Tensor = vectors.flip(-1) * leading.unsqueeze(-2)
     return basis @ basis.mT
 
 

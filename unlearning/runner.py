@@ -296,9 +296,8 @@ class _Ended:
 
 def _descend(plan: Plan, request: Request, index: int | None) -> _Ended:
     """Steps of all models at once (index None) or of the one at `index`."""
-    many = index is None
-    states = request.states if many else unstack(request.states, index)
-    chosen = slice(None) if many else index
+    states = request.states if index is None else unstack(request.states, index)
+    chosen = slice(None) if index is None else index
     order = torch.from_numpy(plan.order[chosen]).to(request.device)
     weights = row_weights(order, plan.inputs.dtype)
     descent = Descent(
@@ -306,7 +305,7 @@ def _descend(plan: Plan, request: Request, index: int | None) -> _Ended:
         states,
         plan.cotangent,
         plan.optimizer,
-        many=many,
+        many=index is None,
         training=plan.training,
         project=plan.project(index) if plan.project else None,
     )

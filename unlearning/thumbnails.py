@@ -48,6 +48,8 @@ def _picture(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
     if values.ndim == 3 and values.shape[0] in (1, COLOURS):
         values = values[0] if values.shape[0] == 1 else np.moveaxis(values, 0, -1)
     if values.ndim not in (GREY, COLOURS):
-        raise ValueError(f"the inputs of task {name!r} are no images, their shape is {values.shape}")
+        raise ValueError(
+            f"the inputs of task {name!r} are no images, their shape is {values.shape}"
+        )
     low, high = float(values.min()), float(values.max())
     return (values - low) / (high - low or 1.0)

@@ -109,9 +109,7 @@ def test_the_cotangent_gets_the_targets(many):
     model = nn.Linear(3, 2)
     batch = Batch(torch.randn(4, 3), torch.zeros(4), torch.full((4,), 0.25), torch.randn(4, 2))
     state = model.state_dict()
-    descent = Descent(
-        model, stack([state]) if many else state, towards_targets, SGD(), many=many
-    )
+    descent = Descent(model, stack([state]) if many else state, towards_targets, SGD(), many=many)
     descent.step(stacked([batch]) if many else batch, 0.5)
     found = unstack(descent.state, 0) if many else descent.state
     slope = (model(batch.inputs) - batch.targets).detach()
@@ -151,7 +149,10 @@ def test_projections_replace_the_update(many):
     model, batches = nn.Linear(3, 2), make_batches(0)
 
     def first_input_only(updates):
-        return {"weight": updates["weight"] * torch.tensor([1.0, 0, 0]), "bias": 2 * updates["bias"]}
+        return {
+            "weight": updates["weight"] * torch.tensor([1.0, 0, 0]),
+            "bias": 2 * updates["bias"],
+        }
 
     state = stack([model.state_dict()]) if many else model.state_dict()
     plain, projected = (

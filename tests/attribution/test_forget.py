@@ -138,7 +138,9 @@ def test_cluster_specs_take_the_nearest_rows_of_the_class(task):
 def test_clusters_use_the_embedding():
     task = blobs(embed=lambda inputs: inputs[:, :1])
     vectors, _ = row_vectors(task)
-    torch.testing.assert_close(torch.from_numpy(vectors), task.rows("train", range(37))[0][:, :1].double())
+    torch.testing.assert_close(
+        torch.from_numpy(vectors), task.rows("train", range(37))[0][:, :1].double()
+    )
 
 
 def test_a_regression_has_one_class():
@@ -165,7 +167,10 @@ def test_a_row_leads_its_copies():
         ("random:5:-1", "expected random:SIZE:SEED"),
         ("random:0:1", "'random:0:1' asks for 0 of 37 training rows: take 1 to 36"),
         ("cluster:37:1", "'cluster:37:1' asks for 37 of 37 training rows: take 1 to 36"),
-        ("cluster:30:1", "cluster:30:1 asks for 30 rows of the class of 'train-.*', which has 1[89]"),
+        (
+            "cluster:30:1",
+            "cluster:30:1 asks for 30 rows of the class of 'train-.*', which has 1[89]",
+        ),
         ("@nowhere.txt", "cannot read the file of ids 'nowhere.txt': No such file"),
         ("", "is empty"),
         (",", "is empty"),

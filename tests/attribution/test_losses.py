@@ -12,7 +12,11 @@ CLASSES = torch.tensor([0, 4, 2, 2, 1, 3, 0])
 CASES = {
     "classes": (CrossEntropy(), CLASSES, OUTPUTS),
     "one number": (SquaredError(), torch.linspace(-1, 2, ROWS).double(), 1),
-    "numbers": (SquaredError(), torch.linspace(-1, 2, ROWS * OUTPUTS).double().reshape(ROWS, -1), OUTPUTS),
+    "numbers": (
+        SquaredError(),
+        torch.linspace(-1, 2, ROWS * OUTPUTS).double().reshape(ROWS, -1),
+        OUTPUTS,
+    ),
 }
 
 
@@ -52,7 +56,9 @@ def test_cross_entropy_equals_torch():
 
 
 def test_squared_error_is_half_the_squared_distance():
-    values = SquaredError().value(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[3.0, 2.0], [1.0, -1.0]]))
+    values = SquaredError().value(
+        torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[3.0, 2.0], [1.0, -1.0]])
+    )
     torch.testing.assert_close(values, torch.tensor([2.0, 1.0]))
 
 
@@ -78,7 +84,10 @@ def test_the_margin_of_a_regression_is_its_first_output():
 def test_quality_counts_right_classes_and_squared_errors():
     outputs = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
     assert CrossEntropy().quality(outputs, torch.tensor([1, 1])).tolist() == [1, 0]
-    assert SquaredError().quality(outputs, torch.tensor([[0.0, 0.0], [2.0, 4.0]])).tolist() == [-1, -9]
+    assert SquaredError().quality(outputs, torch.tensor([[0.0, 0.0], [2.0, 4.0]])).tolist() == [
+        -1,
+        -9,
+    ]
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1000.0])

@@ -98,7 +98,9 @@ def test_a_task_without_test_rows_has_its_training_rows_as_targets():
 def test_targets_come_in_the_order_asked_for(positions):
     task = blobs()
     inputs, labels = task.targets(positions)
-    both = [torch.cat(pair) for pair in zip(task.rows("train", range(37)), task.rows("test", range(11)))]
+    both = [
+        torch.cat(pair) for pair in zip(task.rows("train", range(37)), task.rows("test", range(11)))
+    ]
     wanted = slice(None) if positions is None else positions
     torch.testing.assert_close(inputs, both[0][wanted], rtol=0, atol=0)
     torch.testing.assert_close(labels, both[1][wanted], rtol=0, atol=0)
@@ -213,7 +215,9 @@ def test_the_peak_lies_inside_the_training(value):
         Recipe(epochs=1, batch_size=2, peak_rate=0.1, peak_at=value)
 
 
-@pytest.mark.parametrize(("name", "value"), [("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1)]
+)
 def test_recipes_refuse_momentum_and_decay_out_of_range(name, value):
     with pytest.raises(ValueError, match=rf"recipe\.{name} must .*, got {value}"):
         Recipe(epochs=1, batch_size=2, peak_rate=0.1, **{name: value})

@@ -22,7 +22,7 @@ from attribution import (
     train_models,
 )
 from attribution.descent import stack
-from attribution.moments import Moments, compute_moments
+from attribution.moments import Moments, compute_moments, input_moments
 from unlearning.method import Request
 from unlearning.methods import Evidence
 
@@ -114,6 +114,26 @@ class Fixed(Counterfactual):
     def change(self, forget, already=None, targets=None):
         chosen = self.mean if targets is None else self.mean[targets]
         return Change(chosen, np.zeros_like(chosen), np.zeros_like(chosen))
+
+
+class HeldMoments:
+    """Moments of a few models in memory, with the test accuracies that a test wants."""
+
+    def __init__(self, task, models, accuracies):
+        everything, _ = task.rows("train", np.arange(len(task.train_ids)))
+        module = task.new_model(0)
+        self.digests = [model.digest() for model in models]
+        self.held = stack([input_moments(module, model.state, everything) for model in models])
+        self.accuracies = torch.tensor(accuracies, dtype=torch.float64)
+
+    def find_digest(self, digest):
+        return self.digests.index(digest)
+
+    def layers(self, models):
+        return {name: moment[list(models)] for name, moment in self.held.items()}
+
+    def accuracy(self, models):
+        return self.accuracies[list(models)]
 
 
 @dataclass(frozen=True)

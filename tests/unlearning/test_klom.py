@@ -19,7 +19,9 @@ def column(values):
 
 
 def by_rows(unlearned, oracles):
-    return np.array([klom_of_row(list(u), list(o)) for u, o in zip(unlearned.T, oracles.T, strict=True)])
+    return np.array(
+        [klom_of_row(list(u), list(o)) for u, o in zip(unlearned.T, oracles.T, strict=True)]
+    )
 
 
 def tied(random, step):

@@ -21,14 +21,15 @@ from unlearning import Matching, ProjectedGradient, Unlearned, UnlearningMethod,
 from unlearning.methods import METHODS, Evidence, build_method
 
 # Chosen so that every method does something on five rows; the defaults are for more data.
+MATCHING = {"passes": "8", "rate": "0.01", "batch_size": "16"}
 SETTINGS = {
     "do_nothing": {},
-    "dmm": {"passes": "8", "rate": "0.01"},
-    "om": {"passes": "8", "rate": "0.01"},
+    "dmm": MATCHING,
+    "om": MATCHING,
     "pgu": {"epochs": "90", "rate": "0.01", "last_rate": "0.01", "batch_size": "2"},
-    "dmm_pgu": {"passes": "8", "rate": "0.01"},
-    "gradient_ascent": {"rate": "0.01", "batch_size": "2"},
-    "fine_tune": {"epochs": "4", "batch_size": "8"},
+    "dmm_pgu": MATCHING,
+    "gradient_ascent": {"epochs": "5", "rate": "0.01", "batch_size": "2"},
+    "fine_tune": {"epochs": "4", "rate": "0.01", "batch_size": "8"},
 }
 
 
@@ -78,7 +79,10 @@ class TestContract:
                 assert torch.equal(case.result.model.state[name], case.before[name])
 
     def test_outputs_move_as_the_method_means_them_to(self, case):
-        before, after = DISTANCE[case.name](case, case.model), DISTANCE[case.name](case, case.result.model)
+        before, after = (
+            DISTANCE[case.name](case, case.model),
+            DISTANCE[case.name](case, case.result.model),
+        )
         if case.name == "do_nothing":
             assert after == before
         else:
@@ -97,7 +101,9 @@ class TestContract:
 
     def test_another_seed_gives_another_result(self, case):
         other = case.again(seed=1).model.state
-        assert (largest_difference(other, case.result.model.state) > 0) == (case.name != "do_nothing")
+        assert (largest_difference(other, case.result.model.state) > 0) == (
+            case.name != "do_nothing"
+        )
 
     def test_alone_it_ends_where_it_ends_among_many(self, case):
         many = unlearn_models(case.method, case.ground.full, case.ground.task, case.ground.forget)
@@ -198,10 +204,12 @@ DISTANCE = {
 
 
 def test_matching_an_average_oracle_moves_every_model_to_one_point(ground):
-    method = Matching(ground.evidence(again=True).oracle(), passes=60, rate=0.02)
+    method = Matching(ground.evidence(again=True).oracle(), passes=60, rate=0.02, batch_size=16)
     unlearned = unlearn_models(method, ground.full, ground.task, ground.both)
     rows = ground.both.rows
-    spreads = [outputs[:, rows].std(0).mean() for outputs in (unlearned.outputs, ground.full.outputs)]
+    spreads = [
+        outputs[:, rows].std(0).mean() for outputs in (unlearned.outputs, ground.full.outputs)
+    ]
     assert spreads[0] < 0.5 * spreads[1]
 
 
@@ -243,9 +251,11 @@ def test_a_method_opens_only_the_evidence_it_needs(name, opened):
 
 
 def test_settings_are_read_as_the_type_of_their_default():
-    method = build_method("fine_tune", NOTHING, {"epochs": "7", "rate": "1e-2", "batchnorm": "update"})
+    method = build_method(
+        "fine_tune", NOTHING, {"epochs": "7", "rate": "1e-2", "batchnorm": "update"}
+    )
     assert (method.epochs, method.rate, method.batchnorm) == (7, 0.01, "update")
-    assert method.batch_size == 64
+    assert method.batch_size == build_method("fine_tune", NOTHING).batch_size
 
 
 def test_an_unknown_method_is_refused():
@@ -269,7 +279,8 @@ def test_an_unknown_setting_is_refused(name, field, listed):
 
 
 @pytest.mark.parametrize(
-    ("field", "text", "kind"), [("epochs", "2.5", "int"), ("rate", "fast", "float"), ("epochs", "", "int")]
+    ("field", "text", "kind"),
+    [("epochs", "2.5", "int"), ("rate", "fast", "float"), ("epochs", "", "int")],
 )
 def test_a_setting_of_another_type_is_refused(field, text, kind):
     message = f"setting '{field}' of method 'gradient_ascent' takes {kind} values, got '{text}'"
@@ -284,8 +295,18 @@ def test_a_setting_of_another_type_is_refused(field, text, kind):
         ("dmm", "passes", "inf", r"Matching.passes must be above 0 and finite, got inf"),
         ("dmm", "rate", "-1", r"Matching.rate must be above 0"),
         ("dmm", "batch_size", "0", r"Matching.batch_size must be above 0"),
-        ("dmm", "retain_multiplier", "-1", "retain_multiplier and retain_extra must be finite and not"),
-        ("dmm", "retain_multiplier", "nan", "retain_multiplier and retain_extra must be finite and not"),
+        (
+            "dmm",
+            "retain_multiplier",
+            "-1",
+            "retain_multiplier and retain_extra must be finite and not",
+        ),
+        (
+            "dmm",
+            "retain_multiplier",
+            "nan",
+            "retain_multiplier and retain_extra must be finite and not",
+        ),
         ("dmm", "retain_extra", "-1", "retain_multiplier and retain_extra must be finite and not"),
         ("dmm", "batchnorm", "moving", "batchnorm must be 'frozen' or 'update', got 'moving'"),
         ("fine_tune", "epochs", "0", r"FineTune.epochs must be above 0"),
@@ -313,5 +334,7 @@ def test_a_setting_outside_its_range_is_refused(ground, name, field, text, messa
 
 def test_pgu_needs_class_probabilities(ground):
     task = replace(ground.task, loss=SquaredError())
-    with pytest.raises(ValueError, match="PGU's loss needs class probabilities; the task's loss is Sq"):
+    with pytest.raises(
+        ValueError, match="PGU's loss needs class probabilities; the task's loss is Sq"
+    ):
         ProjectedGradient(ground.moments)(ground.full.model(0), task, ground.forget)

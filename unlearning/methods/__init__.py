@@ -74,7 +74,8 @@ def build_method(
     """
     check_method(name)
     method = METHODS[name](evidence)
-    return replace(method, **{f: _parsed(method, name, f, v) for f, v in (settings or {}).items()})
+    changed = {f: _parsed(method, name, f, v) for f, v in (settings or {}).items()}
+    return replace(method, **changed)  # type: ignore[type-var]
 
 
 def _parsed(method: UnlearningMethod, name: str, field: str, text: str) -> Any:
