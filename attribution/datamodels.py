@@ -69,9 +69,10 @@ class _Problem:
         anchor = torch.from_numpy(self.anchor[span]).to(self.dtype)
         places = torch.arange(span.start, span.stop)
         chosen, sums = self._choose(outputs, anchor, places)
-        rotated, _ = self.final.centred(torch.cat([outputs, anchor[None]]))
-        own = own_masks(self.final, places)
-        fit = solve(self.final, rotated, self.lambdas[chosen], own)
+        everything = torch.cat([outputs, anchor[None]])
+        rotated, _ = self.final.centred(everything)
+        own, outside = own_masks(self.final, places), self.final.outside(everything, rotated)
+        fit = solve(self.final, rotated, self.lambdas[chosen], own, outside)
         effects = torch.tensordot(self.final.masks.T, fit.dual, 1)
         inside = places < effects.shape[0]
         effects[places[inside], torch.nonzero(inside).flatten()] = fit.own[inside]
@@ -187,6 +188,10 @@ def _check_ensembles(ensemble: Ensemble, anchor: Ensemble) -> None:
         )
     if not anchor.masks.all():
         raise ValueError(f"the anchor {anchor.store.path} must hold models trained on all rows")
+    if len(anchor) < 2:
+        raise ValueError(
+            f"the anchor {anchor.store.path} holds 1 model: the spread of one retraining needs 2"
+        )
     for axis in ("train", "target"):
         if ensemble.store.ids(axis) != anchor.store.ids(axis):
             raise ValueError(f"ensemble and anchor were made from different {axis} rows")
@@ -275,8 +280,8 @@ class LinearDatamodel(Counterfactual):
 
     The change of removing rows F is -(own factor x effect of the target's own row, if in F, +
     other factor x sum of the effects of the other rows in F). Its variance is that of the ridge
-    posterior: with v the sum of F's rotated masks without the own row,
-    variance / lambda x [|F| - v D v + ([own row in F] - a D v)^2 / (a D a)].
+    posterior: with v the sum of the other rows' rotated masks, k their number and f = 1 if the own
+    row is in F, else 0, variance / lambda x [k - v D v + (f - a D v)^2 / (a D a) - f].
 
     Args:
         store: where the effects lie.
@@ -366,4 +371,4 @@ def _spread(masks: Any, damped: Any, rows: Rows, mine: Any, places: Rows) -> Any
     quadratic = within - mine * (2 * across - leverage)
     left = mine - (across - mine * leverage)
     unpenalised = np.divide(left**2, leverage, out=np.zeros_like(left), where=inside)
-    return np.maximum(len(rows) - mine - quadratic, 0) + unpenalised
+    return np.maximum(len(rows) - 2 * mine - quadratic + unpenalised, 0)

@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vjp, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from attribution.task import State
+from attribution.tracing import trace
 
 Cotangent = Callable[[Tensor, Tensor, Tensor], Tensor]
 Gradients = Callable[["Batch"], Sequence[Tensor]]
@@ -176,10 +176,8 @@ def _many_gradients(
         (gradients,) = pullback(cotangent(outputs, labels, targets) * weight.unsqueeze(-1))
         return gradients  # type: ignore[no-any-return]
 
-    # Tracing once and replaying plain kernels saves the dispatch of vmap and vjp in every step,
-    # a third of the time on small models.
     held = {name: tensor.detach() for name, tensor in parameters.items()}
-    traced = make_fx(vmap(one))(held, rest, first.tensors)
+    traced = trace(vmap(one), held, rest, first.tensors)
 
     def gradients(batch: Batch) -> list[Tensor]:
         return list(traced(held, rest, batch.tensors).values())

@@ -23,7 +23,7 @@ class Oracle(Counterfactual):
         absolute: predict the mean of the bank for every model.
 
     Raises:
-        ValueError: the bank was trained on all rows.
+        ValueError: the bank was trained on all rows, or an ensemble holds a single model.
 
     Source: oracle matching, Attribute-to-Delete (arXiv 2410.23232), algorithm C.1.
     """
@@ -38,6 +38,11 @@ class Oracle(Counterfactual):
                 f"{self.bank.store.path} was trained on all rows: an oracle needs a bank drawn"
                 " with draw_subsets(..., without=forget)"
             )
+        for ensemble in (self.full, self.bank):
+            if len(ensemble) < 2:
+                raise ValueError(
+                    f"{ensemble.store.path} holds 1 model: the spread of one retraining needs 2"
+                )
 
     def change(
         self, forget: ForgetSet, already: ForgetSet | None = None, targets: Rows | None = None

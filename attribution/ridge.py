@@ -39,6 +39,16 @@ class Design:
         scaled = self.weights.reshape(-1, *[1] * (outputs.ndim - 1)) * (outputs - centre)
         return torch.tensordot(self.basis.T, scaled, 1), centre
 
+    def outside(self, outputs: Tensor, rotated: Tensor) -> Tensor:
+        """Weighted squares of outputs [model, ...] that no effects can reach, [...].
+
+        Not zero where there are more models than rows.
+        """
+        squares = self.weights.square()
+        mean = torch.tensordot(squares / squares.sum(), outputs, 1)
+        around = torch.tensordot(squares, (outputs - mean).square(), 1)
+        return (around - rotated.square().sum(0)).clamp_min(0)
+
 
 def decompose(masks: Tensor, weights: Tensor) -> Design:
     """Eigenbasis of the centred masks.
@@ -80,7 +90,13 @@ class Fit:
     variance: Tensor
 
 
-def solve(design: Design, rotated: Tensor, penalty: Tensor, own: Tensor) -> Fit:
+def solve(
+    design: Design,
+    rotated: Tensor,
+    penalty: Tensor,
+    own: Tensor,
+    outside: Tensor | None = None,
+) -> Fit:
     """Ridge with an unpenalised own row, in closed form.
 
     With D = 1 / (S + lambda), a the own row's rotated mask and b the rotated outputs:
@@ -91,9 +107,10 @@ def solve(design: Design, rotated: Tensor, penalty: Tensor, own: Tensor) -> Fit:
         rotated: rotated outputs, [rank, target, output].
         penalty: lambda of each target, [target].
         own: rotated mask of each target's own row, [rank, target]; 0 for test targets.
+        outside: squares that no effects can reach, [target, output]; the variance counts them.
 
     Returns:
-        The fit.
+        The fit; its variance is the smallest value of the objective over (models - 1).
 
     Example:
         >>> design = decompose(torch.eye(3), torch.ones(3))
@@ -105,8 +122,10 @@ def solve(design: Design, rotated: Tensor, penalty: Tensor, own: Tensor) -> Fit:
     leverage = (own.square() * damped).sum(0).clamp_min(torch.finfo(own.dtype).tiny)
     effect = torch.einsum("rt,rtc->tc", own * damped, rotated) / leverage[:, None]
     dual = damped[:, :, None] * (rotated - own[:, :, None] * effect)
-    variance = penalty[:, None] * (rotated * dual).sum(0) / len(rotated)
-    return Fit(dual, effect, variance)
+    objective = penalty[:, None] * (rotated * dual).sum(0)
+    if outside is not None:
+        objective = objective + outside
+    return Fit(dual, effect, objective / (len(design.weights) - 1))
 
 
 def own_masks(design: Design, places: Tensor) -> Tensor:

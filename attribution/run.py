@@ -41,6 +41,11 @@ class RunSettings:
     design: str = "mixed"
     seed: int = 0
 
+    @property
+    def subsets(self) -> str:
+        """Name of the subset models in folders."""
+        return f"{self.design}-{self.subset_models}"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -80,7 +85,7 @@ class Run:
     @cached_property
     def datamodel(self) -> LinearDatamodel:
         """Effects of every row on every target."""
-        return LinearDatamodel.open(self.path / "datamodel")
+        return LinearDatamodel.open(self.path / f"datamodel-{self.settings.subsets}")
 
     @cached_property
     def moments(self) -> Moments:
@@ -208,8 +213,8 @@ def precompute(
     run = Run(Path(path), settings, task)
     where: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler}
     full = train_models(task, full_subsets, run.path / "full", keep="weights", **where)
-    ensemble = train_models(task, subsets, run.path / "ensemble", **where)
-    fit_datamodels(ensemble, anchor=full, to=run.path / "datamodel", seed=seed)
+    ensemble = train_models(task, subsets, run.path / f"ensemble-{settings.subsets}", **where)
+    fit_datamodels(ensemble, anchor=full, to=run.path / f"datamodel-{settings.subsets}", seed=seed)
     compute_moments(full, run.path / "moments")
     return run
 

@@ -241,16 +241,18 @@ def _train_group(
         many=many,
         training=True,
     )
-    order = torch.from_numpy(orders if many else orders[0]).to(inputs.device)
+    order = torch.from_numpy(np.moveaxis(orders, 1, 0).copy() if many else orders[0])
+    order = order.to(inputs.device)
     weights = row_weights(order, inputs.dtype)
-    nothing = torch.zeros(*order.shape[:-2], order.shape[-1], 0, device=inputs.device)
+    nothing = torch.zeros(*order.shape[1:], 0, device=inputs.device)
     per_epoch = orders.shape[1] // recipe.epochs
     seeds = [derive_seed(seed, "augment", index) for _, index in chosen]
     for step, rate in enumerate(recipe.rates(orders.shape[1])):
-        now = order[..., step, :]
+        now = order[step]
         x = _augmented(recipe, take(inputs, now), now, seeds, step // per_epoch)
-        batch = Batch(x, take(labels, now), weights[..., step, :], nothing)
-        descent.step(batch if many else _without_padding(batch), float(rate))
+        batch = Batch(x, take(labels, now), weights[step], nothing)
+        last = (step + 1) % per_epoch == 0
+        descent.step(_without_padding(batch) if last and not many else batch, float(rate))
     final = {name: tensor.cpu() for name, tensor in descent.state.items()}
     return [unstack(final, i) for i in range(len(chosen))] if many else [final]
 

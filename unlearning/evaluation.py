@@ -117,7 +117,7 @@ def evaluate_methods(
                 _fill_affected(block["affected"], audit, name, unlearned)
                 bar.update()
             blocks[forget.name] = block
-    told: Json = _plain(
+    evaluation: Json = _plain(
         {
             "schema": SCHEMA,
             "task": run.task.name,
@@ -132,7 +132,7 @@ def evaluate_methods(
             "forget_sets": blocks,
         }
     )
-    return told
+    return evaluation
 
 
 def _check(

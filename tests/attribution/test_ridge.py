@@ -35,7 +35,8 @@ def solved(request):
     design = decompose(torch.from_numpy(masks), torch.from_numpy(weights))
     rotated, _ = design.centred(torch.from_numpy(outputs))
     own = own_masks(design, torch.arange(TARGETS))
-    fit = solve(design, rotated, torch.from_numpy(penalty), own)
+    outside = design.outside(torch.from_numpy(outputs), rotated)
+    fit = solve(design, rotated, torch.from_numpy(penalty), own, outside)
     return (masks, outputs, weights, penalty), design, fit
 
 
@@ -58,15 +59,15 @@ def test_effects_equal_the_dense_regression(solved):
             np.testing.assert_allclose(found[:, target, output], expected, rtol=0, atol=1e-8)
 
 
-def test_the_variance_is_the_smallest_objective_over_the_rank(solved):
-    (masks, outputs, weights, penalty), design, fit = solved
-    rank = len(design.eigenvalues)
+def test_the_variance_is_the_smallest_objective_by_degree_of_freedom(solved):
+    (masks, outputs, weights, penalty), _, fit = solved
     for target in range(TARGETS):
         for output in range(OUTPUTS):
             objective = datamodel_objective(
                 masks, outputs[:, target, output], weights, penalty[target], own_row(target)
             )
-            assert float(fit.variance[target, output]) == pytest.approx(objective / rank, abs=1e-8)
+            expected = objective / (len(masks) - 1)
+            assert float(fit.variance[target, output]) == pytest.approx(expected, abs=1e-8)
 
 
 def test_the_gradient_of_the_objective_vanishes(solved):

@@ -99,7 +99,8 @@ def test_targets_come_in_the_order_asked_for(positions):
     task = blobs()
     inputs, labels = task.targets(positions)
     both = [
-        torch.cat(pair) for pair in zip(task.rows("train", range(37)), task.rows("test", range(11)))
+        torch.cat(pair)
+        for pair in zip(task.rows("train", range(37)), task.rows("test", range(11)), strict=True)
     ]
     wanted = slice(None) if positions is None else positions
     torch.testing.assert_close(inputs, both[0][wanted], rtol=0, atol=0)

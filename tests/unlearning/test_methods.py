@@ -158,7 +158,7 @@ class TestContract:
             attempt(misshapen)
         with pytest.raises(ValueError, match=r"unexpected key '7.weight'"):
             attempt(state | {"7.weight": torch.zeros(1)})
-        with pytest.raises(ValueError, match="the model has non-finite weights in key '0.bias'"):
+        with pytest.raises(ValueError, match=r"the model has non-finite weights in key '0.bias'"):
             attempt(nan)
         del state["0.bias"]
         with pytest.raises(ValueError, match=r"key '0.bias' is missing"):

@@ -186,8 +186,8 @@ def spied(plan):
 def projecting(ground, kind):
     settings = {"rate": 0.02, "batch_size": 3}
     if kind == "pgu":
-        return ProjectedGradient(ground.moments, epochs=5, **settings)
-    backend = GradientProjection(ground.moments)
+        return ProjectedGradient(ground.moments, gamma=0.85, epochs=5, **settings)
+    backend = GradientProjection(ground.moments, gamma=0.85)
     return Matching(ground.datamodel, backend=backend, passes=3, **settings)
 
 
@@ -198,7 +198,7 @@ def test_every_step_and_the_whole_way_are_outside_the_retained_space(normalised_
     request = request_of(ground.task, ground.full.checkpoints(3), ground.forget, many=many)
     plan, made = spied(projecting(ground, kind).plan(request))
     ended = execute(plan, request)
-    projectors = GradientProjection(ground.moments).bind(request).projectors
+    projectors = GradientProjection(ground.moments, gamma=0.85).bind(request).projectors
     assert set(projectors) == {"0.weight", "3.weight"}
     for name in projectors:
         assert len(made) > 5

@@ -90,7 +90,8 @@ class ProjectedGradient(UnlearningMethod):
         p = softmax(outputs)
         chosen = (p * one_hot(labels, outputs)).sum(-1)
         negative_entropy = torch.special.xlogy(p, p).sum(-1)
-        return -torch.log(1 + self.offset - chosen) + self.entropy_weight * negative_entropy
+        bounded = -torch.log(1 + self.offset - chosen)
+        return torch.add(bounded, negative_entropy, alpha=self.entropy_weight)
 
     def _derivative(self, outputs: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         del targets

@@ -1,0 +1,315 @@
+import numpy as np
+import pytest
+
+from attribution import ForgetSet, LinearDatamodel, Model, datamodels, fit_datamodels
+from attribution.seeds import generator
+from stores import ArraySpec, Provenance, Store, StoreSpec
+from tests.references import (
+    datamodel_objective,
+    datamodel_posterior_variance,
+    dense_datamodel,
+)
+from tests.tasks import blobs, write_ensemble
+
+TRAIN, TARGETS, OUTPUTS = 13, 17, 2
+LAMBDAS = (0.01, 0.3, 5.0)
+ANCHORS = 3
+
+
+@pytest.fixture(scope="module")
+def task():
+    return blobs(rows=TRAIN, test_rows=TARGETS - TRAIN)
+
+
+def half_masks(models, random):
+    return random.random((models, TRAIN)).argsort(1).argsort(1) < TRAIN // 2
+
+
+def linear(masks, random):
+    """Effects [train, target, output], and outputs that are exactly linear in the masks."""
+    effects = random.normal(size=(TRAIN, TARGETS, OUTPUTS))
+    return effects, 0.3 + np.tensordot(masks, effects, 1)
+
+
+def noisy(masks, random):
+    """Outputs that noise and a product of two rows add to."""
+    _, outputs = linear(masks, random)
+    together = (masks[:, 2] & masks[:, 9]).astype(float)
+    return outputs + together[:, None, None] + random.normal(size=outputs.shape)
+
+
+def write_pair(folder, task, masks, outputs, judges=None):
+    """Models on subsets, and the full ones: the last rows of masks and outputs."""
+    parts = [slice(0, -ANCHORS), slice(-ANCHORS, None)]
+    names, judging = ["subsets", "full"], [judges, None]
+    return [
+        write_ensemble(folder / name, task, masks[part], outputs[part], judges=judge)
+        for name, part, judge in zip(names, parts, judging, strict=True)
+    ]
+
+
+def made(folder, task, outputs_of, models=38, judges=None):
+    random = np.random.default_rng(5)
+    masks = np.concatenate([half_masks(models, random), np.ones((ANCHORS, TRAIN), dtype=bool)])
+    return write_pair(folder, task, masks, outputs_of(masks, random), judges)
+
+
+@pytest.fixture(scope="module")
+def noisy_pair(task, tmp_path_factory):
+    judges = np.arange(38) % 3 != 0
+    return made(tmp_path_factory.mktemp("noisy"), task, noisy, judges=judges)
+
+
+@pytest.fixture(scope="module")
+def fitted(noisy_pair, tmp_path_factory):
+    ensemble, anchor = noisy_pair
+    to = tmp_path_factory.mktemp("fitted") / "datamodel"
+    return fit_datamodels(ensemble, anchor=anchor, to=to, lambdas=LAMBDAS, dtype="float64", seed=3)
+
+
+class Reference:
+    """The same fit by dense regressions, target by target."""
+
+    def __init__(self, ensemble, anchor, seed):
+        self.ensemble, self.anchor = ensemble, anchor.outputs.mean(0)
+        self.masks = np.concatenate([ensemble.masks, np.ones((1, TRAIN))]).astype(float)
+        self.outputs = np.concatenate([ensemble.outputs, self.anchor[None]])
+        self.weights = np.append(np.ones(len(ensemble)), len(anchor))
+        self.lambdas = np.array(LAMBDAS) * self.mean_eigenvalue()
+        order = generator(seed, "held-out models").permutation(len(ensemble))
+        others_first = [m for kind in (False, True) for m in order if ensemble.judges[m] == kind]
+        self.held = np.sort(others_first[::5])
+        self.kept = np.setdiff1d(np.arange(len(self.masks)), self.held)
+        self.cases = [(t, o) for t in range(TARGETS) for o in range(OUTPUTS)]
+
+    def mean_eigenvalue(self):
+        around = self.masks - np.average(self.masks, 0, self.weights)
+        scaled = np.sqrt(self.weights)[:, None] * around
+        return np.square(scaled).sum() / np.linalg.matrix_rank(scaled)
+
+    def regress(self, models, target, output, penalty):
+        chosen = self.masks[models], self.outputs[models, target, output], self.weights[models]
+        return dense_datamodel(*chosen, penalty, own_row(target))
+
+    def held_out_error(self, target, penalty):
+        error = 0.0
+        for output in range(OUTPUTS):
+            intercept, effects = self.regress(self.kept, target, output, penalty)
+            found = intercept + self.masks[self.held] @ effects
+            error += np.square(self.outputs[self.held, target, output] - found).sum()
+        return error
+
+    def chosen(self):
+        errors = [
+            [self.held_out_error(target, penalty) for penalty in self.lambdas]
+            for target in range(TARGETS)
+        ]
+        return np.argmin(errors, 1)
+
+    def shrink(self, chosen):
+        """Least squares of the judging models' change on the own rows' and the others' part."""
+        judging = self.held[self.ensemble.judges[self.held]]
+        removed = self.masks[judging] - 1
+        own_parts, other_parts, truths = [], [], []
+        for target, output in self.cases:
+            penalty = self.lambdas[chosen[target]]
+            _, effects = self.regress(self.kept, target, output, penalty)
+            mine = np.zeros(len(judging))
+            if target < TRAIN:
+                mine = removed[:, target] * effects[target]
+            own_parts.append(mine)
+            other_parts.append(removed @ effects - mine)
+            truths.append(self.outputs[judging, target, output] - self.anchor[target, output])
+        parts = np.stack([np.concatenate(own_parts), np.concatenate(other_parts)], 1)
+        return np.linalg.lstsq(parts, np.concatenate(truths))[0]
+
+
+def own_row(target):
+    return target if target < TRAIN else None
+
+
+@pytest.fixture(scope="module")
+def reference(noisy_pair):
+    return Reference(*noisy_pair, seed=3)
+
+
+def test_each_target_gets_the_lambda_with_the_least_held_out_error(fitted, reference):
+    chosen = fitted.store.numpy("chosen")
+    np.testing.assert_array_equal(chosen, reference.chosen())
+    assert len(set(chosen)) > 1
+
+
+def test_effects_equal_dense_regressions(fitted, reference):
+    effects, own = fitted.store.numpy("effects"), fitted.store.numpy("own")
+    everything = np.arange(len(reference.masks))
+    for target, output in reference.cases:
+        penalty = reference.lambdas[reference.chosen()[target]]
+        _, expected = reference.regress(everything, target, output, penalty)
+        np.testing.assert_allclose(effects[:, target, output], expected, rtol=0, atol=1e-8)
+        mine = expected[target] if target < TRAIN else 0
+        np.testing.assert_allclose(own[target, output], mine, rtol=0, atol=1e-8)
+
+
+def test_shrink_factors_are_fitted_on_held_out_judges(fitted, reference):
+    expected = reference.shrink(reference.chosen())
+    np.testing.assert_allclose(fitted.shrink, np.maximum(expected, 0), rtol=0, atol=1e-8)
+    assert min(fitted.shrink) > 0
+
+
+@pytest.mark.parametrize("rows", [[0], [4, 12], [0, 1, 2, 3, 9, 11]])
+def test_changes_are_shrunk_sums_of_effects(task, fitted, rows):
+    found = fitted.change(ForgetSet.at(task, rows)).mean
+    effects = fitted.store.numpy("effects")
+    own_factor, other_factor = fitted.shrink
+    for target in range(TARGETS):
+        factors = [own_factor if row == target else other_factor for row in rows]
+        expected = -np.tensordot(factors, effects[rows, target], 1)
+        np.testing.assert_allclose(found[target], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [[0], [4, 12], [0, 1, 2, 3, 9, 11]])
+def test_stds_are_those_of_a_bayesian_regression(task, fitted, reference, rows):
+    found = fitted.change(ForgetSet.at(task, rows)).std
+    for target, output in reference.cases:
+        penalty, own = reference.lambdas[reference.chosen()[target]], own_row(target)
+        data = (reference.masks, reference.outputs[:, target, output], reference.weights)
+        noise = datamodel_objective(*data, penalty, own) / (len(reference.masks) - 1)
+        scale = datamodel_posterior_variance(data[0], data[2], penalty, rows, own)
+        assert found[target, output] == pytest.approx((noise * scale) ** 0.5, rel=1e-5)
+
+
+def test_noise_is_the_spread_of_the_full_models(task, fitted, noisy_pair):
+    found = fitted.change(ForgetSet.at(task, [3]), targets=np.array([16, 0])).noise
+    expected = noisy_pair[1].outputs.std(0, ddof=1)[[16, 0]]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_targets_select_rows_of_the_change(task, fitted):
+    forget, places = ForgetSet.at(task, [3, 8]), np.array([14, 3, 0])
+    whole, some = fitted.change(forget), fitted.change(forget, targets=places)
+    for name in ("mean", "std", "noise"):
+        np.testing.assert_allclose(getattr(some, name), getattr(whole, name)[places], atol=1e-6)
+
+
+def test_rows_that_are_gone_already_drop_out(task, fitted):
+    some, gone = ForgetSet.at(task, [3, 8]), ForgetSet.at(task, [5, 8])
+    found = fitted.change(some.union(task, gone), already=gone)
+    expected = fitted.change(ForgetSet.at(task, [3]))
+    np.testing.assert_array_equal(found.mean, expected.mean)
+    np.testing.assert_array_equal(found.std, expected.std)
+    nothing = fitted.change(gone, already=gone)
+    assert not nothing.mean.any()
+    assert not nothing.std.any()
+
+
+def test_predictions_start_from_the_model(task, fitted):
+    model = Model(task, task.new_model(0).state_dict(), ForgetSet.at(task, [3]))
+    found = fitted.predict(model, ForgetSet.at(task, [8]), ["test-1", "train-8"])
+    expected = fitted.change(ForgetSet.at(task, [8]), targets=np.array([14, 8]))
+    np.testing.assert_allclose(found.mean, model.outputs([14, 8]) + expected.mean, atol=1e-6)
+
+
+def test_effects_of_noise_free_outputs_are_exact(task, tmp_path):
+    # Subsets of one size alone leave a shift open (see test_ridge); the anchor closes it.
+    ensemble, anchor = made(tmp_path, task, lambda masks, random: linear(masks, random)[1])
+    random = np.random.default_rng(5)
+    half_masks(38, random)
+    effects, _ = linear(np.ones((1, TRAIN)), random)
+    to = tmp_path / "datamodel"
+    found = fit_datamodels(ensemble, anchor=anchor, to=to, lambdas=(1e-9,), dtype="float64")
+    np.testing.assert_allclose(found.store.numpy("effects"), effects, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.shrink, 1, rtol=0, atol=1e-6)
+    change = found.change(ForgetSet.at(task, [0, 5, 7]))
+    np.testing.assert_allclose(change.mean, -effects[[0, 5, 7]].sum(0), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(change.std, 0, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(change.noise, 0, rtol=0, atol=1e-12)
+
+
+def test_float32_is_close(noisy_pair, fitted, tmp_path):
+    ensemble, anchor = noisy_pair
+    to = tmp_path / "datamodel"
+    found = fit_datamodels(ensemble, anchor=anchor, to=to, lambdas=LAMBDAS, seed=3)
+    for name in ("effects", "own", "variance"):
+        expected = fitted.store.numpy(name)
+        np.testing.assert_allclose(found.store.numpy(name), expected, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(found.store.numpy("chosen"), fitted.store.numpy("chosen"))
+
+
+def test_blocks_change_nothing_and_resume(noisy_pair, fitted, tmp_path, monkeypatch):
+    ensemble, anchor = noisy_pair
+    options = {"lambdas": LAMBDAS, "dtype": "float64", "seed": 3, "to": tmp_path / "datamodel"}
+    monkeypatch.setattr(datamodels, "BLOCK_BYTES", TRAIN * OUTPUTS * 8 * 5)
+    solved, solve = [], datamodels.solve
+
+    def interrupted(*args):
+        solved.append(args)
+        if len(solved) == 2 * (len(LAMBDAS) + 1):
+            raise KeyboardInterrupt
+        return solve(*args)
+
+    monkeypatch.setattr(datamodels, "solve", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit_datamodels(ensemble, anchor=anchor, **options)
+    with pytest.raises(ValueError, match="datamodel is not finished: run the command"):
+        LinearDatamodel.open(tmp_path / "datamodel")
+    found = fit_datamodels(ensemble, anchor=anchor, **options)
+    assert found.store.spec.blocks == 4
+    assert len(solved) == 5 * (len(LAMBDAS) + 1)
+    for name in found.store.spec.arrays:
+        expected = fitted.store.numpy(name)
+        np.testing.assert_allclose(found.store.numpy(name), expected, rtol=0, atol=1e-10)
+
+
+def test_ensembles_that_do_not_fit_are_refused(task, noisy_pair, tmp_path):
+    ensemble, anchor = noisy_pair
+    to = tmp_path / "x"
+    with pytest.raises(ValueError, match=r"all models of .*full saw the same rows"):
+        fit_datamodels(anchor, anchor=anchor, to=to)
+    with pytest.raises(ValueError, match=r"the anchor .*subsets must hold models trained on all"):
+        fit_datamodels(ensemble, anchor=ensemble, to=to)
+    for rows, tests, axis in ((12, 5, "train"), (13, 5, "target")):
+        other = blobs(rows=rows, test_rows=tests)
+        outputs = np.zeros((2, rows + tests, OUTPUTS))
+        stranger = write_ensemble(tmp_path / axis, other, np.ones((2, rows), bool), outputs)
+        with pytest.raises(ValueError, match=f"were made from different {axis} rows"):
+            fit_datamodels(ensemble, anchor=stranger, to=to)
+    single = write_ensemble(tmp_path / "single", task, anchor.masks[:1], anchor.outputs[:1])
+    with pytest.raises(ValueError, match=r"single holds 1 model: the spread .* needs 2"):
+        fit_datamodels(ensemble, anchor=single, to=to)
+    assert not to.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "dtype must be 'float32' or 'float64', got 'float16'"),
+        ({"lambdas": ()}, r"lambdas must all be above 0, got \(\)"),
+        ({"lambdas": (1.0, 0.0)}, r"lambdas must all be above 0, got \(1\.0, 0\.0\)"),
+    ],
+)
+def test_unusable_options_are_refused(noisy_pair, tmp_path, options, message):
+    ensemble, anchor = noisy_pair
+    with pytest.raises(ValueError, match=message):
+        fit_datamodels(ensemble, anchor=anchor, to=tmp_path / "x", **options)
+
+
+def test_another_fit_in_the_same_folder_is_refused(noisy_pair, fitted):
+    ensemble, anchor = noisy_pair
+    options = {"lambdas": LAMBDAS, "dtype": "float64", "to": fitted.store.path}
+    with pytest.raises(ValueError, match=r"seed: stored 3, wanted 4"):
+        fit_datamodels(ensemble, anchor=anchor, seed=4, **options)
+
+
+def test_forget_sets_of_other_data_are_refused(fitted):
+    forget = ForgetSet.at(blobs(rows=9), [3])
+    with pytest.raises(ValueError, match="drawn from 9 rows, the datamodel has 13"):
+        fitted.change(forget)
+
+
+def test_other_stores_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected a store at"):
+        LinearDatamodel.open(tmp_path / "none")
+    spec = StoreSpec("masks", "model", 1, {"mask": ArraySpec(("model",), (2,), "bool")})
+    Store.create(tmp_path / "masks", spec, Provenance({}))
+    with pytest.raises(ValueError, match="masks"):
+        LinearDatamodel.open(tmp_path / "masks")

@@ -1,0 +1,239 @@
+"""Matching: its objective, what it visits, and where it ends."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from attribution import (
+    Change,
+    Counterfactual,
+    ForgetSet,
+    Oracle,
+    Recipe,
+    SquaredError,
+    Task,
+    draw_subsets,
+    train_models,
+)
+from tests.unlearning.cases import (
+    FORGET,
+    MORE,
+    Fixed,
+    assert_same_bits,
+    copied,
+    fresh_models,
+    largest_difference,
+    request_of,
+    three_blobs,
+)
+from unlearning import Matching, unlearn_models
+from unlearning.runner import execute
+
+TARGETS, OUTPUTS = 54, 3  # of three blobs
+
+
+@pytest.fixture(scope="module")
+def task():
+    return three_blobs()
+
+
+@pytest.fixture(scope="module")
+def forget(task):
+    return ForgetSet.of(task, FORGET)
+
+
+@pytest.fixture(scope="module")
+def fixed():
+    return Fixed(np.random.default_rng(9).normal(size=(TARGETS, OUTPUTS)).astype(np.float32))
+
+
+def plan_of(method, task, forget, *, count=2, seed=0, already=None):
+    return method.plan(
+        request_of(task, fresh_models(task, count), forget, seed=seed, already=already)
+    )
+
+
+class TestObjective:
+    def test_value_and_derivative_are_those_of_the_mean_square(self, task, forget, fixed):
+        plan = plan_of(Matching(fixed), task, forget)
+        random = torch.Generator().manual_seed(1)
+        outputs, targets = torch.randn(2, 17, 3, generator=random, dtype=torch.float64)
+        free = outputs.clone().requires_grad_()
+        loss = ((free - targets) ** 2).sum(1) / 3
+        loss.sum().backward()
+        torch.testing.assert_close(plan.value(outputs, None, targets), loss.detach())
+        torch.testing.assert_close(plan.cotangent(outputs, None, targets), free.grad)
+
+    def test_targets_are_the_outputs_before_plus_the_change(self, task, forget, fixed):
+        method = Matching(fixed, retain_multiplier=1, retain_extra=2)
+        plan, models = plan_of(method, task, forget), fresh_models(task, 2)
+        visited = np.concatenate([forget.rows, method.retain_rows(forget, 0)])
+        for targets, model in zip(plan.targets, models, strict=True):
+            expected = model.outputs(visited) + fixed.mean[visited]
+            np.testing.assert_allclose(targets, expected, rtol=0, atol=1e-6)
+        inputs, labels = task.rows("train", visited)
+        assert torch.equal(plan.inputs, inputs)
+        assert torch.equal(plan.labels, labels)
+
+    def test_a_second_request_asks_for_the_change_from_the_first(self, task, forget, fixed):
+        asked = []
+
+        class Noting(Counterfactual):
+            def change(self, forget, already=None, targets=None):
+                asked.append((forget.ids, already.ids))
+                return fixed.change(forget, already, targets)
+
+        both = ForgetSet.of(task, FORGET + MORE)
+        plan_of(Matching(Noting()), task, ForgetSet.of(task, MORE), already=forget)
+        assert asked == [(both.ids, forget.ids)]
+
+    @pytest.mark.parametrize("many", [True, False])
+    def test_a_prediction_in_float64_is_taken(self, task, forget, fixed, many):
+        request = request_of(task, fresh_models(task, 2), forget, many=many)
+        narrow, wide = (Matching(Fixed(fixed.mean.astype(t)), passes=1) for t in ("f4", "f8"))
+        ended = [execute(method.plan(request), request).states for method in (narrow, wide)]
+        assert largest_difference(*ended) < 1e-5
+
+    def test_an_absolute_prediction_is_the_target_itself(self, task, forget, fixed):
+        class Absolute(Counterfactual):
+            def change(self, forget, already=None, targets=None):
+                nothing = np.zeros_like(fixed.mean[targets])
+                return Change(fixed.mean[targets], nothing, nothing, absolute=True)
+
+        plan = plan_of(Matching(Absolute()), task, forget)
+        expected = torch.from_numpy(fixed.mean[forget.rows])
+        for targets in plan.targets:
+            assert torch.equal(targets[: len(forget)], expected)
+
+    def test_the_history_falls_to_the_mismatch_that_is_left(self, task, forget, fixed):
+        model = fresh_models(task, 1)[0]
+        method = Matching(fixed, passes=30, rate=0.02)
+        result = method(model, task, forget)
+        visited = np.concatenate([forget.rows, method.retain_rows(forget, 0)])
+        wanted = model.outputs(visited) + fixed.mean[visited]
+        for told, each in zip(result.history, (model, result.model), strict=True):
+            left = np.square(each.outputs(visited) - wanted).mean()
+            assert told == pytest.approx(left, rel=1e-4)
+        assert result.history[1] < 0.9 * result.history[0]
+
+
+class TestVisits:
+    @pytest.mark.parametrize(
+        ("sample", "retained"),
+        [((0, 0), 0), ((0, 3), 3), ((1.5, 0), 8), ((2, 1), 11), ((3, 100), 36)],
+    )
+    def test_so_many_retain_rows_are_visited(self, task, forget, fixed, sample, retained):
+        method = Matching(fixed, retain_multiplier=sample[0], retain_extra=sample[1])
+        rows = method.retain_rows(forget, seed=0)
+        assert len(set(rows)) == len(rows) == retained
+        assert not set(rows) & set(forget.rows)
+        assert len(plan_of(method, task, forget).inputs) == len(FORGET) + retained
+
+    def test_the_retain_sample_follows_the_seed(self, forget, fixed):
+        method = Matching(fixed, retain_multiplier=2, retain_extra=0)
+        first, again, other = (list(method.retain_rows(forget, seed)) for seed in (0, 0, 1))
+        assert first == again
+        assert set(first) != set(other)
+
+    def test_rows_forgotten_before_are_no_retain_rows(self, task, forget, fixed):
+        already, now = forget, ForgetSet.of(task, MORE)
+        plan = plan_of(Matching(fixed, retain_extra=100), task, now, already=already)
+        assert len(plan.inputs) == 41 - len(FORGET)
+        gone = task.rows("train", already.rows)[0]
+        assert not (plan.inputs[:, None] == gone[None]).all(-1).any()
+
+    @pytest.mark.parametrize("multiplier", [1, 3])
+    def test_a_pass_visits_forget_rows_so_often_and_retain_rows_once(
+        self, task, forget, fixed, multiplier
+    ):
+        settings = {"forget_multiplier": multiplier, "retain_multiplier": 2, "retain_extra": 1}
+        length = multiplier * 5 + 11
+        plan = plan_of(Matching(fixed, passes=2, batch_size=1, **settings), task, forget)
+        for order in plan.order:
+            counts = np.bincount(order[:length, 0], minlength=16)
+            assert list(counts) == [multiplier] * 5 + [1] * 11
+
+    @pytest.mark.parametrize(
+        ("settings", "steps"),
+        [((1.5, 16), 4), ((2, 41), 2), ((2, 40), 3), ((0.01, 7), 1), ((1, 64), 1)],
+    )
+    def test_passes_give_so_many_gradient_evaluations(self, task, forget, fixed, settings, steps):
+        passes, batch_size = settings
+        method = Matching(fixed, passes=passes, batch_size=batch_size)
+        result = method(fresh_models(task, 1)[0], task, forget)
+        assert result.gradient_evaluations == steps * batch_size
+        assert result.gradient_evaluations >= int(passes * 41)
+
+    def test_the_rate_falls_linearly_to_zero(self, task, forget, fixed):
+        plan = plan_of(Matching(fixed, passes=2, batch_size=20, rate=0.5), task, forget)
+        np.testing.assert_allclose(plan.rates, [0.5, 0.4, 0.3, 0.2, 0.1], rtol=1e-12)
+
+
+def line_task():
+    """Least squares in four dimensions, fitted in closed form: one model for one set of rows."""
+    random = torch.Generator().manual_seed(2)
+    inputs = torch.randn(31, 4, generator=random)
+    labels = inputs @ torch.tensor([1.0, -2.0, 0.5, 0.0]) + torch.randn(31, generator=random)
+
+    def train(rows, seed, device):
+        del seed, device
+        design = torch.cat([inputs[rows], torch.ones(len(rows), 1)], 1).double()
+        found = torch.linalg.lstsq(design, labels[rows, None].double()).solution.float()
+        return {"weight": found[:4].T.contiguous(), "bias": found[4]}
+
+    test = TensorDataset(torch.randn(7, 4, generator=random), torch.zeros(7))
+    data = TensorDataset(inputs, labels)
+    return Task("line", data, test, lambda: nn.Linear(4, 1), train=train, loss=SquaredError())
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_with_the_oracle_of_a_linear_model_it_becomes_the_oracle(tmp_path, absolute):
+    task = line_task()
+    forget = ForgetSet.at(task, [0, 4, 9, 21, 30])
+
+    def bank(name, without=None):
+        subsets = draw_subsets(task, models=2, design="full", without=without)
+        return train_models(task, subsets, tmp_path / name, keep="weights", workers=0)
+
+    full, oracles = bank("full"), bank("oracles", forget)
+    oracle = Oracle(full, oracles, absolute=absolute)
+    method = Matching(oracle, passes=300, rate=0.05, batch_size=16)
+    unlearned = unlearn_models(method, full, task, forget)
+    away = np.abs(full.outputs - oracles.outputs).max()
+    assert away > 0.1
+    np.testing.assert_allclose(unlearned.outputs, oracles.outputs, rtol=0, atol=1e-3 * away)
+
+
+class TestBatchNorm:
+    STATISTICS = ("1.running_mean", "1.running_var", "1.num_batches_tracked")
+
+    @pytest.mark.parametrize(("batchnorm", "moves"), [("frozen", False), ("update", True)])
+    def test_statistics_move_only_if_asked(self, normalised_ground, batchnorm, moves):
+        ground = normalised_ground
+        model = ground.full.model(0)
+        before = copied(model.state)
+        method = Matching(ground.datamodel, passes=2, batch_size=16, batchnorm=batchnorm)
+        after = method(model, ground.task, ground.forget).model.state
+        for name in self.STATISTICS:
+            assert (not torch.equal(after[name], before[name])) == moves
+        assert_same_bits(model.state, before)
+
+    def test_targets_do_not_depend_on_the_policy(self, normalised_ground):
+        ground = normalised_ground
+        request = request_of(ground.task, ground.full.checkpoints(2), ground.forget)
+        plans = [
+            Matching(ground.datamodel, batchnorm=b).plan(request) for b in ("frozen", "update")
+        ]
+        assert torch.equal(plans[0].targets, plans[1].targets)
+
+
+def test_a_task_with_a_recipe_and_one_without_serve_alike(forget, fixed):
+    with_recipe = three_blobs(recipe=Recipe(epochs=1, batch_size=8, peak_rate=0.1))
+    without = three_blobs(recipe=None)
+    states = [
+        Matching(fixed, passes=1)(fresh_models(task, 1)[0], task, forget).model.state
+        for task in (with_recipe, without)
+    ]
+    assert_same_bits(*states)
