@@ -1,7 +1,7 @@
 """Predictions as files: a zarr store, or a table for a spreadsheet."""
 
 import csv
-import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,31 @@ from attribution.forget import ForgetSet
 from stores import ArraySpec, Provenance, Store, StoreSpec, versions
 
 COLUMNS = ("before", "mean", "std", "noise")
+
+
+def check_writable(path: str) -> None:
+    """Refuses a file that cannot be written, before anything costly is computed for it.
+
+    Args:
+        path: where to write.
+
+    Raises:
+        ValueError: the path is a folder, or lies in none that can be written.
+
+    Example:
+        >>> check_writable("nowhere/predicted.csv")
+        Traceback (most recent call last):
+            ...
+        ValueError: cannot write 'nowhere/predicted.csv': No such file or directory
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"cannot write {path!r}: a folder has that name")
+    try:
+        # Permissions alone do not tell: nobody can write to /proc, root included.
+        with tempfile.TemporaryFile(dir=Path(path).parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {path!r}: {error.strerror}") from error
 
 
 def check_prediction_file(path: str) -> None:
@@ -33,9 +58,7 @@ def check_prediction_file(path: str) -> None:
         raise ValueError(f"predictions are written to .zarr or .csv, got {path!r}")
     if path.endswith(".zarr") and Path(path).exists():
         raise ValueError(f"{path!r} exists already: name another folder")
-    folder = Path(path).resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"cannot write {path!r}: {str(folder)!r} is no folder that can be written")
+    check_writable(path)
 
 
 def write_prediction(prediction: Prediction, path: str, forget: ForgetSet) -> None:

@@ -47,7 +47,8 @@ class Design:
         squares = self.weights.square()
         mean = torch.tensordot(squares / squares.sum(), outputs, 1)
         around = torch.tensordot(squares, (outputs - mean).square(), 1)
-        return (around - rotated.square().sum(0)).clamp_min(0)
+        left: Tensor = (around - rotated.square().sum(0)).clamp_min(0)
+        return left
 
 
 def decompose(masks: Tensor, weights: Tensor) -> Design:

@@ -17,7 +17,7 @@ from attribution.oracle import Oracle
 from attribution.subsets import draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task, task_place
-from stores import Store, digest
+from stores import Provenance, Store, check_provenance, digest
 
 SCHEMA = 1
 PREDICTORS = ("datamodel",)
@@ -72,10 +72,13 @@ class Run:
             The run.
 
         Raises:
-            ValueError: no run there, one of a later schema, or its task cannot be loaded.
+            ValueError: no run there, one of a later schema, its task cannot be loaded, or is not
+                what the run's models were trained on.
         """
         settings = read_settings(Path(path))
-        return cls(Path(path), settings, load_task(settings.task, outside=Path(path)))
+        run = cls(Path(path), settings, load_task(settings.task, outside=Path(path)))
+        _refuse_changed_task(run)
+        return run
 
     @cached_property
     def full(self) -> Ensemble:
@@ -216,6 +219,8 @@ def precompute(
     ensemble = train_models(task, subsets, run.path / f"ensemble-{settings.subsets}", **where)
     fit_datamodels(ensemble, anchor=full, to=run.path / f"datamodel-{settings.subsets}", seed=seed)
     compute_moments(full, run.path / "moments")
+    # The stores took this task for theirs, so it may be found where it lies now.
+    _write_settings(Path(path), settings)
     return run
 
 
@@ -233,7 +238,11 @@ def _check_numbers(settings: RunSettings) -> None:
 def _record(path: Path, settings: RunSettings) -> None:
     if (path / "run.json").exists():
         _refuse_other(path, read_settings(path), settings)
-        return
+    else:
+        _write_settings(path, settings)
+
+
+def _write_settings(path: Path, settings: RunSettings) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         partial = path / "run.json.partial"
@@ -241,6 +250,14 @@ def _record(path: Path, settings: RunSettings) -> None:
         partial.replace(path / "run.json")
     except OSError as error:
         raise ValueError(f"cannot write the run folder {str(path)!r}: {error}") from error
+
+
+def _refuse_changed_task(run: Run) -> None:
+    if not (run.path / "full" / "zarr.json").exists():
+        return
+    store, wanted = Store.open(run.path / "full", "ensemble"), run.task.settings()
+    stored = {name: store.provenance.settings[name] for name in wanted}
+    check_provenance(Provenance(stored), Provenance(wanted), store.path)
 
 
 def _refuse_other(path: Path, found: RunSettings, wanted: RunSettings) -> None:

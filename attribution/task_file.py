@@ -75,7 +75,7 @@ def _by_name(place: str, outside: Path | None) -> ModuleType:
         if found.origin:
             _refuse_inside(Path(found.origin), outside)
         return importlib.import_module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _refusal(place, error) from error
 
 
@@ -94,13 +94,13 @@ def _from_file(file: Path, outside: Path | None) -> ModuleType:
         sys.path.append(str(file.resolve().parent))
     try:
         found.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _refusal(str(file), error) from error
     pickle_by_value(module)
     return module
 
 
-def _refusal(place: str, error: Exception) -> ValueError:
+def _refusal(place: str, error: BaseException) -> ValueError:
     if isinstance(error, ValueError):
         return error
     return ValueError(f"cannot load a task from {place}: {type(error).__name__}: {error}")

@@ -9,13 +9,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from attribution import Model, load_model, parse_forget
 from attribution.counterfactual import parse_targets
-from attribution.prediction_files import check_prediction_file, write_prediction
+from attribution.prediction_files import (
+    check_prediction_file,
+    check_writable,
+    write_prediction,
+)
 from attribution.run import PREDICTORS, Run, precompute
 from attribution.subsets import DESIGNS
 from stores import BlocksFailed
-from unlearning.evaluation import evaluate_methods
+from unlearning.evaluation import evaluate_methods, plain
 from unlearning.methods import METHODS, Evidence, build_method, check_method
 from unlearning.report import render_report
 from unlearning.tables import evaluation_table, prediction_table, status_table
@@ -40,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     warnings.showwarning = _warn  # type: ignore[assignment]
     try:
+        _check(options)
         told, text = options.verb(options)
     except (ValueError, TypeError) as error:
         return _fail(error, BAD_INPUT)
@@ -47,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("stopped; what is finished is kept, the same command resumes", INTERRUPTED)
     except (BlocksFailed, OSError, RuntimeError) as error:
         return _fail(error, FAILURE)
-    print(json.dumps(told, indent=2) if options.json else text)
+    print(json.dumps(plain(told), indent=2) if options.json else text)
     return 0
 
 
@@ -102,7 +109,9 @@ def _predict(options: argparse.Namespace) -> tuple[Any, str]:
 
 def _unlearn(options: argparse.Namespace) -> tuple[Any, str]:
     check_method(options.method)
-    _check_writable(options.out)
+    if not options.out.endswith(".safetensors"):
+        raise ValueError(f"models are written as .safetensors, got {options.out!r}")
+    check_writable(options.out)
     run = Run.open(options.run)
     forget = parse_forget(run.task, options.forget)
     model = _model(run, options.checkpoint)
@@ -132,10 +141,12 @@ def _unlearn(options: argparse.Namespace) -> tuple[Any, str]:
 
 def _evaluate(options: argparse.Namespace) -> tuple[Any, str]:
     methods = [name for part in options.methods for name in part.split(",") if name]
+    if not methods:
+        raise ValueError(f"name at least one method: {', '.join(METHODS)}")
     for name in methods:
         check_method(name)
     out = options.out or str(Path(options.run) / "evaluation.json")
-    _check_writable(out)
+    check_writable(out)
     run = Run.open(options.run)
     told = evaluate_methods(
         run,
@@ -183,7 +194,9 @@ def _report(options: argparse.Namespace) -> tuple[Any, str]:
         raise ValueError(
             f"cannot read {str(source)!r}: run dmm evaluate --run {path} first"
         ) from error
-    _check_writable(out)
+    if not isinstance(evaluation, dict):
+        raise ValueError(f"{str(source)!r} holds no evaluation: run dmm evaluate again")
+    check_writable(out)
     images = forgotten_thumbnails(Run.open(path).task, evaluation) if options.thumbnails else None
     title = f"Unlearning on {evaluation.get('task', 'a task')}"
     _write(out, render_report(evaluation, title=title, thumbnails=images))
@@ -193,9 +206,21 @@ def _report(options: argparse.Namespace) -> tuple[Any, str]:
 # -- arguments -------------------------------------------------------------------------------
 
 
-def _where(options: argparse.Namespace) -> dict[str, Any]:
+def _check(options: argparse.Namespace) -> None:
+    if options.seed < 0:
+        raise ValueError(f"a seed must not be negative, got {options.seed}")
+    if options.workers is not None and options.workers < 0:
+        raise ValueError(f"expected 0 or more workers, got {options.workers}")
     if options.workers is not None and options.scheduler is not None:
         raise ValueError("give --workers or --scheduler, not both")
+    try:
+        torch.zeros(1, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot compute on device {options.device!r}: {reason}") from error
+
+
+def _where(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": options.device,
         "workers": options.workers,
@@ -212,12 +237,6 @@ def _settings(pairs: Sequence[str]) -> dict[str, str]:
     if wrong:
         raise ValueError(f"--set takes field=value, got {wrong[0]!r}")
     return dict(pair.split("=", 1) for pair in pairs)
-
-
-def _check_writable(out: str) -> None:
-    folder = Path(out).resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"cannot write {out!r}: {str(folder)!r} is no folder that can be written")
 
 
 def _write(out: str, text: str) -> None:

@@ -117,7 +117,7 @@ def evaluate_methods(
                 _fill_affected(block["affected"], audit, name, unlearned)
                 bar.update()
             blocks[forget.name] = block
-    evaluation: Json = _plain(
+    evaluation: Json = plain(
         {
             "schema": SCHEMA,
             "task": run.task.name,
@@ -334,12 +334,23 @@ def _fill_affected(rows: list[Json], audit: Audit, name: str, unlearned: Unlearn
         row["unlearned"] = float(means[audit.task.positions[row["id"]]])
 
 
-def _plain(value: Any) -> Any:
-    """Plain values of JSON; numbers that are not finite become None."""
+def plain(value: Any) -> Any:
+    """Plain values of JSON; numbers that are not finite become None.
+
+    Args:
+        value: mappings, lists, numbers and texts, those of numpy too.
+
+    Returns:
+        The same as plain values.
+
+    Example:
+        >>> plain({"klom": np.float32("nan"), "sizes": (1, 2.0)})
+        {'klom': None, 'sizes': [1, 2.0]}
+    """
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not np.isfinite(value):

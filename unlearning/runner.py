@@ -313,10 +313,11 @@ def _descend(plan: Plan, request: Request, index: int | None) -> _Ended:
     for step, rate in enumerate(plan.rates):
         if watch.finished(step):
             break
-        now = order[..., step, :]
-        targets = _targets(plan, chosen, now)
-        visited = take(plan.inputs, now), take(plan.labels, now)
-        descent.step(Batch(*visited, weights[..., step, :], targets), float(rate))
+        now, weight = order[..., step, :], weights[..., step, :]
+        if plan.training:  # one model, whose BatchNorm would count padding as rows
+            weight, now = weight[now >= 0], now[now >= 0]
+        batch = take(plan.inputs, now), take(plan.labels, now), weight, _targets(plan, chosen, now)
+        descent.step(Batch(*batch), float(rate))
     else:
         watch.finished(len(plan.rates))
     done = (order >= 0).sum(-1).cumsum(-1)
