@@ -1,12 +1,13 @@
 """Counterfactuals: predicted outputs of models that never saw the forget set."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from attribution.forget import ForgetSet, read_ids
+from attribution.forget import ForgetSet, parse_forget, read_ids
 from attribution.model import Model
 from attribution.outputs import Array
 from attribution.task import Rows, Task
@@ -133,7 +134,8 @@ def parse_targets(task: Task, spec: str, forget: ForgetSet) -> Rows:
 
     Args:
         task: whose targets.
-        spec: `train`, `test`, `forget`, comma-separated ids, or `@file` (one id a line).
+        spec: `train`, `test`, `forget`, comma-separated ids, `@file` (one id a line), or
+            training rows as `rows:10:20`, `random:50:seed` or `cluster:60:seed`.
         forget: what `forget` stands for.
 
     Returns:
@@ -146,5 +148,7 @@ def parse_targets(task: Task, spec: str, forget: ForgetSet) -> Rows:
     known = {"train": np.arange(n), "test": np.arange(n, total), "forget": forget.rows}
     if spec in known:
         return known[spec]
+    if re.match(r"(rows|random|cluster):", spec):
+        return parse_forget(task, spec).rows
     ids = read_ids(spec[1:]) if spec.startswith("@") else spec.split(",")
     return target_positions(task, [row.strip() for row in ids])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -30,8 +31,11 @@ def trace(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
         tensor([2., 4., 6.])
     """
     traced = make_fx(function)(*example)
-    for node in list(traced.graph.nodes):
-        same = _same_value(node)
+    nodes = list(traced.graph.nodes)
+    # A kernel that works in place would reach the arguments through a copy that is left out.
+    in_place = any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in nodes)
+    for node in nodes:
+        same = None if in_place else _same_value(node)
         if same is not None:
             node.replace_all_uses_with(same)
             traced.graph.erase_node(node)
@@ -49,7 +53,8 @@ def _same_value(node: Node) -> Node | None:
     if node.target in RESHAPES and node.meta["val"].shape == source.meta["val"].shape:
         return source
     if node.target is aten.mul.Scalar and node.args[1] == 1:
-        return source
+        # Whole numbers times 1.0 are fractions.
+        return source if node.meta["val"].dtype == source.meta["val"].dtype else None
     if node.target is aten.transpose.int and source.target is aten.transpose.int:
         return _untransposed(node, source)
     return None

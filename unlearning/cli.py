@@ -213,8 +213,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"expected 0 or more workers, got {options.workers}")
     if options.workers is not None and options.scheduler is not None:
         raise ValueError("give --workers or --scheduler, not both")
+    # Only the workers of a scheduler elsewhere may own the device that trains.
+    remote = options.scheduler is not None and options.verb is _precompute
     try:
-        torch.zeros(1, device=options.device)
+        torch.zeros(1, device="meta" if remote else torch.device(options.device))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"cannot compute on device {options.device!r}: {reason}") from error

@@ -31,6 +31,7 @@ _LABELS = {  # name: as tables and prose say it, as figures say it
     "dmm": ("datamodel matching (dmm)", "dmm"),
     "dmm_pgu": ("dmm, PGU backend", "dmm, PGU"),
     "om": ("oracle matching (om)", "om"),
+    "om_absolute": ("oracle matching, absolute", "om, absolute"),
     "pgu": ("PGU", "PGU"),
     "gradient_ascent": ("gradient ascent", "gradient ascent"),
     "fine_tune": ("fine-tune", "fine-tune"),

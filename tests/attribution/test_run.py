@@ -5,6 +5,7 @@ import pytest
 
 from attribution import ForgetSet
 from attribution.run import Run, precompute, read_settings
+
 NUMBERS = {"full_models": 3, "subset_models": 10, "design": "half", "seed": 4, "workers": 0}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from attribution import Counterfactual
+from attribution import Counterfactual, Oracle
 from attribution.moments import Moments
 from unlearning.methods.do_nothing import DoNothing
 from unlearning.methods.fine_tune import FineTune
@@ -26,7 +26,7 @@ class Evidence:
     """
 
     predictor: Callable[[], Counterfactual]
-    oracle: Callable[[], Counterfactual]
+    oracle: Callable[[], Oracle]
     moments: Callable[[], Moments]
 
 
@@ -34,6 +34,7 @@ METHODS: dict[str, Callable[[Evidence], UnlearningMethod]] = {
     "do_nothing": lambda _: DoNothing(),
     "dmm": lambda given: Matching(given.predictor()),
     "om": lambda given: Matching(given.oracle()),
+    "om_absolute": lambda given: Matching(replace(given.oracle(), absolute=True)),
     "pgu": lambda given: ProjectedGradient(given.moments()),
     "dmm_pgu": lambda given: Matching(
         given.predictor(), backend=GradientProjection(given.moments())

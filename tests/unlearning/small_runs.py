@@ -1,0 +1,75 @@
+"""A tiny task in a file, and runs made of it by the command line."""
+
+import functools
+import hashlib
+import shutil
+from pathlib import Path
+
+from stores import Store
+from unlearning.cli import main
+
+TRAIN_ROWS, TEST_ROWS, FULL_MODELS = 37, 11, 80
+SIZES = ("--full-models", str(FULL_MODELS), "--subset-models", "24", "--workers", "0")
+
+TASK = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from attribution import Recipe, Task
+
+
+def blobs(rows, seed):
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.arange(rows) % 3
+    return TensorDataset(torch.randn(rows, 4, generator=random) + 2 * torch.eye(4)[labels], labels)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+train_data = blobs(37, 1)
+recipe = Recipe(epochs=2, batch_size=8, peak_rate=0.2)
+task = Task("small", train_data, blobs(11, 2), mlp, recipe)
+"""
+
+
+def write_task(folder, text=TASK, name="small.py"):
+    """The spec of a task file."""
+    Path(folder, name).write_text(text)
+    return f"{Path(folder, name)}:task"
+
+
+@functools.cache
+def finished_run(factory):
+    """A finished run, made once for all tests; whoever changes it makes a copy."""
+    folder = factory.mktemp("small")
+    run = folder / "run"
+    assert main(["precompute", write_task(folder), "--run", str(run), *SIZES]) == 0
+    return run
+
+
+def copied(run, folder):
+    """A copy of a run, with a task file of its own beside it."""
+    spec = write_task(folder)
+    shutil.copytree(run, folder / "run")
+    assert main(["precompute", spec, "--run", str(folder / "run"), *SIZES]) == 0
+    return folder / "run"
+
+
+def contents(folder):
+    """Digest of every file of a folder, by its name."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def arrays(run):
+    """The bits of every array of a run's stores."""
+    stores = {"full", "moments", *(path.name for path in Path(run).glob("*-*"))}
+    opened = {name: Store.open(Path(run, name)) for name in stores}
+    return {
+        f"{name}/{array}": store.numpy(array).tobytes()
+        for name, store in opened.items()
+        for array in store.spec.arrays
+    }

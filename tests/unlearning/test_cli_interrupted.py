@@ -1,0 +1,125 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.unlearning.small_runs import TASK, arrays, write_task
+from unlearning.cli import main
+
+ROOT = Path(__file__).parents[2]
+MODELS, SUBSETS, PATIENCE = 8, 10, 120
+SIZES = ["--full-models", str(MODELS), "--subset-models", str(SUBSETS)]
+
+SLOW = (
+    TASK
+    + """
+import sibling_of_the_slow_task
+
+
+def train(indices, seed, device):
+    sibling_of_the_slow_task.dawdle()
+    torch.manual_seed(seed)
+    model = mlp()
+    inputs, labels = (tensor[indices] for tensor in train_data.tensors)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+task = Task("slow", train_data, blobs(11, 2), mlp, train=train)
+"""
+)
+
+# Only the runs that are to be interrupted take their time, and so much that they are hit within.
+SIBLING = """
+import time
+from pathlib import Path
+
+
+def dawdle():
+    if Path(__file__).with_name("slowly").exists():
+        time.sleep(0.4)
+"""
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """The spec of a task whose models take long to train until the file `slowly` is removed."""
+    (tmp_path / "sibling_of_the_slow_task.py").write_text(SIBLING)
+    (tmp_path / "slowly").touch()
+    return write_task(tmp_path, SLOW, "slow.py")
+
+
+def marks(run):
+    return {path.name: path.stat().st_mtime_ns for path in run.glob("full/done/c/*")}
+
+
+@contextmanager
+def started(*words):
+    """The command line in a process of its own, ended whatever happens."""
+    command = [sys.executable, "-m", "unlearning.cli", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, **pipes)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_blocks(run, count, process):
+    end = time.monotonic() + PATIENCE
+    while len(marks(run)) < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def without_interruption(slow, folder):
+    """What the same command makes in one go."""
+    assert main(["precompute", slow, "--run", str(folder), *SIZES, "--workers", "0"]) == 0
+    return arrays(folder)
+
+
+def test_ctrl_c_stops_at_once_in_one_line_and_the_same_command_finishes(slow, tmp_path, capsys):
+    run = tmp_path / "run"
+    words = ["precompute", slow, "--run", str(run), *SIZES, "--workers", "0"]
+    with started(*words) as process:
+        wait_for_blocks(run, 2, process)
+        process.send_signal(signal.SIGINT)
+        stopped = time.monotonic()
+        out, err = process.communicate(timeout=PATIENCE)
+        assert time.monotonic() - stopped < 10
+    assert (process.returncode, out) == (130, "")
+    assert err == "dmm: stopped; what is finished is kept, the same command resumes\n"
+    kept = marks(run)
+    assert 2 <= len(kept) < MODELS
+    (tmp_path / "slowly").unlink()
+    assert main(words) == 0
+    assert "8 full models" in capsys.readouterr().out
+    assert marks(run).items() > kept.items()
+    assert arrays(run) == without_interruption(slow, tmp_path / "whole")
+
+
+def test_a_killed_run_resumes_to_the_same_bits_and_repeats_no_block(slow, tmp_path):
+    run = tmp_path / "run"
+    words = ["precompute", slow, "--run", str(run), *SIZES]
+    with started(*words, "--workers", "2") as process:
+        wait_for_blocks(run, 3, process)
+        process.kill()
+        process.communicate()
+    kept = marks(run)
+    assert 3 <= len(kept) < MODELS
+    (tmp_path / "slowly").unlink()
+    assert main([*words, "--workers", "0"]) == 0
+    assert marks(run).items() > kept.items()
+    assert arrays(run) == without_interruption(slow, tmp_path / "whole")
