@@ -170,9 +170,11 @@ def fit_datamodels(
     """
     _check_ensembles(ensemble, anchor)
     chosen = _Settings(tuple(lambdas), seed, dtype)
-    final = _final_design(ensemble, anchor, chosen.number)
+    # The decomposition is costly, and an existing store holds what it needs of it.
+    final = None if os.path.lexists(to) else _final_design(ensemble, anchor, chosen.number)
     store = _datamodel_store(ensemble, anchor, to, final, chosen)
     if store.pending():
+        final = final or _final_design(ensemble, anchor, chosen.number)
         problem = _problem(ensemble, anchor, store, final, chosen)
         title = f"fitting {os.path.basename(store.path)}"
         at = None if scheduler else workers
@@ -201,7 +203,7 @@ def _datamodel_store(
     ensemble: Ensemble,
     anchor: Ensemble,
     to: str | os.PathLike[str],
-    design: Design,
+    design: Design | None,
     chosen: _Settings,
 ) -> Store:
     targets, outputs = ensemble.outputs.shape[1:]
@@ -217,7 +219,6 @@ def _datamodel_store(
         "moments": ArraySpec(("target", None), (targets, 5), chosen.dtype),
         "chosen": ArraySpec(("target",), (targets,), "int64"),
     }
-    scale = float(design.eigenvalues.mean())
     settings = {
         "ensemble": dict(ensemble.store.provenance.settings),
         "anchor": dict(anchor.store.provenance.settings),
@@ -229,13 +230,17 @@ def _datamodel_store(
         to,
         StoreSpec("datamodel", "target", block, arrays),
         Provenance(settings, {"versions": versions("torch", "numpy", "datamodel-matching")}),
-        constants={
-            "masks": design.masks.numpy(),
-            "eigenvalues": design.eigenvalues.numpy(),
-            "lambdas": np.array(chosen.lambdas) * scale,
-        },
+        constants=_constants(design, chosen) if design else {},
         ids={"train": ensemble.task.train_ids, "target": ensemble.task.target_ids},
     )
+
+
+def _constants(design: Design, chosen: _Settings) -> dict[str, Any]:
+    return {
+        "masks": design.masks.numpy(),
+        "eigenvalues": design.eigenvalues.numpy(),
+        "lambdas": np.array(chosen.lambdas) * float(design.eigenvalues.mean()),
+    }
 
 
 def _final_design(ensemble: Ensemble, anchor: Ensemble, dtype: torch.dtype) -> Design:

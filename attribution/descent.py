@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vjp, vmap
+from torch.func import functional_call, vjp, vmap
 
 from attribution.task import State
 from attribution.tracing import trace
@@ -152,10 +152,15 @@ def why_one_by_one(module: nn.Module, inputs: Tensor, *, training: bool) -> str 
     if len(dict(module.named_parameters(remove_duplicate=False))) > len(list(module.parameters())):
         return "some of its layers share parameters"
     probe = deepcopy(module).train(training)
-    parameters, rest = stack_module_state([probe, probe])
+    parameters, rest = split_state(probe, stack([probe.state_dict()] * 2))
+
+    def pull(p: State, b: State, rows: Tensor) -> State:
+        outputs, pullback = vjp(partial(_call, probe, b, rows), p)[:2]
+        gradients: State = pullback(outputs)[0]
+        return gradients
+
     try:
-        run = vmap(lambda p, b: functional_call(probe, {**p, **b}, (inputs,)))
-        run(parameters, rest)
+        vmap(pull)(parameters, rest, torch.stack([inputs, inputs]))
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         return str(error).strip().splitlines()[0]
     return None

@@ -78,10 +78,9 @@ def gaussian_kl(unlearned: Array, oracles: Array) -> Array:
         >>> gaussian_kl(rows, rows)
         array([0.])
     """
-    u, o = _pair(unlearned, oracles)
-    ratio = (u.std(0, ddof=1) / o.std(0, ddof=1)) ** 2
-    moved = ((u.mean(0) - o.mean(0)) / o.std(0, ddof=1)) ** 2
-    return np.asarray((ratio - 1 - np.log(ratio) + moved) / 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        squares = spread(unlearned, oracles) ** 2, shift(unlearned, oracles) ** 2
+        return np.asarray((squares[0] - 1 - np.log(squares[0]) + squares[1]) / 2)
 
 
 def shift(unlearned: Array, oracles: Array) -> Array:
@@ -102,8 +101,9 @@ def shift(unlearned: Array, oracles: Array) -> Array:
         >>> shift(rows + 2, rows)
         array([2.])
     """
-    u, o = _pair(unlearned, oracles)
-    return np.asarray(np.abs(u.mean(0) - o.mean(0)) / o.std(0, ddof=1))
+    u, o = _samples(unlearned, oracles)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.abs(u.mean(0) - o.mean(0)) / o.std(0, ddof=1))
 
 
 def spread(unlearned: Array, oracles: Array) -> Array:
@@ -124,8 +124,16 @@ def spread(unlearned: Array, oracles: Array) -> Array:
         >>> spread(2 * rows, rows)
         array([2.])
     """
+    u, o = _samples(unlearned, oracles)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(u.std(0, ddof=1) / o.std(0, ddof=1))
+
+
+def _samples(unlearned: Array, oracles: Array) -> tuple[Array, Array]:
     u, o = _pair(unlearned, oracles)
-    return np.asarray(u.std(0, ddof=1) / o.std(0, ddof=1))
+    if min(len(u), len(o)) < 2:
+        raise ValueError(f"a spread needs at least 2 models, got {len(u)} and {len(o)}")
+    return u, o
 
 
 def _pair(unlearned: Array, oracles: Array) -> tuple[Array, Array]:

@@ -286,3 +286,14 @@ def test_tied_parameters_stay_tied():
     descent = Descent(model, model.state_dict(), cross_entropy_gradient, SGD(), many=False)
     found = descend(descent, batches)
     assert_close_states(found, plainly(model, batches, SGD()))
+
+
+class _Branching(torch.nn.Linear):
+    def forward(self, inputs):
+        return super().forward(inputs) if inputs.sum() > 0 else super().forward(-inputs)
+
+
+def test_a_model_that_branches_on_values_is_trained_one_by_one():
+    reason = why_one_by_one(_Branching(3, 2), torch.ones(2, 3), training=True)
+    assert reason is not None
+    assert "control flow" in reason

@@ -83,7 +83,7 @@ def test_other_settings_in_the_same_folder_are_refused(run, spec, name, value):
 
 
 def test_other_data_in_the_same_folder_are_refused(run, spec):
-    with pytest.raises(ValueError, match="made with other settings|made for other train ids"):
+    with pytest.raises(ValueError, match=r"made with other settings|made for other train ids"):
         precompute(spec.replace(":task", ":other"), run.path, **NUMBERS)
 
 
@@ -93,7 +93,7 @@ def test_unknown_predictors_are_refused(run):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="there is no run in '.*none': make one with dmm precomp"):
+    with pytest.raises(ValueError, match=r"there is no run in '.*none': make one with dmm precomp"):
         Run.open(tmp_path / "none")
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match="there is no run in"):
@@ -105,7 +105,7 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 def test_folders_that_cannot_be_written_are_refused(spec, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="cannot write the run folder '.*file/run'"):
+    with pytest.raises(ValueError, match=r"cannot write the run folder '.*file/run'"):
         precompute(spec, tmp_path / "file" / "run", **NUMBERS)
 
 

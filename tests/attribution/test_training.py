@@ -11,6 +11,7 @@ from attribution.training import (
     epoch_order,
     parameter_count,
     row_weights,
+    seeded,
     take,
     threads,
     train_many,
@@ -173,10 +174,43 @@ def test_weights_average_over_the_real_rows():
 
 def test_threads_are_restored_after_an_error():
     before = torch.get_num_threads()
-    with pytest.raises(KeyError), threads(before + 2):
+    with threads(before + 2):
         assert torch.get_num_threads() == before + 2
-        raise KeyError
+    with pytest.raises(TypeError, match="abs"), threads(before + 2):
+        abs("no number")
     assert torch.get_num_threads() == before
+
+
+def test_seeded_draws_leave_the_global_generator_alone():
+    before = torch.get_rng_state()
+    draws = []
+    for seed in (3, 3, 4):
+        with seeded(seed):
+            draws.append(torch.rand(3))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_dropout_depends_on_seed_and_index_alone():
+    def model():
+        return nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5), nn.Linear(5, 2))
+
+    task, rows = blobs(model=model, recipe=RECIPE), np.arange(37)
+    alone = train_one(task, rows, SEED, 4, CPU)
+    torch.rand(3)
+    beside = train_many(task, [rows, rows], SEED, [3, 4], CPU, many=False)
+    assert_equal_states([beside[1]], [alone], 0)
+
+
+def test_own_training_may_draw_from_the_global_generator():
+    def train(indices, seed, device):
+        return {"weight": torch.rand(1, 4), "bias": torch.rand(1)}
+
+    task = ridge_task(train=train)
+    states = [train_one(task, np.arange(3), SEED, index, CPU) for index in (0, 0, 1)]
+    assert torch.equal(states[0]["weight"], states[1]["weight"])
+    assert not torch.equal(states[0]["weight"], states[2]["weight"])
 
 
 def test_a_task_without_recipe_cannot_train_many():

@@ -170,3 +170,14 @@ def test_margins_that_are_no_number_are_refused(metric, place, name):
     both[place][1, 1] = np.nan
     with pytest.raises(ValueError, match=f"the {name} margins hold values that are not a number"):
         metric(*both)
+
+
+@pytest.mark.parametrize("measure", [gaussian_kl, shift, spread])
+def test_a_spread_needs_two_models(measure):
+    with pytest.raises(ValueError, match="at least 2 models, got 1 and 3"):
+        measure(np.zeros((1, 2)), np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("measure", [gaussian_kl, shift, spread])
+def test_oracles_that_agree_exactly_give_no_finite_number_and_no_warning(measure):
+    assert not np.isfinite(measure(np.eye(3), np.zeros((3, 3)))).any()
