@@ -375,5 +375,7 @@ def _spread(masks: Any, damped: Any, rows: Rows, mine: Any, places: Rows) -> Any
     within = summed @ (damped * summed)
     quadratic = within - mine * (2 * across - leverage)
     left = mine - (across - mine * leverage)
-    unpenalised = np.divide(left**2, leverage, out=np.zeros_like(left), where=inside)
+    # Nothing tells the effect of a row that every model saw: its uncertainty has no bound.
+    unknown = np.where(mine & inside, np.inf, 0)
+    unpenalised = np.divide(left**2, leverage, out=unknown, where=leverage > 0)
     return np.maximum(len(rows) - 2 * mine - quadratic + unpenalised, 0)

@@ -59,11 +59,13 @@ def _bernoulli(task: Task, models: int, random: np.random.Generator) -> Mask:
 
 def _clusters(task: Task, models: int, random: np.random.Generator) -> Mask:
     vectors, groups = row_vectors(task)
+    largest = min(ROWS_IN_CLUSTER[1], max(2, int(SHARE_LEFT_OUT * len(vectors))))
+    smallest = min(ROWS_IN_CLUSTER[0], largest - 1)
     masks = np.ones((models, len(vectors)), dtype=bool)
     for mask in masks:
         while mask.mean() > 1 - SHARE_LEFT_OUT:
             near = nearest_rows(vectors, groups, int(random.integers(len(vectors))))
-            mask[near[: random.integers(*ROWS_IN_CLUSTER)]] = False
+            mask[near[: random.integers(smallest, largest)]] = False
     return masks
 
 
@@ -118,6 +120,8 @@ def draw_subsets(
     """
     if design not in DESIGNS:
         raise ValueError(f"unknown design {design!r}: choose one of {', '.join(DESIGNS)}")
+    if seed < 0:
+        raise ValueError(f"a seed must not be negative, got {seed}")
     if models < 1:
         raise ValueError(f"an ensemble needs at least 1 model, got {models}")
     if without is not None and without.total != len(task.train_ids):

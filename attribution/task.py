@@ -38,7 +38,7 @@ class Recipe:
         weight_decay: of SGD, on all parameters.
         peak_at: share of the steps before the peak, in (0, 1).
         augment: called as augment(inputs [row, ...], seed, epoch, rows [row]) on the inputs of
-            one model; must depend on its arguments alone.
+            one model; must depend on its arguments alone. Padding has row -1 and no weight.
         version: your own name for `augment`; change it when augment changes.
 
     Raises:
@@ -230,7 +230,8 @@ class Task:
         """Reads a few rows twice and runs a new model on them, before anything costly starts.
 
         Raises:
-            ValueError: a row differs between two reads, or the model does not take the inputs.
+            ValueError: a row differs between two reads, the model does not take the inputs, or
+                a label is no class of the model.
         """
         n = len(self.train_ids)
         probe = sorted({0, n // 2, n - 1})
@@ -253,6 +254,22 @@ class Task:
             raise ValueError(
                 f"task {self.name!r}: the model must map inputs [row, ...] to outputs"
                 f" [row, output], got shape {tuple(outputs.shape)} for {len(probe)} rows"
+            )
+        self._check_labels(outputs.shape[1])
+
+    def _check_labels(self, outputs: int) -> None:
+        if not isinstance(self.loss, CrossEntropy):
+            return
+        _, labels = self.rows("train", np.arange(len(self.train_ids)))
+        if labels.is_floating_point() or labels.ndim != 1:
+            raise ValueError(
+                f"task {self.name!r}: cross-entropy takes class numbers as labels, one integer a"
+                f" row; got dtype {labels.dtype} and shape {tuple(labels.shape)}"
+            )
+        if int(labels.min()) < 0 or int(labels.max()) >= outputs:
+            raise ValueError(
+                f"task {self.name!r}: labels run from {int(labels.min())} to {int(labels.max())},"
+                f" the model has {outputs} outputs"
             )
 
     def settings(self) -> dict[str, Any]:

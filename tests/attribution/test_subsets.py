@@ -125,3 +125,8 @@ def test_clusters_of_inputs_with_several_axes_can_be_drawn():
     images = TensorDataset(inputs[:, None, :], labels)
     task = Task("images", images, images, model=small_mlp, recipe=RECIPE)
     assert not draw_subsets(task, models=2, design="clusters").masks.all()
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ValueError, match="a seed must not be negative, got -1"):
+        draw_subsets(blobs(), models=2, design="half", seed=-1)

@@ -234,3 +234,18 @@ def test_rates_rise_to_the_peak_and_fall_to_zero():
     np.testing.assert_allclose(recipe.rates(5), [0.5, 1.5, 5 / 3, 1.0, 1 / 3])
     np.testing.assert_allclose(recipe.rates(1), [1.0])
     assert recipe.rates(1000).max() == pytest.approx(2.0, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 1, 7]), "labels run from 0 to 7, the model has 2 outputs"),
+        (torch.tensor([0, -1, 1]), "labels run from -1 to 1"),
+        (torch.tensor([0.0, 1.0, 1.0]), "takes class numbers as labels"),
+    ],
+)
+def test_labels_that_are_no_class_of_the_model_are_refused(labels, message):
+    data = TensorDataset(torch.zeros(3, 4), labels)
+    task = Task("labels", data, data, model=lambda: nn.Linear(4, 2), test_ids=["a", "b", "c"])
+    with pytest.raises(ValueError, match=message):
+        task.check()

@@ -42,9 +42,10 @@ def write_task(folder, text=TASK, name="small.py"):
 
 
 @functools.cache
-def finished_run(factory):
+def finished_run(base):
     """A finished run, made once for all tests; whoever changes it makes a copy."""
-    folder = factory.mktemp("small")
+    folder = base / "small_run"
+    folder.mkdir()
     run = folder / "run"
     assert main(["precompute", write_task(folder), "--run", str(run), *SIZES]) == 0
     return run

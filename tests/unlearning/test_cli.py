@@ -34,7 +34,7 @@ FEW = ("--forget", "few=rows:3:8")
 
 @pytest.fixture
 def run(tmp_path_factory):
-    return finished_run(tmp_path_factory)
+    return finished_run(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture
