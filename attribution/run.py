@@ -37,7 +37,7 @@ class RunSettings:
 
     task: str
     full_models: int = 100
-    subset_models: int = 2000
+    subset_models: int = 3000
     design: str = "mixed"
     seed: int = 0
 
@@ -163,15 +163,16 @@ def read_settings(path: Path) -> RunSettings:
     try:
         told = json.loads((path / "run.json").read_text())
         schema = told.pop("schema")
-    except (OSError, ValueError, KeyError) as error:
+        settings = RunSettings(**told) if schema == SCHEMA else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"there is no run in {str(path)!r}: make one with dmm precompute TASK --run {path}"
         ) from error
-    if schema != SCHEMA:
+    if settings is None:
         raise ValueError(
             f"the run in {str(path)!r} has schema {schema}, this version reads {SCHEMA}"
         )
-    return RunSettings(**told)
+    return settings
 
 
 def precompute(
@@ -179,7 +180,7 @@ def precompute(
     path: str | os.PathLike[str],
     *,
     full_models: int = 100,
-    subset_models: int = 2000,
+    subset_models: int = 3000,
     design: str = "mixed",
     seed: int = 0,
     device: str = "cpu",

@@ -5,77 +5,107 @@ import pytest
 
 from attribution.lds import agreement
 
-SHAPE = (7, 3, 2)
+LEVELS = {"80": 1.2815515655446004, "95": 1.959963984540054}
 
 
-@pytest.fixture
-def random():
-    return np.random.default_rng(0)
+def cases():
+    """Predictions and noisy measurements of one shape each."""
+    for seed, shape in enumerate([(7,), (13, 3), (4, 5, 2)]):
+        random = np.random.default_rng(seed)
+        truth = random.normal(size=shape)
+        parts = (0.6 * truth + random.normal(0.1, 0.3, shape), truth)
+        yield *parts, random.uniform(0.1, 0.5, shape), random.uniform(0.05, 0.2, shape)
 
 
-def noise_free(predicted, measured):
-    return agreement(predicted, measured, np.zeros_like(predicted), np.zeros_like(predicted))
-
-
-def test_numbers_equal_plain_sums(random):
-    predicted, measured = random.normal(size=(2, *SHAPE))
-    std, error = random.uniform(0.1, 1, size=(2, *SHAPE))
+@pytest.mark.parametrize(("predicted", "measured", "std", "error"), list(cases()))
+def test_every_number_equals_its_formula(predicted, measured, std, error):
     found = agreement(predicted, measured, std, error)
-    four = (values.ravel() for values in (predicted, measured, std, error))
-    rows = list(zip(*four, strict=True))
-    truth = sum(t * t for _, t, _, _ in rows)
-    assert found.slope == pytest.approx(
-        sum(p * t for p, t, _, _ in rows) / sum(p * p for p, _, _, _ in rows)
+    pairs = list(zip(predicted.ravel(), measured.ravel(), strict=True))
+    truth = sum(t**2 for _, t in pairs)
+    assert found.slope == pytest.approx(sum(p * t for p, t in pairs) / sum(p**2 for p, _ in pairs))
+    assert found.r2 == pytest.approx(1 - sum((p - t) ** 2 for p, t in pairs) / truth)
+    centred = predicted - predicted.mean(), measured - measured.mean()
+    scale = math.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
+    assert found.corr == pytest.approx((centred[0] * centred[1]).sum() / scale)
+    assert found.ceiling == pytest.approx(1 - (error**2).sum() / truth)
+    for level, width in LEVELS.items():
+        inside = np.abs(predicted - measured) <= width * np.sqrt(std**2 + error**2)
+        assert found.coverage[level] == inside.mean()
+
+
+def test_the_slope_is_the_least_squares_fit():
+    predicted, measured, std, error = next(cases())
+    fitted = np.linalg.lstsq(predicted[:, None], measured, rcond=None)[0][0]
+    assert agreement(predicted, measured, std, error).slope == pytest.approx(fitted)
+
+
+def test_a_calibrated_simulation_is_covered_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    n = 40_000
+    std, error = random.uniform(0.1, 2, n), random.uniform(0.1, 2, n)
+    predicted = random.normal(0, 3, n)
+    measured = predicted + random.normal(0, std) + random.normal(0, error)
+    found = agreement(predicted, measured, std, error)
+    # Four standard errors of a share of n.
+    assert found.coverage["80"] == pytest.approx(0.80, abs=0.008)
+    assert found.coverage["95"] == pytest.approx(0.95, abs=0.0044)
+    # The ceiling is what the true change would reach.
+    perfect = random.normal(0, 3, n)
+    noisy = perfect + random.normal(0, error)
+    told = agreement(perfect, noisy, std, error)
+    assert told.r2 == pytest.approx(told.ceiling, abs=0.01)
+
+
+def test_error_bars_that_are_too_small_show():
+    random = np.random.default_rng(1)
+    predicted = random.normal(0, 3, 10_000)
+    found = agreement(
+        predicted, predicted + random.normal(0, 2, 10_000), np.ones(10_000), np.zeros(10_000)
     )
-    assert found.r2 == pytest.approx(1 - sum((p - t) ** 2 for p, t, _, _ in rows) / truth)
-    assert found.ceiling == pytest.approx(1 - sum(e * e for *_, e in rows) / truth)
-    assert found.corr == pytest.approx(np.corrcoef(predicted.ravel(), measured.ravel())[0, 1])
-    for level, width in (("80", 1.281552), ("95", 1.959964)):
-        inside = [abs(p - t) <= width * math.hypot(s, e) for p, t, s, e in rows]
-        assert found.coverage[level] == pytest.approx(np.mean(inside))
+    assert found.coverage["80"] == pytest.approx(0.478, abs=0.02)
+    assert found.coverage["95"] == pytest.approx(0.673, abs=0.02)
 
 
-def test_a_perfect_prediction_is_perfect(random):
-    change = random.normal(size=SHAPE)
-    found = noise_free(change, change)
-    assert (found.slope, found.r2, found.ceiling) == pytest.approx((1, 1, 1))
+def test_a_perfect_prediction():
+    change = np.array([1.0, -2.0, 0.5])
+    found = agreement(change, change, np.zeros(3), np.zeros(3))
+    assert (found.slope, found.r2, found.ceiling) == (1, 1, 1)
     assert found.corr == pytest.approx(1)
     assert found.coverage == {"80": 1, "95": 1}
 
 
-def test_a_prediction_of_half_the_change_has_slope_two(random):
-    change = random.normal(size=SHAPE)
-    found = noise_free(change / 2, change)
-    assert (found.slope, found.r2) == pytest.approx((2, 0.75))
-
-
-def test_predicting_no_change_explains_nothing(random):
-    found = noise_free(np.zeros(SHAPE), random.normal(size=SHAPE))
-    assert found.r2 == 0
+def test_predicting_no_change_is_an_r2_of_zero():
+    change, nothing = np.array([1.0, -2.0, 0.5]), np.zeros(3)
+    found = agreement(nothing, change, np.ones(3), nothing)
+    assert (found.r2, found.ceiling) == (0, 1)
     assert math.isnan(found.slope)
     assert math.isnan(found.corr)
 
 
-def test_without_any_change_there_is_nothing_to_explain():
-    found = noise_free(np.ones(SHAPE), np.zeros(SHAPE))
-    assert math.isnan(found.r2)
-    assert math.isnan(found.ceiling)
+def test_where_nothing_changed_there_is_nothing_to_explain():
+    nothing = np.zeros(3)
+    found = agreement(np.ones(3), nothing, np.ones(3), nothing)
+    assert found.slope == 0
+    assert all(math.isnan(value) for value in (found.r2, found.corr, found.ceiling))
 
 
-def test_the_true_mean_change_reaches_the_ceiling_and_is_covered(random):
-    # 20,000 draws: the standard error of each share is below 0.003, of r2 below 0.01.
-    truth = random.normal(size=20_000)
-    error = np.full(20_000, 0.5)
-    std = np.full(20_000, 0.3)
-    measured = truth + error * random.normal(size=20_000)
-    predicted = truth + std * random.normal(size=20_000)
-    assert agreement(truth, measured, 0 * std, error).r2 == pytest.approx(0.8, abs=0.02)
-    found = agreement(predicted, measured, std, error)
-    assert found.ceiling == pytest.approx(0.8, abs=0.02)
-    assert found.coverage["80"] == pytest.approx(0.8, abs=0.015)
-    assert found.coverage["95"] == pytest.approx(0.95, abs=0.01)
+def test_a_single_row_has_no_correlation():
+    one = np.ones(1)
+    found = agreement(one, 2 * one, one, one)
+    assert (found.slope, found.r2) == (2, 0.75)
+    assert math.isnan(found.corr)
 
 
-def test_other_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"expected four arrays of one shape, got \[\(2,\), \(3,"):
-        agreement(np.zeros(2), np.zeros(3), np.zeros(2), np.zeros(2))
+def test_float32_is_summed_in_double_precision():
+    values = np.full(1_000_000, 0.1, dtype=np.float32)
+    found = agreement(values, values * np.float32(1.5), values, values)
+    exact = float(np.float32(0.1) * np.float32(1.5)) / float(np.float32(0.1))
+    assert found.slope == pytest.approx(exact, rel=1e-10)
+    assert found.ceiling == pytest.approx(1 - 1 / exact**2, rel=1e-6)
+
+
+def test_arrays_of_different_shapes_are_refused():
+    with pytest.raises(
+        ValueError, match=r"^expected four arrays of one shape, got \[\(2,\), \(2, 1\)\]$"
+    ):
+        agreement(np.ones(2), np.ones((2, 1)), np.ones(2), np.ones(2))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unlearning.small_runs import TASK, arrays, write_task
+from tests.small_runs import TASK, arrays, write_task
 from unlearning.cli import main
 
 ROOT = Path(__file__).parents[2]

@@ -241,7 +241,6 @@ NAMES = ", ".join(METHODS)
         ("fine_tune", set()),
         ("dmm", {"predictor"}),
         ("om", {"oracle"}),
-        ("om_absolute", {"oracle"}),
         ("pgu", {"moments"}),
         ("dmm_pgu", {"predictor", "moments"}),
     ],

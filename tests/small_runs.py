@@ -1,14 +1,15 @@
-"""A tiny task in a file, and runs made of it by the command line."""
+"""A tiny task in a file, and runs made of it."""
 
 import functools
 import hashlib
 import shutil
 from pathlib import Path
 
+from attribution.run import precompute
 from stores import Store
-from unlearning.cli import main
 
 TRAIN_ROWS, TEST_ROWS, FULL_MODELS = 37, 11, 80
+MODELS = {"full_models": FULL_MODELS, "subset_models": 24, "workers": 0}
 SIZES = ("--full-models", str(FULL_MODELS), "--subset-models", "24", "--workers", "0")
 
 TASK = """
@@ -46,17 +47,14 @@ def finished_run(base):
     """A finished run, made once for all tests; whoever changes it makes a copy."""
     folder = base / "small_run"
     folder.mkdir()
-    run = folder / "run"
-    assert main(["precompute", write_task(folder), "--run", str(run), *SIZES]) == 0
-    return run
+    return precompute(write_task(folder), folder / "run", **MODELS).path
 
 
 def copied(run, folder):
-    """A copy of a run, with a task file of its own beside it."""
+    """A copy of a run without its oracles, with a task file of its own beside it."""
     spec = write_task(folder)
-    shutil.copytree(run, folder / "run")
-    assert main(["precompute", spec, "--run", str(folder / "run"), *SIZES]) == 0
-    return folder / "run"
+    shutil.copytree(run, folder / "run", ignore=shutil.ignore_patterns("oracles"))
+    return precompute(spec, folder / "run", **MODELS).path
 
 
 def contents(folder):
