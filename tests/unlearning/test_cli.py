@@ -120,6 +120,7 @@ class TestPredict:
             ("forget", [f"train-{i}" for i in range(3, 8)]),
             ("test-3, train-30", ["test-3", "train-30"]),
             ("@", ["train-2", "test-0"]),
+            ("rows:9:12", ["train-9", "train-10", "train-11"]),
         ],
     )
     def test_each_form_of_targets(self, told, run, tmp_path, spec, targets):
@@ -128,6 +129,11 @@ class TestPredict:
         found = told("predict", "--run", run, *FEW, "--targets", spec)
         assert found["targets"] == targets
         assert all(np.shape(found[name]) == (len(targets), 3) for name in COLUMNS)
+
+    def test_drawn_targets(self, told, run):
+        for spec in ("random:4:1", "cluster:4:1"):
+            found = told("predict", "--run", run, *FEW, "--targets", spec)
+            assert found["targets"] == told("predict", "--run", run, "--forget", spec)["forget"]
 
     @pytest.mark.parametrize(
         ("spec", "size"),
