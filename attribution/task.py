@@ -211,7 +211,9 @@ class Task:
     def new_model(self, seed: int, index: int = 0) -> nn.Module:
         """A freshly initialised model that depends on (seed, index) alone."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "weights", index))
+            # torch.manual_seed also queues a seed for each accelerator, which costs more than all
+            # else here and touches the caller's state.
+            torch.default_generator.manual_seed(derive_seed(seed, "weights", index))
             return self.model()
 
     @cached_property

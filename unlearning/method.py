@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class Request:
         """All rows that are to be gone in the end."""
         return self.forget.union(self.task, self.already)
 
+    @cached_property
     def module(self) -> nn.Module:
         """A model of the task's structure, on the device."""
         return self.task.new_model(0).to(self.device)
@@ -63,8 +65,8 @@ class Request:
     def outputs(self, states: State, inputs: Tensor) -> Tensor:
         """Outputs of all models in eval mode, [model, row, output]."""
         if self.many:
-            return evaluate_many(self.module(), states, inputs)
-        module, count = self.module(), len(self.numbers)
+            return evaluate_many(self.module, states, inputs)
+        module, count = self.module, len(self.numbers)
         return torch.stack([evaluate(module, unstack(states, i), inputs) for i in range(count)])
 
 

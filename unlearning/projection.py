@@ -63,7 +63,7 @@ def retain_moments(moments: Moments, request: Request) -> State:
         By layer name, [model, width, width], float64.
     """
     inputs, _ = request.rows(request.wanted.rows)
-    module = request.module()
+    module = request.module
     count = len(request.numbers)
     forget = stack(
         [input_moments(module, unstack(request.states, i), inputs) for i in range(count)]

@@ -301,7 +301,7 @@ def _descend(plan: Plan, request: Request, index: int | None) -> _Ended:
     order = torch.from_numpy(plan.order[chosen]).to(request.device)
     weights = row_weights(order, plan.inputs.dtype)
     descent = Descent(
-        request.module(),
+        request.module,
         states,
         plan.cotangent,
         plan.optimizer,
@@ -363,8 +363,8 @@ class _Watch:
         assert self.stopping is not None
         inputs = self.inputs[: self.stopping.rows]
         if self.many:
-            return evaluate_many(self.request.module(), state, inputs)
-        return evaluate(self.request.module(), state, inputs)[None]
+            return evaluate_many(self.request.module, state, inputs)
+        return evaluate(self.request.module, state, inputs)[None]
 
     def _one(self, state: State, index: int) -> State:
         return unstack(state, index) if self.many else state
