@@ -1,9 +1,10 @@
 """From a task to predictions of what retrained models would output."""
 
 from attribution.counterfactual import Change, Counterfactual, Prediction
-from attribution.datamodels import LinearDatamodel, fit_datamodels
+from attribution.datamodels import fit_datamodels
 from attribution.ensemble import Ensemble, train_models
 from attribution.forget import ForgetSet, parse_forget
+from attribution.linear_datamodel import LinearDatamodel
 from attribution.losses import CrossEntropy, Loss, SquaredError
 from attribution.model import Model, load_model
 from attribution.moments import Moments, compute_moments

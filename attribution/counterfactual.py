@@ -4,6 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -74,6 +75,17 @@ class Counterfactual(ABC):
             The change to add.
         """
 
+    @abstractmethod
+    def check_task(self, task: Task) -> None:
+        """Refuses a task whose rows are not those that the predictions were made from.
+
+        Args:
+            task: whose rows and targets will be asked for.
+
+        Raises:
+            ValueError: other ids, or in another order.
+        """
+
     def predict(
         self, model: Model, forget: ForgetSet, targets: Sequence[str] | Rows | None = None
     ) -> Prediction:
@@ -91,13 +103,40 @@ class Counterfactual(ABC):
             The prediction.
 
         Raises:
-            ValueError: an unknown target.
+            ValueError: an unknown target, or a model of another task.
         """
+        self.check_task(model.task)
         places = target_positions(model.task, targets)
         change = self.change(forget.union(model.task, model.forgotten), model.forgotten, places)
         before = model.outputs(places)
         ids = tuple(model.task.target_ids[i] for i in places)
         return Prediction(ids, before, change.applied(before), change.std, change.noise)
+
+
+def check_ids(task: Task, train: Sequence[str], targets: Sequence[str], where: str) -> None:
+    """Refuses ids that are not a task's, or stand in another order.
+
+    Args:
+        task: the task.
+        train: ids of the training rows that something was made from.
+        targets: ids of its targets.
+        where: what the error calls it.
+
+    Raises:
+        ValueError: names the first difference.
+
+    Example:
+        >>> from examples.digits import task
+        >>> check_ids(task, task.train_ids, task.target_ids, "this")
+    """
+    for what, ids, own in (("row", train, task.train_ids), ("target", targets, task.target_ids)):
+        if tuple(ids) != tuple(own):
+            pairs = zip_longest(ids, own)
+            place, (a, b) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise ValueError(
+                f"{where} was made from other rows than those of task {task.name!r}: its {what}"
+                f" {place} is {a!r}, the task's is {b!r}"
+            )
 
 
 def target_positions(task: Task, targets: Sequence[str] | Rows | None) -> Rows:

@@ -4,23 +4,23 @@ One more "model" with all rows, the mean of the full models weighted by their nu
 the sum of the effects: subsets of one fixed size leave it undetermined.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from attribution.counterfactual import Change, Counterfactual
 from attribution.ensemble import Ensemble
-from attribution.forget import ForgetSet
+from attribution.linear_datamodel import LinearDatamodel
 from attribution.ridge import Design, Fit, decompose, own_masks, solve
 from attribution.seeds import generator
 from attribution.task import Rows
-from stores import ArraySpec, Provenance, Store, StoreSpec, run_blocks, total, versions
+from attribution.training import threads
+from stores import ArraySpec, Provenance, Store, StoreSpec, run_blocks, versions
 
 # Candidates for lambda, in units of the mean eigenvalue of the Gram matrix.
 LAMBDAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -63,6 +63,10 @@ class _Problem:
     dtype: torch.dtype
 
     def __call__(self, block: int) -> None:
+        with threads(1):
+            self._fit(block)
+
+    def _fit(self, block: int) -> None:
         store = Store.open(self.path, "datamodel")
         span = store.spec.span(block)
         outputs = torch.from_numpy(self.ensemble.array("outputs")[:, span]).to(self.dtype)
@@ -81,7 +85,7 @@ class _Problem:
             "own": fit.own,
             "chosen": chosen,
             "variance": fit.variance,
-            "moments": sums,
+            "cross_products": sums,
             "noise": torch.from_numpy(self.noise[span]),
         }
         kinds = {name: np.dtype(store.spec.arrays[name].dtype) for name in arrays}
@@ -129,7 +133,7 @@ def fit_datamodels(
     dtype: str = "float32",
     workers: int | None = 0,
     scheduler: str | None = None,
-) -> "LinearDatamodel":
+) -> LinearDatamodel:
     """Fits linear datamodels for all targets and outputs and stores the effects of all rows.
 
     Lambda is chosen for each target on held-out models; so are the two factors by which a
@@ -142,7 +146,7 @@ def fit_datamodels(
         lambdas: candidates, in units of the mean eigenvalue of the Gram matrix.
         seed: of the held-out split.
         dtype: float32 or float64, of the arithmetic and of the stored effects.
-        workers: processes; 0 for this process, whose BLAS uses all its threads.
+        workers: processes, one thread each; 0 for this process.
         scheduler: address of an existing dask scheduler instead.
 
     Returns:
@@ -216,7 +220,7 @@ def _datamodel_store(
         "own": ArraySpec(each, (targets, outputs), chosen.dtype),
         "variance": ArraySpec(each, (targets, outputs), chosen.dtype),
         "noise": ArraySpec(each, (targets, outputs), chosen.dtype),
-        "moments": ArraySpec(("target", None), (targets, 5), chosen.dtype),
+        "cross_products": ArraySpec(("target", None), (targets, 5), chosen.dtype),
         "chosen": ArraySpec(("target",), (targets,), "int64"),
     }
     settings = {
@@ -246,23 +250,29 @@ def _constants(design: Design, chosen: _Settings) -> dict[str, Any]:
 def _final_design(ensemble: Ensemble, anchor: Ensemble, dtype: torch.dtype) -> Design:
     masks = np.concatenate([ensemble.masks, np.ones_like(ensemble.masks[:1])])
     weights = np.append(np.ones(len(ensemble)), len(anchor))
-    return decompose(torch.from_numpy(masks).to(dtype), torch.from_numpy(weights))
+    return _decomposed(torch.from_numpy(masks).to(dtype), torch.from_numpy(weights))
+
+
+def _decomposed(masks: Tensor, weights: Tensor) -> Design:
+    # One thread, so that the same models give the same bits on every machine of a kind.
+    with threads(1):
+        return decompose(masks, weights)
 
 
 def _problem(
     ensemble: Ensemble, anchor: Ensemble, store: Store, final: Design, chosen: _Settings
 ) -> _Problem:
-    # The same share of every kind of model: the order is drawn anew within judges and others.
+    # The same share of judges and of others, and never no judge.
     order = generator(chosen.seed, "held-out models").permutation(len(ensemble))
-    order = order[np.argsort(ensemble.judges[order], kind="stable")]
-    held = np.sort(order[:: round(1 / HELD_OUT)])
+    kinds = (order[ensemble.judges[order]], order[~ensemble.judges[order]])
+    held = np.sort(np.concatenate([kind[: math.ceil(HELD_OUT * len(kind))] for kind in kinds]))
     fitted = np.setdiff1d(np.arange(len(ensemble)), held)
     number = chosen.number
     masks = torch.from_numpy(ensemble.masks).to(number)
     everything = torch.ones(1, masks.shape[1], dtype=number)
     weights = torch.ones(len(fitted) + 1)
     weights[-1] = len(anchor)
-    trial = decompose(torch.cat([masks[fitted], everything]), weights)
+    trial = _decomposed(torch.cat([masks[fitted], everything]), weights)
     return _Problem(
         ensemble=ensemble.store,
         anchor=anchor.outputs.mean(0),
@@ -277,105 +287,3 @@ def _problem(
         path=store.path,
         dtype=number,
     )
-
-
-@dataclass(frozen=True)
-class LinearDatamodel(Counterfactual):
-    """Effects of every training row on every target, and their uncertainty.
-
-    The change of removing rows F is -(own factor x effect of the target's own row, if in F, +
-    other factor x sum of the effects of the other rows in F). Its variance is that of the ridge
-    posterior: with v the sum of the other rows' rotated masks, k their number and f = 1 if the own
-    row is in F, else 0, variance / lambda x [k - v D v + (f - a D v)^2 / (a D a) - f].
-
-    Args:
-        store: where the effects lie.
-    """
-
-    store: Store = field(repr=False)
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "LinearDatamodel":
-        """Opens fitted datamodels.
-
-        Args:
-            path: folder of the store.
-
-        Returns:
-            The datamodel.
-
-        Raises:
-            ValueError: no such store, or blocks are missing.
-        """
-        store = Store.open(path, "datamodel")
-        if store.pending():
-            raise ValueError(f"{store.path} is not finished: run the command that makes it again")
-        return cls(store)
-
-    @cached_property
-    def shrink(self) -> tuple[float, float]:
-        """Factors of a target's own row and of other rows, fitted on held-out models, >= 0."""
-        aa, ab, bb, ay, by = self.store.numpy("moments").sum(0, dtype=np.float64)
-        own, other = np.linalg.lstsq(np.array([[aa, ab], [ab, bb]]), np.array([ay, by]))[0]
-        return max(0.0, float(own)), max(0.0, float(other))
-
-    @cached_property
-    def _small(self) -> dict[str, Any]:
-        return {name: self.store.numpy(name) for name in ("own", "variance", "noise", "chosen")}
-
-    @cached_property
-    def _design(self) -> tuple[Any, Any, Any]:
-        masks, eigenvalues = self.store.constant("masks"), self.store.constant("eigenvalues")
-        return masks, eigenvalues, self.store.constant("lambdas")
-
-    def change(
-        self, forget: ForgetSet, already: ForgetSet | None = None, targets: Rows | None = None
-    ) -> Change:
-        """Predicted change; linear, so rows that are gone already drop out of the sum.
-
-        Raises:
-            ValueError: a forget set of other data.
-        """
-        n, count = self.store.spec.arrays["effects"].shape[:2]
-        if forget.total != n:
-            raise ValueError(
-                f"the forget set is drawn from {forget.total} rows, the datamodel has {n}"
-            )
-        places = np.arange(count) if targets is None else targets
-        gone = forget.mask & ~already.mask if already else forget.mask
-        rows = np.flatnonzero(gone)
-        mine = np.append(gone, np.zeros(count - n, dtype=bool))[places]
-        own = self._small["own"][places] * mine[:, None]
-        others = total(self.store, "effects", rows)[places] - own
-        factor_own, factor_other = self.shrink
-        mean = -(factor_own * own + factor_other * others)
-        std = self._std(rows, mine, places)
-        return Change(mean.astype(np.float32), std, self._small["noise"][places])
-
-    def _std(self, rows: Rows, mine: Any, places: Rows) -> Any:
-        masks, eigenvalues, lambdas = self._design
-        chosen = self._small["chosen"][places]
-        scale = np.zeros(len(places))
-        for index in np.unique(chosen):
-            group = chosen == index
-            scale[group] = _spread(
-                masks, 1 / (eigenvalues + lambdas[index]), rows, mine[group], places[group]
-            )
-        variance = self._small["variance"][places] / lambdas[chosen][:, None]
-        return np.sqrt(variance * scale[:, None]).astype(np.float32)
-
-
-def _spread(masks: Any, damped: Any, rows: Rows, mine: Any, places: Rows) -> Any:
-    """The bracket of the posterior variance for targets that share a lambda, [target]."""
-    summed = masks[:, rows].sum(1)
-    inside = places < masks.shape[1]
-    own = np.where(inside, masks[:, np.minimum(places, masks.shape[1] - 1)], 0)
-    leverage = np.einsum("rt,r,rt->t", own, damped, own)
-    across = own.T @ (damped * summed)
-    within = summed @ (damped * summed)
-    quadratic = within - mine * (2 * across - leverage)
-    left = mine - (across - mine * leverage)
-    # Nothing tells the effect of a row that every model saw: its uncertainty has no bound.
-    unknown = np.where(mine & inside, np.inf, 0)
-    unpenalised = np.divide(left**2, leverage, out=unknown, where=leverage > 0)
-    return np.maximum(len(rows) - 2 * mine - quadratic + unpenalised, 0)

@@ -42,7 +42,7 @@ class Ensemble:
         (2, 1797, 10)
     """
 
-    task: Task
+    task: Task = field(repr=False)
     store: Store = field(repr=False)
 
     @classmethod
@@ -336,6 +336,7 @@ def _arrays(task: Task, models: int, keep: str) -> dict[str, ArraySpec]:
 
 def _provenance(task: Task, subsets: Subsets, device: str, many: bool, block: int) -> Provenance:
     settings = task.settings() | {
+        "device": torch.device(device).type,
         "design": subsets.design,
         "seed": subsets.seed,
         "models": len(subsets),

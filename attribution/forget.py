@@ -215,7 +215,7 @@ def read_ids(path: str) -> list[str]:
 
 
 def _slice(body: str) -> slice:
-    found = re.fullmatch(r"rows:(-?\d*)(?::(-?\d*))?(?::(-?\d*))?", body)
+    found = re.fullmatch(r"rows:(-?\d+|)(?::(-?\d+|))?(?::(-?\d+|))?", body)
     if not found:
         raise ValueError(f"expected rows:START:STOP, a Python slice, got {body!r}")
     ends = [int(part) if part else None for part in found.groups()]
@@ -254,7 +254,8 @@ def random_rows(task: Task, size: int, seed: int) -> Rows:
         >>> len(random_rows(task, 50, seed=0))
         50
     """
-    return generator(seed, "random forget set").permutation(len(task.train_ids))[:size]
+    random = generator(seed, "random forget set", size)
+    return random.permutation(len(task.train_ids))[:size]
 
 
 def cluster_rows(task: Task, size: int, seed: int) -> Rows:

@@ -156,9 +156,11 @@ def _read(name: str) -> tuple[State, dict[str, Any]]:
     try:
         if name.endswith(TORCH_FILES):
             loaded = torch.load(name, map_location="cpu", weights_only=True)
+            if not isinstance(loaded, dict):
+                raise ValueError(f"it holds a {type(loaded).__name__}, not a state dict")
             return dict(loaded.get("state_dict", loaded)), {}
         with safe_open(name, framework="pt") as file:
-            told = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            told = _checked_metadata(json.loads((file.metadata() or {}).get(METADATA, "{}")))
             return {key: file.get_tensor(key) for key in file.keys()}, told  # noqa: SIM118
     except (UnpicklingError, EOFError) as error:
         # torch's own text advises to unpickle it all the same.
@@ -168,6 +170,16 @@ def _read(name: str) -> tuple[State, dict[str, Any]]:
         ) from error
     except (OSError, SafetensorError, RuntimeError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"cannot read the checkpoint {name!r}: {error}") from error
+
+
+def _checked_metadata(told: Any) -> dict[str, Any]:
+    forgotten = told.get("forgotten", []) if isinstance(told, dict) else None
+    right = isinstance(forgotten, list) and all(isinstance(row, str) for row in forgotten)
+    if not right or (forgotten and not isinstance(told.get("salt"), str)):
+        raise ValueError("its provenance is damaged")
+    if not isinstance(told.get("index", 0), int):
+        raise ValueError("its provenance is damaged: the index is no number")
+    return dict(told)
 
 
 def _salted(salt: str, row: str) -> str:

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attribution.counterfactual import Change, Counterfactual
+from attribution.counterfactual import Change, Counterfactual, check_ids
 from attribution.ensemble import Ensemble
 from attribution.forget import ForgetSet
-from attribution.task import Rows
+from attribution.task import Rows, Task
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Oracle(Counterfactual):
                 raise ValueError(
                     f"{ensemble.store.path} holds 1 model: the spread of one retraining needs 2"
                 )
+
+    def check_task(self, task: Task) -> None:
+        """Refuses a task with other rows than the ensembles'."""
+        own = self.full.task
+        check_ids(task, own.train_ids, own.target_ids, self.full.store.path)
 
     def change(
         self, forget: ForgetSet, already: ForgetSet | None = None, targets: Rows | None = None

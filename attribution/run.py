@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from attribution.counterfactual import Counterfactual
-from attribution.datamodels import LinearDatamodel, fit_datamodels
+from attribution.datamodels import fit_datamodels
 from attribution.ensemble import Ensemble, train_models
 from attribution.forget import ForgetSet
+from attribution.linear_datamodel import LinearDatamodel
 from attribution.moments import Moments, compute_moments
 from attribution.oracle import Oracle
 from attribution.subsets import draw_subsets
@@ -218,7 +219,14 @@ def precompute(
     where: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler}
     full = train_models(task, full_subsets, run.path / "full", keep="weights", **where)
     ensemble = train_models(task, subsets, run.path / f"ensemble-{settings.subsets}", **where)
-    fit_datamodels(ensemble, anchor=full, to=run.path / f"datamodel-{settings.subsets}", seed=seed)
+    fit_datamodels(
+        ensemble,
+        anchor=full,
+        to=run.path / f"datamodel-{settings.subsets}",
+        seed=seed,
+        workers=workers,
+        scheduler=scheduler,
+    )
     compute_moments(full, run.path / "moments")
     # The stores took this task for theirs, so it may be found where it lies now.
     _write_settings(Path(path), settings)

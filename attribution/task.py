@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from attribution.losses import CrossEntropy, Loss
 from attribution.seeds import derive_seed
@@ -190,7 +191,8 @@ class Task:
     def rows(self, split: Split, positions: Sequence[int] | Rows) -> tuple[Tensor, Tensor]:
         """Inputs [row, ...] and labels [row] of some rows, read from the data."""
         data, wanted = self.data(split), np.asarray(positions, dtype=np.int64)
-        if isinstance(data, torch.utils.data.TensorDataset):
+        # A subclass may change what its rows are.
+        if type(data) is TensorDataset and len(data.tensors) == 2:
             inputs, labels = data.tensors
             return inputs[wanted], labels[wanted]
         items = [data[int(i)] for i in wanted]
@@ -257,12 +259,19 @@ class Task:
                 f"task {self.name!r}: the model must map inputs [row, ...] to outputs"
                 f" [row, output], got shape {tuple(outputs.shape)} for {len(probe)} rows"
             )
-        self._check_labels(outputs.shape[1])
+        for split in ("train", "test"):
+            if len(self.data(split)):
+                self._check_values(split, outputs.shape[1])
 
-    def _check_labels(self, outputs: int) -> None:
+    def _check_values(self, split: Split, outputs: int) -> None:
+        inputs, labels = self.rows(split, np.arange(len(self.data(split))))
+        finite = torch.isfinite(inputs.reshape(len(inputs), -1)).all(1)
+        if not finite.all():
+            ids = self.train_ids if split == "train" else self.test_ids
+            row = ids[int(torch.nonzero(~finite)[0])]
+            raise ValueError(f"task {self.name!r}: the inputs of row {row!r} are not finite")
         if not isinstance(self.loss, CrossEntropy):
             return
-        _, labels = self.rows("train", np.arange(len(self.train_ids)))
         if labels.is_floating_point() or labels.ndim != 1:
             raise ValueError(
                 f"task {self.name!r}: cross-entropy takes class numbers as labels, one integer a"
@@ -270,8 +279,8 @@ class Task:
             )
         if int(labels.min()) < 0 or int(labels.max()) >= outputs:
             raise ValueError(
-                f"task {self.name!r}: labels run from {int(labels.min())} to {int(labels.max())},"
-                f" the model has {outputs} outputs"
+                f"task {self.name!r}: {split} labels run from {int(labels.min())} to"
+                f" {int(labels.max())}, the model has {outputs} outputs"
             )
 
     def settings(self) -> dict[str, Any]:
@@ -280,9 +289,16 @@ class Task:
         return {
             "task": self.name,
             "data": self.digests,
+            "model": self._structure(),
             "loss": type(self.loss).__name__,
             "recipe": self.recipe.settings() if self.recipe else own,
         }
+
+    def _structure(self) -> str:
+        """Digest of the model's layers and of the names, shapes and dtypes of its state."""
+        model = self.new_model(0)
+        parts = [f"{k}: {tuple(t.shape)} {t.dtype}" for k, t in model.state_dict().items()]
+        return digest(str(model), *parts)
 
     def sources(self) -> dict[str, str]:
         """Digests of the user's functions, recorded and only warned about."""

@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attribution.descent import SGD, Batch, Descent, split_state, stack, unstack
+from attribution.descent import SGD, Batch, Descent, stack, unstack
 from attribution.seeds import derive_seed, generator
 from attribution.task import Recipe, Rows, State, Task
 
@@ -273,20 +272,3 @@ def _augmented(
         return recipe.augment(inputs, seeds[0], epoch, rows)
     each = zip(inputs, seeds, rows, strict=True)
     return torch.stack([recipe.augment(x, seed, epoch, row) for x, seed, row in each])
-
-
-def parameter_count(module: nn.Module) -> int:
-    """Number of trainable numbers of a model.
-
-    Args:
-        module: the model.
-
-    Returns:
-        The count.
-
-    Example:
-        >>> parameter_count(nn.Linear(64, 10))
-        650
-    """
-    state: dict[str, Any] = module.state_dict()
-    return sum(tensor.numel() for tensor in split_state(module, state)[0].values())

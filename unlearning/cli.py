@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -168,7 +168,9 @@ def _status(options: argparse.Namespace) -> tuple[Any, str]:
     settings = read_settings(path)
     found = []
     for store in Run(path, settings, task=None).stores():  # type: ignore[arg-type]
-        bad = store.verify() if options.verify else []
+        bad = store.verify() if options.verify or options.discard else []
+        for block in bad if options.discard else []:
+            store.discard(block)
         found.append(
             {
                 "store": os.path.relpath(store.path, path),
@@ -179,10 +181,15 @@ def _status(options: argparse.Namespace) -> tuple[Any, str]:
                 "bad": bad,
             }
         )
-    if any(row["bad"] for row in found):
-        damaged = [f"{row['store']} blocks {row['bad']}" for row in found if row["bad"]]
-        raise RuntimeError(f"damaged: {'; '.join(damaged)}")
-    return {"run": str(path), "stores": found}, status_table(found, verified=options.verify)
+    damaged = [f"{row['store']} blocks {row['bad']}" for row in found if row["bad"]]
+    if damaged and not options.discard:
+        raise RuntimeError(
+            f"damaged: {'; '.join(damaged)}; dmm status --run {path} --discard makes these blocks"
+            " pending, and the command that made them computes them again"
+        )
+    return {"run": str(path), "stores": found}, status_table(
+        found, verified=options.verify and not damaged
+    )
 
 
 def _report(options: argparse.Namespace) -> tuple[Any, str]:
@@ -250,8 +257,16 @@ def _write(out: str, text: str) -> None:
         raise ValueError(f"cannot write {out!r}: {error.strerror}") from error
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for words that are off, like every other refusal."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the line and exits with 2."""
+        self.exit(BAD_INPUT, f"{self.prog}: {message}; {self.prog} --help tells more\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dmm",
         description="Predict what a model would output without some of its training"
         " rows, make it so, and show the evidence.",
@@ -283,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", metavar="FILE.json")
     status = _verb(verbs, "status", _status, "what a run holds and what is pending")
     status.add_argument("--verify", action="store_true", help="recompute all checksums")
+    status.add_argument("--discard", action="store_true", help="make damaged blocks pending")
     report = _verb(verbs, "report", _report, "write the report of an evaluation")
     report.add_argument("--thumbnails", action="store_true", help="show the forgotten images")
     report.add_argument("--out", metavar="FILE.html")

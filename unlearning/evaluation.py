@@ -25,6 +25,7 @@ from unlearning.klom import (
     shift,
     spread,
 )
+from unlearning.method import told_settings
 from unlearning.methods import Evidence, build_method, check_method
 from unlearning.runner import UnlearnedModels, UnlearningMethod, unlearn_models
 
@@ -114,7 +115,8 @@ def evaluate_methods(
                 unlearned, told = _audited(audit, method, n_models, seed, device)
                 told["cost_over_retrain"] = _ratio(told["seconds"], retrain["seconds"])
                 block["methods"][name] = told
-                _fill_affected(block["affected"], audit, name, unlearned)
+                if name == "dmm":
+                    _fill_affected(block["affected"], audit, unlearned)
                 bar.update()
             blocks[forget.name] = block
     evaluation: Json = plain(
@@ -140,6 +142,9 @@ def _check(
 ) -> None:
     for name in methods:
         check_method(name)
+    twice = [name for name in methods if methods.count(name) > 1]
+    if twice:
+        raise ValueError(f"method {twice[0]!r} is named twice")
     names = [forget.name for forget in forget_sets]
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
@@ -235,7 +240,7 @@ def _audited(
     told = _distances(audit, unlearned.margins, audit.oracles.margins)
     told["accuracy"] = _accuracy(audit, unlearned.outputs)
     told["status"] = unlearned.status
-    told["settings"] = repr(method)
+    told["settings"] = told_settings(method)
     return unlearned, told | measure_request(method, audit.full.model(0), audit.forget, device)
 
 
@@ -326,9 +331,7 @@ def _affected(audit: Audit, change: Change, n_models: int) -> list[Json]:
     ]
 
 
-def _fill_affected(rows: list[Json], audit: Audit, name: str, unlearned: UnlearnedModels) -> None:
-    if name != "dmm" and any("unlearned" in row for row in rows):
-        return
+def _fill_affected(rows: list[Json], audit: Audit, unlearned: UnlearnedModels) -> None:
     means = unlearned.margins.mean(0)
     for row in rows:
         row["unlearned"] = float(means[audit.task.positions[row["id"]]])

@@ -16,7 +16,6 @@ from attribution.seeds import generator
 from attribution.task import Rates, Rows, State, Task
 from attribution.training import epoch_order
 
-Batchnorm = str
 Value = Callable[[Tensor, Tensor, Tensor], Tensor]
 Gap = Callable[[Tensor, slice], Tensor]
 
@@ -214,7 +213,7 @@ def check_positive(method: object, names: Sequence[str]) -> None:
             )
 
 
-def check_batchnorm(batchnorm: Batchnorm) -> None:
+def check_batchnorm(batchnorm: str) -> None:
     """Refuses anything but the two policies.
 
     Args:

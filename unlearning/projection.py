@@ -38,8 +38,8 @@ def core_projector(moment: Tensor, gamma: float) -> Tensor:
     values, vectors = torch.linalg.eigh(moment)
     if (values[..., 0] < -INDEFINITE * values[..., -1]).any():
         warnings.warn(
-            "the downdated second moments are indefinite: the stored moments were not taken from"
-            " this model and these rows; negative directions are dropped",
+            "the downdated second moments are indefinite: the model has changed since they were"
+            " taken, or they belong to other rows; negative directions are dropped",
             stacklevel=2,
         )
     singular = values.flip(-1).clamp_min(0).sqrt()
@@ -53,7 +53,9 @@ def core_projector(moment: Tensor, gamma: float) -> Tensor:
 def retain_moments(moments: Moments, request: Request) -> State:
     """Second moments of the retain rows' inputs, from the stored ones and the forget rows alone.
 
-    C_retain = C_all - C_forget, for each model and layer. Only the forget rows are read.
+    C_retain = C_all - C_forget, for each model and layer. Only the rows to forget now are read:
+    what was forgotten before stays in the protected space, and a model that has changed since its
+    moments were taken gives them approximately.
 
     Args:
         moments: of all training rows, stored at precompute.
@@ -62,7 +64,7 @@ def retain_moments(moments: Moments, request: Request) -> State:
     Returns:
         By layer name, [model, width, width], float64.
     """
-    inputs, _ = request.rows(request.wanted.rows)
+    inputs, _ = request.rows(request.forget.rows)
     module = request.module
     count = len(request.numbers)
     forget = stack(

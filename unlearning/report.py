@@ -224,7 +224,7 @@ def _nearest(evaluation: Mapping[str, Any], distance: str) -> dict[str, list[tup
         scores = [
             (score, method)
             for method, results in _methods(block).items()
-            if method != "om"  # it is given the answer
+            if method not in ("om", "om_absolute")  # they are given the answer
             and (score := _value(results, distance, "forget", "mean")) is not None
         ]
         if scores:

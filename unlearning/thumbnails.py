@@ -38,6 +38,11 @@ def forgotten_thumbnails(
     ids = sorted({row["id"] for row in rows if row["split"] == "forget"})
     if not ids:
         return {}
+    unknown = [row for row in ids if row not in task.positions]
+    if unknown:
+        raise ValueError(
+            f"the evaluation is of another task: {task.name!r} has no row {unknown[0]!r}"
+        )
     inputs, _ = task.rows("train", [task.positions[row] for row in ids])
     return {row: _picture(image.numpy(), task.name) for row, image in zip(ids, inputs, strict=True)}
 

@@ -15,6 +15,9 @@ class Additive(Counterfactual):
     effects: np.ndarray
     absolute: bool = False
 
+    def check_task(self, task):
+        del task
+
     def change(self, forget, already=None, targets=None):
         gone = forget.mask & ~already.mask if already else forget.mask
         mean = np.full((len(targets), 2), self.effects[gone].sum(), dtype=np.float32)

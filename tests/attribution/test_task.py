@@ -239,7 +239,7 @@ def test_rates_rise_to_the_peak_and_fall_to_zero():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.tensor([0, 1, 7]), "labels run from 0 to 7, the model has 2 outputs"),
+        (torch.tensor([0, 1, 7]), "train labels run from 0 to 7, the model has 2 outputs"),
         (torch.tensor([0, -1, 1]), "labels run from -1 to 1"),
         (torch.tensor([0.0, 1.0, 1.0]), "takes class numbers as labels"),
     ],

@@ -111,6 +111,9 @@ class Fixed(Counterfactual):
 
     mean: np.ndarray
 
+    def check_task(self, task):
+        del task
+
     def change(self, forget, already=None, targets=None):
         chosen = self.mean if targets is None else self.mean[targets]
         return Change(chosen, np.zeros_like(chosen), np.zeros_like(chosen))

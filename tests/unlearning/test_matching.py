@@ -29,7 +29,7 @@ from tests.unlearning.cases import (
     three_blobs,
 )
 from unlearning import Matching, unlearn_models
-from unlearning.runner import execute
+from unlearning.execution import execute
 
 TARGETS, OUTPUTS = 54, 3  # of three blobs
 
@@ -81,6 +81,9 @@ class TestObjective:
         asked = []
 
         class Noting(Counterfactual):
+            def check_task(self, task):
+                del task
+
             def change(self, forget, already=None, targets=None):
                 asked.append((forget.ids, already.ids))
                 return fixed.change(forget, already, targets)
@@ -98,6 +101,9 @@ class TestObjective:
 
     def test_an_absolute_prediction_is_the_target_itself(self, task, forget, fixed):
         class Absolute(Counterfactual):
+            def check_task(self, task):
+                del task
+
             def change(self, forget, already=None, targets=None):
                 nothing = np.zeros_like(fixed.mean[targets])
                 return Change(fixed.mean[targets], nothing, nothing, absolute=True)

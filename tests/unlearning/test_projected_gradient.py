@@ -19,7 +19,7 @@ from tests.unlearning.cases import (
     request_of,
 )
 from unlearning import ProjectedGradient, unlearn_models
-from unlearning.runner import execute
+from unlearning.execution import execute
 
 SETTINGS = {"gamma": 0.9, "rate": 0.03, "last_rate": 0.03, "batch_size": 3}
 

@@ -13,8 +13,8 @@ from attribution import ForgetSet, Model, Task
 from tests.references import dense_projector, patches
 from tests.unlearning.cases import HeldMoments, copied, fresh_models, request_of
 from unlearning import GradientAscent, GradientProjection, Matching, ProjectedGradient
+from unlearning.execution import execute
 from unlearning.projection import core_projector, retain_moments
-from unlearning.runner import execute
 
 
 @pytest.fixture

@@ -30,9 +30,9 @@ from unlearning import (
     margins,
     unlearn_models,
 )
+from unlearning.execution import execute
 from unlearning.method import epochs_order, stream_order
 from unlearning.methods import METHODS, build_method
-from unlearning.runner import execute
 
 GROUNDS = ["ground", "normalised_ground", "branching_ground"]
 STEPPING = [name for name in METHODS if name != "do_nothing"]

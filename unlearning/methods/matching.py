@@ -60,6 +60,7 @@ class Matching(UnlearningMethod):
 
     def plan(self, request: Request) -> Plan:
         """Steps toward the predicted outputs."""
+        self.counterfactual.check_task(request.task)
         rows = np.concatenate([request.forget.rows, self.retain_rows(request.wanted, request.seed)])
         inputs, labels = request.rows(rows)
         change = self.counterfactual.change(request.wanted, request.already, rows)
