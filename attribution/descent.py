@@ -255,13 +255,21 @@ class Descent:
             self.gradients = self._bind(batch)
         tensors = list(self.parameters.values())
         before = [tensor.clone() for tensor in tensors] if self.project else []
-        for tensor, gradient in zip(tensors, self.gradients(batch), strict=True):
+        for tensor, gradient in zip(tensors, self._allowed(self.gradients(batch)), strict=True):
             tensor.grad = gradient
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         if self.project:
             self._apply_projected(before, self.project)
+
+    def _allowed(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        # Adam rescales each number, so that the projection of its step may lead uphill unless
+        # its gradient was projected too.
+        if self.project is None or not isinstance(self.optimizer, torch.optim.Adam):
+            return gradients
+        named = dict(zip(self.parameters, gradients, strict=True))
+        return list(self.project(named).values())
 
     def _apply_projected(self, before: Sequence[Tensor], project: Project) -> None:
         moved = zip(self.parameters.items(), before, strict=True)

@@ -93,7 +93,7 @@ class GradientProjection:
     """
 
     moments: Moments
-    gamma: float = 0.8
+    gamma: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1:

@@ -16,7 +16,17 @@ from typing import Any
 import numpy as np
 
 from attribution import ForgetSet, Oracle, Run, parse_forget, precompute
-from unlearning import DoNothing, Matching, UnlearningMethod, klom, margins, spread, unlearn_models
+from unlearning import (
+    DoNothing,
+    GradientProjection,
+    Matching,
+    ProjectedGradient,
+    UnlearningMethod,
+    klom,
+    margins,
+    spread,
+    unlearn_models,
+)
 from unlearning.cost import measure_request, measure_retraining
 from unlearning.evaluation import hardware
 
@@ -30,6 +40,8 @@ def audit(run: Run, forget: ForgetSet, models: int) -> dict[str, dict[str, Any]]
     methods: dict[str, UnlearningMethod] = {
         "do_nothing": DoNothing(),
         "dmm": Matching(run.datamodel),
+        "dmm_pgu": Matching(run.datamodel, GradientProjection(run.moments)),
+        "pgu": ProjectedGradient(run.moments),
         "om": Matching(Oracle(run.full, targets)),
     }
     found = {"null": targets.margins}
@@ -72,7 +84,7 @@ def tell(title: str, audits: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
         told[name]["spread"] = float(pooled(audits, name, "spread").mean())
         cells = [f"{s} {m:.2f} / {p:.2f}" for s, (m, p) in list(told[name].items())[:3]]
         print(f"  {name:11s}", "   ".join(cells), f"  spread {told[name]['spread']:.2f}")
-    for name in ("dmm", "om"):
+    for name in ("dmm", "dmm_pgu", "pgu", "om"):
         mean, high = told[name]["removed"] = removed(audits, name)
         print(f"  {name} removes {mean:.0%} of the mean excess and {high:.0%} of the P95 excess")
     for name in ("do_nothing", "dmm"):
