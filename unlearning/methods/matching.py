@@ -42,7 +42,7 @@ class Matching(UnlearningMethod):
 
     counterfactual: Counterfactual
     backend: GradientProjection | None = None
-    passes: float = 2.0
+    passes: float = 1.5
     rate: float = 5e-3
     batch_size: int = 32
     forget_multiplier: int = 2
