@@ -177,8 +177,9 @@ def _checked_metadata(told: Any) -> dict[str, Any]:
     right = isinstance(forgotten, list) and all(isinstance(row, str) for row in forgotten)
     if not right or (forgotten and not isinstance(told.get("salt"), str)):
         raise ValueError("its provenance is damaged")
-    if not isinstance(told.get("index", 0), int):
-        raise ValueError("its provenance is damaged: the index is no number")
+    index = told.get("index", 0)
+    if type(index) is not int or index < 0:
+        raise ValueError(f"its provenance is damaged: {index!r} is no number of a model")
     return dict(told)
 
 

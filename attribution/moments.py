@@ -277,5 +277,6 @@ def compute_moments(
     if store.pending():
         work = _MomentBlock(task, ensemble.store, store.path)
         title = f"moments of {os.path.basename(ensemble.store.path)}"
-        run_blocks(work, store.pending(), title=title, workers=workers, scheduler=scheduler)
+        at = None if scheduler else workers
+        run_blocks(work, store.pending(), title=title, workers=at, scheduler=scheduler)
     return Moments.open(store.finalize().path)

@@ -227,7 +227,7 @@ def precompute(
         workers=workers,
         scheduler=scheduler,
     )
-    compute_moments(full, run.path / "moments")
+    compute_moments(full, run.path / "moments", workers=workers, scheduler=scheduler)
     # The stores took this task for theirs, so it may be found where it lies now.
     _write_settings(Path(path), settings)
     return run
@@ -265,7 +265,7 @@ def _refuse_changed_task(run: Run) -> None:
     if not (run.path / "full" / "zarr.json").exists():
         return
     store, wanted = Store.open(run.path / "full", "ensemble"), run.task.settings()
-    stored = {name: store.provenance.settings[name] for name in wanted}
+    stored = {name: store.provenance.settings.get(name) for name in wanted}
     check_provenance(Provenance(stored), Provenance(wanted), store.path)
 
 

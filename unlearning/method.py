@@ -1,7 +1,7 @@
 """Requests and plans: an unlearning method turns a request into a plan of gradient steps."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from attribution.seeds import generator
 from attribution.task import Rates, Rows, State, Task
 from attribution.training import epoch_order
 
+PLAIN = (bool, int, float, str)
 Value = Callable[[Tensor, Tensor, Tensor], Tensor]
 Gap = Callable[[Tensor, slice], Tensor]
 
@@ -233,9 +234,15 @@ def told_settings(method: object) -> dict[str, Any]:
         method: a dataclass.
 
     Returns:
-        Plain values by field name; of a counterfactual or a store only the kind, because these
-        hold ids of rows.
+        Plain values by field name; of a counterfactual or a backend its kind and its own plain
+        values, because what lies deeper holds ids of rows.
     """
-    plain = (bool, int, float, str)
-    held = vars(method)
-    return {k: v if isinstance(v, plain) else type(v).__name__ for k, v in held.items()}
+    return {f.name: _told(getattr(method, f.name)) for f in fields(method)}  # type: ignore[arg-type]
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, PLAIN) or not is_dataclass(value):
+        return value if isinstance(value, PLAIN) else type(value).__name__
+    own = {f.name: getattr(value, f.name) for f in fields(value)}
+    own = {name: held for name, held in own.items() if isinstance(held, PLAIN)}
+    return {"kind": type(value).__name__} | own if own else type(value).__name__

@@ -33,12 +33,12 @@ def forgotten_thumbnails(
         >>> forgotten_thumbnails(task, {"forget_sets": {"a": {"affected": rows}}})["train-3"].shape
         (8, 8)
     """
-    blocks = evaluation.get("forget_sets", {}).values()
-    rows = [row for block in blocks for row in block.get("affected", ())]
-    ids = sorted({row["id"] for row in rows if row["split"] == "forget"})
+    blocks = (evaluation.get("forget_sets") or {}).values()
+    rows = [row for block in blocks for row in (block or {}).get("affected") or ()]
+    ids = sorted({row["id"] for row in rows if row.get("split") == "forget"})
     if not ids:
         return {}
-    unknown = [row for row in ids if row not in task.positions]
+    unknown = sorted(set(ids) - set(task.train_ids))
     if unknown:
         raise ValueError(
             f"the evaluation is of another task: {task.name!r} has no row {unknown[0]!r}"

@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from attribution import ForgetSet, LinearDatamodel, Model, datamodels, fit_datamodels
+from attribution import (
+    ForgetSet,
+    LinearDatamodel,
+    Model,
+    datamodels,
+    draw_subsets,
+    fit_datamodels,
+)
 from attribution.seeds import generator
 from stores import ArraySpec, Provenance, Store, StoreSpec
 from tests.references import (
@@ -77,8 +84,8 @@ class Reference:
         self.weights = np.append(np.ones(len(ensemble)), len(anchor))
         self.lambdas = np.array(LAMBDAS) * self.mean_eigenvalue()
         order = generator(seed, "held-out models").permutation(len(ensemble))
-        others_first = [m for kind in (False, True) for m in order if ensemble.judges[m] == kind]
-        self.held = np.sort(others_first[::5])
+        kinds = [[m for m in order if ensemble.judges[m] == kind] for kind in (True, False)]
+        self.held = np.array(sorted(m for kind in kinds for m in kind[: -(-len(kind) // 5)]))
         self.kept = np.setdiff1d(np.arange(len(self.masks)), self.held)
         self.cases = [(t, o) for t in range(TARGETS) for o in range(OUTPUTS)]
 
@@ -154,6 +161,27 @@ def test_shrink_factors_are_fitted_on_held_out_judges(fitted, reference):
     expected = reference.shrink(reference.chosen())
     np.testing.assert_allclose(fitted.shrink, np.maximum(expected, 0), rtol=0, atol=1e-8)
     assert min(fitted.shrink) > 0
+
+
+def test_the_judges_of_few_mixed_models_are_not_all_fitted(task, tmp_path):
+    """Two of ten models may judge; without one held out nothing tells the shrink factors."""
+    subsets = draw_subsets(task, models=10, design="mixed", seed=2)
+    assert subsets.judges.sum() == 2
+    masks = np.concatenate([subsets.masks, np.ones((ANCHORS, TRAIN), dtype=bool)])
+    outputs = noisy(masks, np.random.default_rng(8))
+    ensemble, anchor = write_pair(tmp_path, task, masks, outputs, subsets.judges)
+    options = {"lambdas": LAMBDAS, "dtype": "float64", "to": tmp_path / "datamodel"}
+    for seed in range(3):
+        reference = Reference(ensemble, anchor, seed)
+        judging = reference.held[subsets.judges[reference.held]]
+        assert (len(reference.held), len(judging)) == (3, 1)
+        assert not subsets.masks[judging].all()
+        options["to"] = tmp_path / f"datamodel-{seed}"
+        found = fit_datamodels(ensemble, anchor=anchor, seed=seed, **options).shrink
+        expected = np.maximum(reference.shrink(reference.chosen()), 0)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8)
+        assert np.isfinite(found).all()
+        assert max(found) > 0
 
 
 @pytest.mark.parametrize("rows", [[0], [4, 12], [0, 1, 2, 3, 9, 11]])
@@ -304,6 +332,24 @@ def test_forget_sets_of_other_data_are_refused(fitted):
     forget = ForgetSet.at(blobs(rows=9), [3])
     with pytest.raises(ValueError, match="drawn from 9 rows, the datamodel has 13"):
         fitted.change(forget)
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("train", "its row 5 is 'train-5', the task's is 'train-7'"),
+        ("test", "its target 14 is 'test-1', the task's is 'test-3'"),
+    ],
+)
+def test_a_task_whose_rows_stand_in_another_order_is_refused(task, fitted, split, message):
+    ids = {"train": list(task.train_ids), "test": list(task.test_ids)}
+    first = {"train": 5, "test": 1}[split]
+    ids[split][first:] = ids[split][first + 2 :] + ids[split][first : first + 2]
+    given = {f"{name}_ids": row_ids for name, row_ids in ids.items()}
+    other = blobs(rows=TRAIN, test_rows=TARGETS - TRAIN, **given)
+    model = Model(other, other.new_model(0).state_dict())
+    with pytest.raises(ValueError, match=f"other rows than those of task 'blobs': {message}$"):
+        fitted.predict(model, ForgetSet.at(other, [3]))
 
 
 def test_other_stores_are_refused(tmp_path):

@@ -155,6 +155,11 @@ def test_processes_change_no_bit(task, trained, tmp_path):
         stop_local_workers()
 
 
+def tanh_mlp():
+    """The shapes of the task's own model, and another function."""
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
 def relabelled(task):
     inputs, labels = (tensor.clone() for tensor in task.train_data.tensors)
     labels[7] = 1 - labels[7]
@@ -171,6 +176,8 @@ def relabelled(task):
         (lambda task: blobs(), {"design": "full"}, "design: stored 'half', wanted 'full'"),
         (lambda task: blobs(), {"models_at_once": 3}, "block: stored 2, wanted 3"),
         (lambda task: blobs(), {"keep": "outputs"}, "weights_0"),
+        (lambda task: blobs(model=tanh_mlp), {}, "\n  model: stored '"),
+        (lambda task: blobs(), {"device": "meta"}, "\n  device: stored 'cpu', wanted"),
     ],
 )
 def test_stores_made_otherwise_are_refused_by_field(task, trained, other, options, field):

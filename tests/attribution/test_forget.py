@@ -117,6 +117,15 @@ def test_random_specs_are_seeded(task):
     assert parse_forget(task, "random:6").positions == parse_forget(task, "random:6:0").positions
 
 
+def test_random_draws_of_two_sizes_are_not_nested(task):
+    for seed in range(3):
+        small, large = (set(random_rows(task, size, seed)) for size in (10, 20))
+        assert not small <= large
+    digits = blobs(rows=300)
+    small, large = (parse_forget(digits, f"random:{size}:0") for size in (10, 50))
+    assert len(set(small.ids) & set(large.ids)) < 6
+
+
 def nearest_by_loop(task, first, size):
     inputs, labels = task.rows("train", range(37))
     distances = {
@@ -158,6 +167,8 @@ def test_a_row_leads_its_copies():
     ("spec", "message"),
     [
         ("rows:a:b", "expected rows:START:STOP, a Python slice, got 'rows:a:b'"),
+        ("rows:-", "expected rows:START:STOP, a Python slice, got 'rows:-'"),
+        ("rows:1:-", "expected rows:START:STOP, a Python slice, got 'rows:1:-'"),
         ("rows:1:2:0", "the step of a slice cannot be 0, got 'rows:1:2:0'"),
         ("rows:5:5", "forget set 'rows:5:5' is empty"),
         ("rows::", "holds all 37 training rows"),

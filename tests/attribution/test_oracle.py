@@ -86,6 +86,15 @@ def test_a_model_that_has_forgotten_something_needs_the_absolute_target(task, ba
     np.testing.assert_allclose(found.mean, banks[1].outputs.mean(0), rtol=1e-6)
 
 
+def test_a_task_whose_rows_stand_in_another_order_is_refused(task, banks):
+    ids = [*task.train_ids[:30], *task.train_ids[:29:-1]]
+    other = blobs(train_ids=ids)
+    model = Model(other, other.new_model(0).state_dict())
+    message = "full was made from .* its row 30 is 'train-30', the task's is 'train-36'$"
+    with pytest.raises(ValueError, match=message):
+        Oracle(*banks).predict(model, ForgetSet.of(other, ["train-3", "train-20"]))
+
+
 def test_a_bank_on_all_rows_is_refused(banks):
     full, _ = banks
     with pytest.raises(ValueError, match="full was trained on all rows: an oracle needs a bank"):

@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 from attribution import CrossEntropy, Recipe, Task
 from attribution.task import source_digest
-from tests.tasks import RECIPE, blob_data, blobs, ridge_task, small_mlp
+from tests.tasks import RECIPE, blob_data, blobs, line, ridge_task, small_mlp
 
 
 class Listed:
@@ -115,6 +115,33 @@ def test_any_map_style_data_reads_like_a_tensor_dataset():
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert plain.digests == listed.digests
     listed.check()
+
+
+class Doubled(TensorDataset):
+    """Its rows are not those of its tensors."""
+
+    def __getitem__(self, index):
+        inputs, label = super().__getitem__(index)
+        return 2 * inputs, label
+
+
+def test_rows_that_a_subclass_changes_are_read_through_it():
+    data = blob_data(37, 1)
+    task = Task("doubled", Doubled(*data.tensors), blob_data(3, 2), small_mlp, RECIPE)
+    inputs, labels = task.rows("train", [5, 30, 2])
+    assert torch.equal(inputs, 2 * data.tensors[0][[5, 30, 2]])
+    assert torch.equal(labels, data.tensors[1][[5, 30, 2]])
+    assert task.digests["train"] != blobs().digests["train"]
+
+
+def test_of_data_with_more_than_inputs_and_labels_only_these_are_read():
+    inputs, labels = blob_data(37, 1).tensors
+    data = TensorDataset(inputs, labels, torch.arange(37))
+    task = Task("three", data, blob_data(11, 2), small_mlp, RECIPE)
+    task.check()
+    for a, b in zip(task.targets([40, 3, 20]), blobs().targets([40, 3, 20]), strict=True):
+        assert torch.equal(a, b)
+    assert task.digests == blobs().digests
 
 
 @pytest.mark.parametrize(("part", "what"), [(0, "inputs"), (1, "labels")])
@@ -247,5 +274,27 @@ def test_rates_rise_to_the_peak_and_fall_to_zero():
 def test_labels_that_are_no_class_of_the_model_are_refused(labels, message):
     data = TensorDataset(torch.zeros(3, 4), labels)
     task = Task("labels", data, data, model=lambda: nn.Linear(4, 2), test_ids=["a", "b", "c"])
+    with pytest.raises(ValueError, match=message):
+        task.check()
+
+
+@pytest.mark.parametrize("label", [2, -1])
+def test_test_labels_that_are_no_class_of_the_model_are_refused(label):
+    test = blob_data(11, 2)
+    test.tensors[1][4] = label
+    task = Task("labels", blob_data(37, 1), test, small_mlp, RECIPE)
+    ends = f"{min(label, 0)} to {max(label, 1)}"
+    message = f"^task 'labels': test labels run from {ends}, the model has 2 outputs$"
+    with pytest.raises(ValueError, match=message):
+        task.check()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("make", [blobs, line])
+def test_inputs_that_are_not_finite_are_refused_by_row(make, split, value):
+    task = make()
+    task.data(split).tensors[0][[9, 4], 1] = value
+    message = f"^task '{task.name}': the inputs of row '{split}-4' are not finite$"
     with pytest.raises(ValueError, match=message):
         task.check()

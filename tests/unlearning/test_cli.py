@@ -312,19 +312,6 @@ class TestStatus:
         assert text.endswith("all checksums hold\n")
         assert "checksums" not in dmm("status", "--run", audited)
 
-    @pytest.mark.parametrize(("store", "block"), [("full", 1), ("ensemble-mixed-24", 0)])
-    def test_a_flipped_byte_is_found(self, run, tmp_path, capsys, store, block):
-        words = ["status", "--run", str(copied(run, tmp_path))]
-        folder = tmp_path / "run" / store / "outputs" / "c" / str(block)
-        chunk = next(path for path in folder.rglob("*") if path.is_file())
-        content = bytearray(chunk.read_bytes())
-        content[len(content) // 2] ^= 1
-        chunk.write_bytes(content)
-        assert main(words) == 0
-        capsys.readouterr()
-        assert main([*words, "--verify"]) == 1
-        assert capsys.readouterr() == ("", f"dmm: damaged: {store} blocks [{block}]\n")
-
 
 def test_the_command_line_as_a_process(run):
     words = ["predict", "--run", str(run), *FEW, "--json"]

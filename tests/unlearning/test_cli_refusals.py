@@ -75,6 +75,7 @@ FORGET_SETS = {
     "random:37:0": "'random:37:0' asks for 37 of 37 training rows: take 1 to 36",
     "random:-3:0": "expected random:SIZE:SEED or cluster:SIZE:SEED, got 'random:-3:0'",
     "rows:a:b": "expected rows:START:STOP, a Python slice, got 'rows:a:b'",
+    "rows:-": "expected rows:START:STOP, a Python slice, got 'rows:-'",
     "@OUT/ids": "cannot read the file of ids 'OUT/ids': No such file or directory",
 }
 
@@ -124,6 +125,7 @@ WORDS = [
     ((*DMM, "--out", "OUT/model.pt"), "models are written as .safetensors, got 'OUT/model.pt'"),
     ((*DMM, "--out", "/proc/a.safetensors"), "cannot write '/proc/a.safetensors': No such file or"),
     ((*EVALUATE, "--methods", "dmm,nix"), "unknown method 'nix': choose from "),
+    ((*EVALUATE, "--methods", "dmm,om", "dmm"), "method 'dmm' is named twice"),
     ((*EVALUATE, "--methods", ","), "name at least one method: do_nothing, dmm, "),
     ((*EVALUATE, *FIVE, "--n-models", "81"), "the run has 80 full models: n_models must lie betwe"),
     ((*EVALUATE, *FIVE, "--n-models", "-5"), "the run has 80 full models: n_models must lie betwe"),

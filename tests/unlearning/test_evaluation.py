@@ -14,8 +14,17 @@ from attribution.run import Run, RunSettings
 from attribution.subsets import draw_subsets
 from tests.small_runs import FULL_MODELS, TRAIN_ROWS, finished_run
 from tests.tasks import ridge_task
-from unlearning import Matching, gaussian_kl, klom, shift, spread, unlearn_models
-from unlearning.evaluation import evaluate_methods, hardware, plain
+from unlearning import (
+    Matching,
+    evaluate_methods,
+    gaussian_kl,
+    klom,
+    shift,
+    spread,
+    unlearn_models,
+)
+from unlearning.evaluation import hardware, plain
+from unlearning.methods import METHODS as ALL_METHODS
 from unlearning.tables import evaluation_table
 
 METHODS = ["do_nothing", "dmm", "om"]
@@ -222,8 +231,34 @@ def test_settings_of_single_methods_can_be_changed(run, forget):
     told = evaluate_methods(run, [forget], names, n_models=2, workers=0, settings=settings)
     found = told["forget_sets"]["few"]["methods"]
     assert found["gradient_ascent"]["gradient_evaluations"] == 15
-    assert "rate=0.01" in found["gradient_ascent"]["settings"]
-    assert "rate=0.01" not in found["fine_tune"]["settings"]
+    changed = {"epochs": 3, "rate": 0.01, "batch_size": 64, "batchnorm": "frozen"}
+    assert found["gradient_ascent"]["settings"] == changed
+    assert found["fine_tune"]["settings"]["rate"] == 0.1
+
+
+def test_settings_and_names_of_ensembles_hold_no_row_and_no_address(run, forget):
+    told = evaluate_methods(run, [forget], list(ALL_METHODS), n_models=2, workers=0)
+    found = told["forget_sets"]["few"]["methods"]
+    assert list(found) == list(ALL_METHODS)
+    texts = [json.dumps(method["settings"]) for method in found.values()]
+    assert "0x" not in "".join(texts)
+    banks = [run.bank(forget, which, 2, workers=0) for which in (0, 1)]
+    texts += [repr(ensemble) for ensemble in (run.full, *banks)]
+    texts += [repr(Oracle(run.full, banks[1])), repr(run.datamodel), repr(run.moments)]
+    assert not [row for row in run.task.target_ids if row in "".join(texts)]
+
+
+@pytest.mark.parametrize("methods", [["do_nothing", "om", "dmm_pgu"], ["om", "dmm"]])
+def test_only_dmm_fills_in_what_the_unlearned_models_say(run, forget, methods):
+    told = evaluate_methods(run, [forget], methods, n_models=2, workers=0)
+    rows = told["forget_sets"]["few"]["affected"]
+    assert len(rows) == 12
+    assert {"unlearned" in row for row in rows} == {"dmm" in methods}
+    if "dmm" in methods:
+        method = Matching(run.datamodel)
+        means = unlearn_models(method, run.full, run.task, forget, count=2).margins.mean(0)
+        places = [run.task.positions[row["id"]] for row in rows]
+        assert [row["unlearned"] for row in rows] == pytest.approx(means[places], abs=1e-4)
 
 
 def test_the_seed_of_unlearning_decides_nothing_about_the_banks(run, forget):
@@ -249,6 +284,8 @@ def test_a_number_of_models_that_the_run_does_not_have_is_refused(run, forget, c
 def test_unknown_methods_and_repeated_names_are_refused(run, forget):
     with pytest.raises(ValueError, match=r"^unknown method 'nix': choose from do_nothing, dmm, "):
         evaluate_methods(run, [forget], ["dmm", "nix"])
+    with pytest.raises(ValueError, match=r"^method 'dmm' is named twice$"):
+        evaluate_methods(run, [forget], ["dmm", "om", "dmm"], n_models=2)
     text = r"^two forget sets are called 'few': name them, as in a=SPEC b=SPEC$"
     with pytest.raises(ValueError, match=text):
         evaluate_methods(run, [forget, forget], ["dmm"], n_models=2)

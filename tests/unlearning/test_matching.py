@@ -212,6 +212,21 @@ def test_with_the_oracle_of_a_linear_model_it_becomes_the_oracle(tmp_path, absol
     np.testing.assert_allclose(unlearned.outputs, oracles.outputs, rtol=0, atol=1e-3 * away)
 
 
+@pytest.mark.parametrize("kind", ["datamodel", "oracle"])
+def test_rows_in_another_order_than_the_predictions_are_refused(ground, kind):
+    given = ground.evidence()
+    method = Matching(given.predictor() if kind == "datamodel" else given.oracle())
+    ids = list(ground.task.train_ids)
+    ids[4], ids[9] = ids[9], ids[4]
+    other = three_blobs(train_ids=ids)
+    forget, model = ForgetSet.of(other, FORGET), ground.full.model(0)
+    message = "its row 4 is 'train-4', the task's is 'train-9'$"
+    with pytest.raises(ValueError, match=message):
+        method(model, other, forget)
+    with pytest.raises(ValueError, match=message):
+        unlearn_models(method, ground.full, other, forget)
+
+
 class TestBatchNorm:
     STATISTICS = ("1.running_mean", "1.running_var", "1.num_batches_tracked")
 

@@ -1,6 +1,7 @@
 """PGU: its loss, what it reads, and when it stops."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ from attribution.moments import Moments
 from tests.references import dense_projector
 from tests.unlearning.cases import (
     FORGET,
+    MORE,
     HeldMoments,
     assert_same_bits,
     guarded,
     largest_difference,
     request_of,
 )
-from unlearning import ProjectedGradient, unlearn_models
+from unlearning import GradientProjection, ProjectedGradient, unlearn_models
 from unlearning.execution import execute
 
 SETTINGS = {"gamma": 0.9, "rate": 0.03, "last_rate": 0.03, "batch_size": 3}
@@ -105,6 +107,30 @@ def test_it_reads_no_row_but_the_forget_set(ground, many):
         assert_same_bits(blind.model.state, seeing.model.state)
     with pytest.raises(AssertionError, match="row 0 was read"):
         closed.rows("train", [0])
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_a_second_request_reads_no_row_but_the_new_ones(ground, many):
+    new = ForgetSet.of(ground.task, MORE)
+    closed = guarded(ground.task, new)
+    method = ProjectedGradient(Moments.open(ground.moments.store.path), epochs=6, **SETTINGS)
+    asked = ForgetSet.of(ground.task, FORGET + MORE)
+    first = method(ground.full.model(2), ground.task, ground.forget).model
+    if many:
+        request = request_of(ground.task, [first] * 2, new, already=ground.forget)
+        request = replace(request, digests=(ground.full.model(2).digest(),) * 2)
+        blind, seeing = (
+            execute(method.plan(each), each).states
+            for each in (replace(request, task=closed), request)
+        )
+        assert_same_bits(blind, seeing)
+        projection = GradientProjection(ground.moments, 0.9)
+        bound = [projection.bind(each) for each in (replace(request, task=closed), request)]
+        assert_same_bits(bound[0].projectors, bound[1].projectors)
+    else:
+        blind, seeing = (method(first, task, asked) for task in (closed, ground.task))
+        assert_same_bits(blind.model.state, seeing.model.state)
+        assert blind.model.forgotten.ids == ground.both.ids
 
 
 def test_a_model_below_its_test_accuracy_from_the_start_is_left_alone(ground, model):

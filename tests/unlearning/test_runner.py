@@ -203,6 +203,19 @@ def test_an_ensemble_without_weights_is_refused(tmp_path):
         unlearn_models(DoNothing(), outputs_only, task, ForgetSet.of(task, FORGET))
 
 
+@pytest.mark.parametrize("without", [None, MORE])
+def test_models_that_saw_different_rows_are_refused(tmp_path, without):
+    task = three_blobs()
+    gone = ForgetSet.of(task, without) if without else None
+    subsets = draw_subsets(task, models=2, design="half", without=gone)
+    halves = train_models(task, subsets, tmp_path / "half", keep="weights", workers=0)
+    forget = ForgetSet.of(task, FORGET)
+    with pytest.raises(ValueError, match=r"half were trained on different rows: unlearn them one"):
+        unlearn_models(DoNothing(), halves, task, forget)
+    for index in range(2):
+        DoNothing()(halves.model(index), task, forget)
+
+
 def test_a_forget_set_of_other_data_is_refused(ground):
     other = replace(ground.forget, total=40)
     with pytest.raises(ValueError, match="is drawn from 40 rows, task 'three blobs' has 41"):

@@ -6,6 +6,7 @@ from typing import Any
 
 from attribution import Counterfactual, Oracle
 from attribution.moments import Moments
+from unlearning.method import PLAIN
 from unlearning.methods.do_nothing import DoNothing
 from unlearning.methods.fine_tune import FineTune
 from unlearning.methods.gradient_ascent import GradientAscent
@@ -80,9 +81,8 @@ def build_method(
 
 
 def _parsed(method: UnlearningMethod, name: str, field: str, text: str) -> Any:
-    plain = (bool, int, float, str)
     known = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
-    known = {key: value for key, value in known.items() if isinstance(value, plain)}
+    known = {key: value for key, value in known.items() if isinstance(value, PLAIN)}
     if field not in known:
         listed = ", ".join(known) or "none"
         raise ValueError(f"method {name!r} has no setting {field!r}; it has: {listed}")

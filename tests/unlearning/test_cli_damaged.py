@@ -1,0 +1,161 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.small_runs import SIZES, arrays, copied, finished_run
+from unlearning.cli import main
+
+FEW = ("--forget", "few=rows:3:8")
+
+
+@pytest.fixture
+def run(tmp_path_factory):
+    return finished_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """A copy of the finished run that may be spoiled; its task file lies beside it."""
+    return copied(run, tmp_path)
+
+
+@pytest.fixture
+def refused(capsys):
+    """The one line that refuses a command for bad input."""
+
+    def call(*words):
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("dmm: ")
+        assert err.count("\n") == 1
+        return err.removeprefix("dmm: ").rstrip("\n")
+
+    return call
+
+
+# -- stores: found, made pending, computed again -------------------------------------------------
+
+
+STORES = [
+    ("full", "outputs", 1),
+    ("full", "weights_0", 0),
+    ("ensemble-mixed-24", "outputs", 0),
+    ("datamodel-mixed-24", "own", 0),
+    ("moments", "accuracy", 2),
+]
+
+
+def flip_a_byte(run, store, array, block):
+    folder = run / store / array / "c"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    (chunk,) = [path for path in files if path.relative_to(folder).parts[0] == str(block)]
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", STORES, ids=lambda place: "-".join(map(str, place)))
+def test_a_flipped_byte_is_found_discarded_and_computed_again(copy, tmp_path, capsys, place):
+    store, _, block = place
+    words = ["status", "--run", str(copy)]
+    sound = arrays(copy)
+    flip_a_byte(copy, *place)
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main([*words, "--verify"]) == 1
+    assert capsys.readouterr() == (
+        "",
+        f"dmm: damaged: {store} blocks [{block}]; dmm status --run {copy} --discard makes these"
+        " blocks pending, and the command that made them computes them again\n",
+    )
+    assert main([*words, "--discard", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    pending = {row["store"]: (row["pending"], row["bad"]) for row in json.loads(out)["stores"]}
+    assert {name for name, found in pending.items() if found != (0, [])} == {store}
+    assert pending[store] == (1, [block])
+    assert main(["precompute", f"{tmp_path}/small.py:task", "--run", str(copy), *SIZES]) == 0
+    capsys.readouterr()
+    assert main([*words, "--verify"]) == 0
+    assert capsys.readouterr().out.endswith("all checksums hold\n")
+    assert arrays(copy) == sound
+
+
+def test_discarding_from_a_sound_run_changes_nothing(copy, capsys):
+    sound = arrays(copy)
+    assert main(["status", "--run", str(copy), "--discard"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert {line.split()[-1] for line in out.splitlines()[2:] if line[0].isalpha()} <= {
+        "0",
+        "hold",
+    }
+    assert arrays(copy) == sound
+
+
+# -- files that others may have touched ----------------------------------------------------------
+
+
+@pytest.fixture
+def unlearned(run, tmp_path):
+    """The file of a model that has forgotten some rows."""
+    file = tmp_path / "model.safetensors"
+    words = ["unlearn", "--run", str(run), *FEW, "--method", "do_nothing", "--out", str(file)]
+    assert main(words) == 0
+    return file
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "[]",
+        "null",
+        "3",
+        '"forgotten"',
+        "{",
+        "",
+        '{"forgotten": ["a"]}',
+        '{"forgotten": ["a"], "salt": 3}',
+        '{"forgotten": "a", "salt": "b"}',
+        '{"forgotten": [["a"]], "salt": "b"}',
+        '{"forgotten": null}',
+        '{"index": "q"}',
+        '{"index": [0]}',
+    ],
+)
+@pytest.mark.parametrize("verb", ["predict", "unlearn"])
+def test_a_checkpoint_with_damaged_provenance_is_refused(refused, run, unlearned, told, verb):
+    file, out = unlearned.with_name("damaged.safetensors"), unlearned.with_name("out.safetensors")
+    save_file(load_file(unlearned), file, metadata={"datamodel-matching": told})
+    words = [verb, "--run", run, "--forget", "rows:9:12", "--checkpoint", file]
+    if verb == "unlearn":
+        words += ["--method", "fine_tune", "--out", out]
+    assert refused(*words).startswith(f"cannot read the checkpoint '{file}': ")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], (torch.zeros(2),), 3, torch.zeros(3)], ids=str)
+def test_a_torch_file_of_something_else_is_refused(refused, run, tmp_path, content):
+    torch.save(content, tmp_path / "model.pt")
+    words = ["predict", "--run", run, *FEW, "--checkpoint", tmp_path / "model.pt"]
+    told = refused(*words)
+    assert told == (
+        f"cannot read the checkpoint '{tmp_path}/model.pt': it holds a {type(content).__name__},"
+        " not a state dict"
+    )
+
+
+def test_pictures_of_rows_that_the_task_does_not_know_are_refused(refused, copy):
+    rows = [{"id": "train-3", "split": "forget"}, {"id": "train-99", "split": "forget"}]
+    blocks = {"few": {"methods": {}, "affected": rows}}
+    told = json.dumps({"schema": 1, "task": "small", "forget_sets": blocks})
+    (copy / "evaluation.json").write_text(told)
+    assert refused("report", "--run", copy, "--thumbnails") == (
+        "the evaluation is of another task: 'small' has no row 'train-99'"
+    )
+    assert not (copy / "report.html").exists()
+    assert main(["report", "--run", str(copy)]) == 0
