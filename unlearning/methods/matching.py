@@ -42,10 +42,10 @@ class Matching(UnlearningMethod):
 
     counterfactual: Counterfactual
     backend: GradientProjection | None = None
-    passes: float = 1.5
+    passes: float = 2.5
     rate: float = 5e-3
     batch_size: int = 32
-    forget_multiplier: int = 2
+    forget_multiplier: int = 3
     retain_multiplier: float = 1.0
     retain_extra: int = 100
     batchnorm: str = "frozen"
