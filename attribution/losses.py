@@ -10,8 +10,8 @@ from torch import Tensor
 def softmax(outputs: Tensor) -> Tensor:
     """Softmax over the last axis, written out.
 
-    torch's own kernel costs five times as much on rows of ten numbers, because it vectorises
-    within a row; over a step of many small models that is a tenth of the time.
+    torch's own kernel vectorises within a row and so is slow on rows of ten numbers, which shows
+    in a step of many small models.
 
     Args:
         outputs: logits, [..., output].

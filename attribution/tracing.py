@@ -15,7 +15,7 @@ RESHAPES = (aten.view.default, aten.expand.default, aten._unsafe_view.default)
 def trace(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
     """Records the kernels that a function runs and returns a function that runs just these.
 
-    On small models a step is then twice as fast, because no Python of torch.func is left in it.
+    On small models this spares much of a step, because no Python of torch.func is left in it.
 
     Args:
         function: of tensors, in dicts or tuples; must not branch on values.

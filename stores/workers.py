@@ -15,8 +15,8 @@ from distributed import Client, SpecCluster
 from distributed.deploy.spec import ProcessInterface
 
 _START_SECONDS = 120  # a busy machine imports slowly
-# distributed's own setting hands every large array back to the system at once, which doubles
-# the time of a work function made of many array operations. The values are bytes.
+# distributed's own setting hands every large array back to the system at once, which slows a
+# work function made of many array operations. The values are bytes.
 _ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
