@@ -38,7 +38,7 @@ class RunSettings:
 
     task: str
     full_models: int = 100
-    subset_models: int = 3000
+    subset_models: int = 4000
     design: str = "mixed"
     seed: int = 0
 
@@ -181,7 +181,7 @@ def precompute(
     path: str | os.PathLike[str],
     *,
     full_models: int = 100,
-    subset_models: int = 3000,
+    subset_models: int = 4000,
     design: str = "mixed",
     seed: int = 0,
     device: str = "cpu",

@@ -275,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     make = _verb(verbs, "precompute", _precompute, "train models and fit attributions")
     make.add_argument("task", metavar="TASK", help="file.py:name or module:name")
     make.add_argument("--full-models", type=int, default=100, metavar="L")
-    make.add_argument("--subset-models", type=int, default=3000, metavar="M")
+    make.add_argument("--subset-models", type=int, default=4000, metavar="M")
     make.add_argument("--design", choices=[d for d in DESIGNS if d != "full"], default="mixed")
     predict = _verb(verbs, "predict", _predict, "predict outputs without a forget set")
     _forget(predict)
