@@ -1,15 +1,21 @@
 """From a task to predictions of what retrained models would output."""
 
+from attribution.calibration_bank import calibration_bank
+from attribution.combined import Combined
 from attribution.counterfactual import Change, Counterfactual, Prediction
 from attribution.datamodels import fit_datamodels
 from attribution.ensemble import Ensemble, train_models
 from attribution.forget import ForgetSet, parse_forget
+from attribution.gradients import Features, Projection, featurize
+from attribution.in_run import InRunScores, record_run
 from attribution.linear_datamodel import LinearDatamodel
 from attribution.losses import CrossEntropy, Loss, SquaredError
 from attribution.model import Model, load_model
 from attribution.moments import Moments, compute_moments
+from attribution.newton import Calibration, GroupNewton, StagedNewton, calibrate
 from attribution.oracle import Oracle
-from attribution.run import Run, precompute
+from attribution.precompute import precompute, precompute_checkpoints
+from attribution.run import Run
 from attribution.subsets import Subsets, draw_subsets
 from attribution.task import Recipe, Task
 
@@ -36,11 +42,25 @@ __all__ = [
     "Prediction",
     "LinearDatamodel",
     "fit_datamodels",
+    "GroupNewton",
+    "StagedNewton",
+    "Calibration",
+    "calibrate",
+    "calibration_bank",
+    "Combined",
     "Oracle",
+    # projected gradients
+    "Projection",
+    "featurize",
+    "Features",
+    # the value of rows for one training run
+    "record_run",
+    "InRunScores",
     # what projected gradients need
     "Moments",
     "compute_moments",
     # everything of a task in one folder
     "Run",
     "precompute",
+    "precompute_checkpoints",
 ]

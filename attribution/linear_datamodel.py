@@ -3,14 +3,19 @@
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attribution.counterfactual import Change, Counterfactual, check_ids
 from attribution.forget import ForgetSet
+from attribution.outputs import Array
 from attribution.task import Rows, Task
-from stores import Store, total
+from attribution.uncertainty import Uncertainty, uncertainty_of
+from stores import Store, mapped, total
+
+if TYPE_CHECKING:
+    from attribution.trak import TrakScores  # which needs much that need not be loaded here
 
 
 @dataclass(frozen=True)
@@ -18,9 +23,7 @@ class LinearDatamodel(Counterfactual):
     """Effects of every training row on every target, and their uncertainty.
 
     The change of removing rows F is -(own factor x effect of the target's own row, if in F, +
-    other factor x sum of the effects of the other rows in F). Its variance is that of the ridge
-    posterior: with v the sum of the other rows' rotated masks, k their number and f = 1 if the own
-    row is in F, else 0, variance / lambda x [k - v D v + (f - a D v)^2 / (a D a) - f].
+    other factor x sum of the effects of the other rows in F).
 
     Args:
         store: where the effects lie.
@@ -46,21 +49,33 @@ class LinearDatamodel(Counterfactual):
             raise ValueError(f"{store.path} is not finished: run the command that makes it again")
         return cls(store)
 
-    @cached_property
+    @classmethod
+    def from_scores(cls, scores: "TrakScores") -> "LinearDatamodel":
+        """The linear datamodel whose effects are TRAK scores, as they are.
+
+        Its std is how far the checkpoints differ on random forget sets of the same size, and its
+        noise how far their outputs differ; both are unknown (not a number) of one checkpoint.
+
+        Args:
+            scores: effects in output units.
+
+        Returns:
+            The datamodel.
+        """
+        return cls(scores.store)
+
+    @property
     def shrink(self) -> tuple[float, float]:
-        """Factors of a target's own row and of other rows, fitted on held-out models, >= 0."""
-        aa, ab, bb, ay, by = self.store.numpy("cross_products").sum(0, dtype=np.float64)
-        own, other = np.linalg.lstsq(np.array([[aa, ab], [ab, bb]]), np.array([ay, by]))[0]
-        return max(0.0, float(own)), max(0.0, float(other))
+        """Factors of a target's own row and of other rows, >= 0; 1 of TRAK scores."""
+        return self._uncertainty.shrink
 
     @cached_property
-    def _small(self) -> dict[str, Any]:
-        return {name: self.store.numpy(name) for name in ("own", "variance", "noise", "chosen")}
+    def _uncertainty(self) -> Uncertainty:
+        return uncertainty_of(self.store)
 
     @cached_property
-    def _design(self) -> tuple[Any, Any, Any]:
-        masks, eigenvalues = self.store.constant("masks"), self.store.constant("eigenvalues")
-        return masks, eigenvalues, self.store.constant("lambdas")
+    def _own(self) -> Any:
+        return self.store.numpy("own")
 
     @cached_property
     def _ids(self) -> tuple[list[str], list[str]]:
@@ -69,6 +84,23 @@ class LinearDatamodel(Counterfactual):
     def check_task(self, task: Task) -> None:
         """Refuses a task with other rows than the datamodel's."""
         check_ids(task, *self._ids, self.store.path)
+
+    def effects(self, target: int) -> Array:
+        """Effect of including each row, by which predictions of one target are made.
+
+        It is minus the change of removing the row alone. Only the block of the target is read.
+
+        Args:
+            target: position of the target.
+
+        Returns:
+            Effects times their factors, [train, output].
+        """
+        block, place = divmod(target, self.store.spec.block)
+        effects = np.array(mapped(self.store, "effects", block)[:, place])
+        factors = np.full((len(effects), 1), self.shrink[1], dtype=effects.dtype)
+        factors[target : target + 1] = self.shrink[0]
+        return np.asarray(factors * effects)
 
     def change(
         self, forget: ForgetSet, already: ForgetSet | None = None, targets: Rows | None = None
@@ -87,37 +119,9 @@ class LinearDatamodel(Counterfactual):
         gone = forget.mask & ~already.mask if already else forget.mask
         rows = np.flatnonzero(gone)
         mine = np.append(gone, np.zeros(count - n, dtype=bool))[places]
-        own = self._small["own"][places] * mine[:, None]
+        own = self._own[places] * mine[:, None]
         others = total(self.store, "effects", rows)[places] - own
         factor_own, factor_other = self.shrink
         mean = -(factor_own * own + factor_other * others)
-        std = self._std(rows, mine, places)
-        return Change(mean.astype(np.float32), std, self._small["noise"][places])
-
-    def _std(self, rows: Rows, mine: Any, places: Rows) -> Any:
-        masks, eigenvalues, lambdas = self._design
-        chosen = self._small["chosen"][places]
-        scale = np.zeros(len(places))
-        for index in np.unique(chosen):
-            group = chosen == index
-            scale[group] = _spread(
-                masks, 1 / (eigenvalues + lambdas[index]), rows, mine[group], places[group]
-            )
-        variance = self._small["variance"][places] / lambdas[chosen][:, None]
-        return np.sqrt(variance * scale[:, None]).astype(np.float32)
-
-
-def _spread(masks: Any, damped: Any, rows: Rows, mine: Any, places: Rows) -> Any:
-    """The bracket of the posterior variance for targets that share a lambda, [target]."""
-    summed = masks[:, rows].sum(1)
-    inside = places < masks.shape[1]
-    own = np.where(inside, masks[:, np.minimum(places, masks.shape[1] - 1)], 0)
-    leverage = np.einsum("rt,r,rt->t", own, damped, own)
-    across = own.T @ (damped * summed)
-    within = summed @ (damped * summed)
-    quadratic = within - mine * (2 * across - leverage)
-    left = mine - (across - mine * leverage)
-    # Nothing tells the effect of a row that every model saw: its uncertainty has no bound.
-    unknown = np.where(mine & inside, np.inf, 0)
-    unpenalised = np.divide(left**2, leverage, out=unknown, where=leverage > 0)
-    return np.maximum(len(rows) - 2 * mine - quadratic + unpenalised, 0)
+        std = self._uncertainty.std(rows, mine, places)
+        return Change(mean.astype(np.float32), std, self._uncertainty.noise(places))

@@ -2,26 +2,30 @@
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from attribution.combined import Combined
 from attribution.counterfactual import Counterfactual
-from attribution.datamodels import fit_datamodels
 from attribution.ensemble import Ensemble, train_models
 from attribution.forget import ForgetSet
+from attribution.gradients import Features
 from attribution.linear_datamodel import LinearDatamodel
-from attribution.moments import Moments, compute_moments
+from attribution.model import Model
+from attribution.moments import Moments
+from attribution.newton import GroupNewton
 from attribution.oracle import Oracle
+from attribution.run_calibration import RunCalibration
 from attribution.subsets import draw_subsets
 from attribution.task import Task
-from attribution.task_file import load_task, task_place
+from attribution.task_file import load_task
 from stores import Provenance, Store, check_provenance, digest
 
 SCHEMA = 1
-PREDICTORS = ("datamodel",)
+PREDICTORS = ("datamodel", "newton", "combined", "trak")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,10 @@ class RunSettings:
         full_models: models trained on all rows.
         subset_models: models trained on subsets.
         design: how the subsets are drawn.
-        seed: of everything; full models use seed + 1, oracle banks seed + 2 and seed + 3.
+        seed: of everything; full models use seed + 1, oracle banks seed + 2 and seed + 3, the
+            calibration bank seed + 4.
+        checkpoints: full models that group Newton averages over; 0 for none.
+        files: checkpoints of the user's own that stand in for trained models, by file name.
     """
 
     task: str
@@ -41,6 +48,8 @@ class RunSettings:
     subset_models: int = 4000
     design: str = "mixed"
     seed: int = 0
+    checkpoints: int = 8
+    files: tuple[str, ...] = ()
 
     @property
     def subsets(self) -> str:
@@ -96,11 +105,68 @@ class Run:
         """Input moments of the full models."""
         return Moments.open(self.path / "moments")
 
-    def predictor(self, name: str) -> Counterfactual:
-        """A predictor by its name on the command line."""
-        if name not in PREDICTORS:
-            raise ValueError(f"unknown predictor {name!r}: choose from {', '.join(PREDICTORS)}")
-        return self.datamodel
+    @cached_property
+    def features(self) -> Features:
+        """Projected gradients of some full models."""
+        return Features.open(self.path / "features", self.task)
+
+    @cached_property
+    def calibration(self) -> RunCalibration | None:
+        """What the calibration bank told, if there is one."""
+        path = self.path / "calibration.json"
+        return RunCalibration.load(path) if path.exists() else None
+
+    @cached_property
+    def newton(self) -> GroupNewton:
+        """Group Newton from the features, calibrated where there is a bank."""
+        told = self.calibration
+        return GroupNewton(self.task, self.features, calibration=told.newton if told else None)
+
+    @cached_property
+    def combined(self) -> Combined:
+        """Group Newton and the datamodel, weighed against each other."""
+        if self.calibration is None or not self.calibration.weights:
+            raise ValueError(f"{self.path} has no calibration bank: use another predictor")
+        return Combined(self.newton, self.datamodel, self.calibration.weights)
+
+    @property
+    def predictors(self) -> tuple[str, ...]:
+        """Names of the predictors that the run has."""
+        has = {
+            "datamodel": (self.path / f"datamodel-{self.settings.subsets}").exists(),
+            "newton": (self.path / "features").exists(),
+            "combined": self.calibration is not None and bool(self.calibration.weights),
+        }
+        return tuple(name for name in PREDICTORS if has.get(name))
+
+    @property
+    def best(self) -> str:
+        """The predictor with the smallest error on the calibration bank, or the first there is."""
+        if self.calibration is not None:
+            return min(self.calibration.errors, key=self.calibration.errors.__getitem__)
+        if not self.predictors:
+            raise ValueError(f"{self.path} has no predictions yet: run dmm precompute again")
+        return self.predictors[0]
+
+    def predictor(self, name: str | None = None) -> Counterfactual:
+        """A predictor by its name on the command line; None: the best."""
+        known: dict[str, Callable[[], Counterfactual]] = {
+            "datamodel": lambda: self.datamodel,
+            "newton": lambda: self.newton,
+            "combined": lambda: self.combined,
+        }
+        chosen = self.best if name is None else name
+        if chosen not in known:
+            raise ValueError(f"unknown predictor {chosen!r}: choose from {', '.join(known)}")
+        if chosen not in self.predictors:
+            raise ValueError(
+                f"{self.path} has no predictor {chosen!r}, it has {', '.join(self.predictors)}"
+            )
+        return known[chosen]()
+
+    def model(self, index: int = 0) -> Model:
+        """One of the models trained on all rows, or of the user's own checkpoints."""
+        return self.features.model(index) if self.settings.files else self.full.model(index)
 
     def bank(
         self,
@@ -164,7 +230,8 @@ def read_settings(path: Path) -> RunSettings:
     try:
         told = json.loads((path / "run.json").read_text())
         schema = told.pop("schema")
-        settings = RunSettings(**told) if schema == SCHEMA else None
+        files = tuple(told.pop("files", ()))
+        settings = RunSettings(**told, files=files) if schema == SCHEMA else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"there is no run in {str(path)!r}: make one with dmm precompute TASK --run {path}"
@@ -176,105 +243,9 @@ def read_settings(path: Path) -> RunSettings:
     return settings
 
 
-def precompute(
-    task_spec: str,
-    path: str | os.PathLike[str],
-    *,
-    full_models: int = 100,
-    subset_models: int = 4000,
-    design: str = "mixed",
-    seed: int = 0,
-    device: str = "cpu",
-    workers: int | None = None,
-    scheduler: str | None = None,
-) -> Run:
-    """Trains full and subset models, fits datamodels and stores input moments; resumes by itself.
-
-    Args:
-        task_spec: `file.py:name` or `module:name`.
-        path: folder of the run.
-        full_models: models trained on all rows.
-        subset_models: models trained on subsets.
-        design: half, bernoulli, clusters or mixed.
-        seed: of everything.
-        device: where to compute.
-        workers: processes; None for one per core, 0 for this process.
-        scheduler: address of an existing dask scheduler instead.
-
-    Returns:
-        The run.
-
-    Raises:
-        ValueError: bad input, or a folder that holds a run with other settings or data.
-    """
-    task = load_task(task_spec, outside=Path(path))
-    settings = RunSettings(task_place(task_spec), full_models, subset_models, design, seed)
-    _check_numbers(settings)
-    # Drawing the subsets first refuses bad settings before anything is written.
-    full_subsets = draw_subsets(task, models=full_models, design="full", seed=seed + 1)
-    subsets = draw_subsets(task, models=subset_models, design=design, seed=seed)
-    task.check()
-    _record(Path(path), settings)
-    run = Run(Path(path), settings, task)
-    where: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler}
-    full = train_models(task, full_subsets, run.path / "full", keep="weights", **where)
-    ensemble = train_models(task, subsets, run.path / f"ensemble-{settings.subsets}", **where)
-    fit_datamodels(
-        ensemble,
-        anchor=full,
-        to=run.path / f"datamodel-{settings.subsets}",
-        seed=seed,
-        workers=workers,
-        scheduler=scheduler,
-    )
-    compute_moments(full, run.path / "moments", workers=workers, scheduler=scheduler)
-    # The stores took this task for theirs, so it may be found where it lies now.
-    _write_settings(Path(path), settings)
-    return run
-
-
-def _check_numbers(settings: RunSettings) -> None:
-    if settings.full_models < 2:
-        raise ValueError(f"a run needs at least 2 full models, got {settings.full_models}")
-    if settings.subset_models < 10:
-        raise ValueError(f"datamodels need at least 10 models, got {settings.subset_models}")
-    if settings.design == "full":
-        raise ValueError("datamodels need models on different subsets: choose another design")
-    if settings.seed < 0:
-        raise ValueError(f"a seed must not be negative, got {settings.seed}")
-
-
-def _record(path: Path, settings: RunSettings) -> None:
-    if (path / "run.json").exists():
-        _refuse_other(path, read_settings(path), settings)
-    else:
-        _write_settings(path, settings)
-
-
-def _write_settings(path: Path, settings: RunSettings) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        partial = path / "run.json.partial"
-        partial.write_text(json.dumps({"schema": SCHEMA} | asdict(settings), indent=2) + "\n")
-        partial.replace(path / "run.json")
-    except OSError as error:
-        raise ValueError(f"cannot write the run folder {str(path)!r}: {error}") from error
-
-
 def _refuse_changed_task(run: Run) -> None:
     if not (run.path / "full" / "zarr.json").exists():
         return
     store, wanted = Store.open(run.path / "full", "ensemble"), run.task.settings()
     stored = {name: store.provenance.settings.get(name) for name in wanted}
     check_provenance(Provenance(stored), Provenance(wanted), store.path)
-
-
-def _refuse_other(path: Path, found: RunSettings, wanted: RunSettings) -> None:
-    # Where the task's file lies may change; what it trains on is checked by the stores.
-    pairs: Sequence[tuple[str, Any]] = [p for p in asdict(wanted).items() if p[0] != "task"]
-    for name, value in pairs:
-        if getattr(found, name) != value:
-            raise ValueError(
-                f"the run in {str(path)!r} was made with {name} = {getattr(found, name)}, this call"
-                f" asks for {value}: use another --run folder, or the same settings"
-            )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -223,7 +224,60 @@ def _train_group(
     *,
     many: bool,
 ) -> list[State]:
-    recipe, (inputs, labels) = require_recipe(task), data
+    descent, steps = start_training(task, data, chosen, seed, many=many)
+    for step in steps:
+        descent.step(step.batch, step.rate)
+    final = {name: tensor.cpu() for name, tensor in descent.state.items()}
+    return [unstack(final, i) for i in range(len(chosen))] if many else [final]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the recipe; with many models at once, tensors have a leading model axis.
+
+    Args:
+        rows: positions of the batch's rows, [row]; padding is -1.
+        batch: what they hold, augmented.
+        rate: learning rate.
+    """
+
+    rows: Tensor
+    batch: Batch
+    rate: float
+
+
+def start_training(
+    task: Task,
+    data: tuple[Tensor, Tensor],
+    chosen: Sequence[tuple[Rows, int]],
+    seed: int,
+    *,
+    many: bool,
+) -> tuple[Descent, Iterator[Step]]:
+    """New models before their first step, and the steps that training takes, made one by one.
+
+    Args:
+        task: a task with a recipe.
+        data: inputs and labels of all training rows, where the models are to be.
+        chosen: rows and number of each model; all take equally many steps.
+        seed: seed of the ensemble.
+        many: whether the models are stacked; else there is one.
+
+    Returns:
+        The descent and the steps to give to it. Dropout draws from torch's global generator:
+        train under `seeded(derive_seed(seed, "forward passes", index))`.
+
+    Raises:
+        ValueError: the task has no recipe.
+
+    Example:
+        >>> from examples.digits import task
+        >>> data = task.rows("train", np.arange(1437))
+        >>> descent, steps = start_training(task, data, [(np.arange(40), 0)], 0, many=False)
+        >>> [len(step.rows) for step in steps][:3]
+        [32, 8, 32]
+    """
+    recipe, (inputs, _) = require_recipe(task), data
     orders = np.stack(
         [
             training_order(rows, recipe.epochs, recipe.batch_size, seed, index)
@@ -241,19 +295,24 @@ def _train_group(
         training=True,
     )
     order = torch.from_numpy(np.moveaxis(orders, 1, 0).copy() if many else orders[0])
-    order = order.to(inputs.device)
+    seeds = [derive_seed(seed, "augment", index) for _, index in chosen]
+    return descent, _steps(recipe, data, order.to(inputs.device), seeds)
+
+
+def _steps(
+    recipe: Recipe, data: tuple[Tensor, Tensor], order: Tensor, seeds: Sequence[int]
+) -> Iterator[Step]:
+    inputs, labels = data
     weights = row_weights(order, inputs.dtype)
     nothing = torch.zeros(*order.shape[1:], 0, device=inputs.device)
-    per_epoch = orders.shape[1] // recipe.epochs
-    seeds = [derive_seed(seed, "augment", index) for _, index in chosen]
-    for step, rate in enumerate(recipe.rates(orders.shape[1])):
+    per_epoch = len(order) // recipe.epochs
+    for step, rate in enumerate(recipe.rates(len(order))):
         now = order[step]
         x = _augmented(recipe, take(inputs, now), now, seeds, step // per_epoch)
         batch = Batch(x, take(labels, now), weights[step], nothing)
-        last = (step + 1) % per_epoch == 0
-        descent.step(_without_padding(batch) if last and not many else batch, float(rate))
-    final = {name: tensor.cpu() for name, tensor in descent.state.items()}
-    return [unstack(final, i) for i in range(len(chosen))] if many else [final]
+        if now.ndim == 1 and (step + 1) % per_epoch == 0:
+            now, batch = now[now != PADDING], _without_padding(batch)
+        yield Step(now, batch, float(rate))
 
 
 def _without_padding(batch: Batch) -> Batch:

@@ -2,7 +2,7 @@
 
 from stores.jobs import BlocksFailed, pickle_by_value, run_blocks
 from stores.provenance import Provenance, check_provenance, digest, versions
-from stores.rows import gather, total
+from stores.rows import gather, mapped, total
 from stores.schema import ArraySpec, StoreSpec
 from stores.store import Store
 
@@ -17,6 +17,7 @@ __all__ = [
     # Arrays on disk
     "Store",
     "gather",
+    "mapped",
     "total",
     # Blocks as tasks
     "run_blocks",

@@ -1,4 +1,4 @@
-"""Gather and sum rows of the training axis: the query path.
+"""Gather, sum and map rows of the first axis: the query path.
 
 An uncompressed zarr object is a raw array in C order, so a row of it is one range of bytes. Reading
 that range is tens of times faster than asking zarr for it.
@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from stores.blocks import refuse_unreadable
+from stores.blocks import object_files, refuse_unreadable
 from stores.store import Store
 
 _ROW_AXIS = "train"
@@ -26,11 +26,11 @@ _Piece: TypeAlias = tuple[np.ndarray, tuple[slice, ...], np.ndarray]
 
 
 def gather(store: Store, name: str, rows: np.ndarray) -> np.ndarray:
-    """Read rows along the axis "train".
+    """Read rows along the first axis.
 
     Args:
-        store: A store whose blocks are done.
-        name: Name of an array whose first axis is "train".
+        store: A store; blocks that hold a part of the rows must be done.
+        name: Name of an array.
         rows: Positions, shape [k], in any order; duplicates are allowed.
 
     Returns:
@@ -87,8 +87,10 @@ def total(store: Store, name: str, rows: np.ndarray) -> np.ndarray:
         >>> total(store, "scores", np.array([2, 0]))
         array([4., 6.], dtype=float32)
     """
-    rows = _checked(store, name, rows)
     array = store.spec.array(name)
+    if array.axes[0] != _ROW_AXIS:
+        raise ValueError(f"expected {_ROW_AXIS!r} as first axis of {name!r}, got {array.axes}")
+    rows = _checked(store, name, rows)
     dtype = np.promote_types(array.dtype, np.float32)
     found = np.zeros(array.shape[1:], dtype)
     for _, part, values in _pieces(store, name, rows):
@@ -96,10 +98,45 @@ def total(store: Store, name: str, rows: np.ndarray) -> np.ndarray:
     return found
 
 
+def mapped(store: Store, name: str, block: int) -> np.ndarray:
+    """Map one block of an array from disk, without a copy where it is one raw object.
+
+    Args:
+        store: A store.
+        name: Name of an array.
+        block: Number of a block that is done.
+
+    Returns:
+        The values, of the shape of the block; writing to them does not reach the disk.
+
+    Raises:
+        ValueError: The block is pending or damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from stores.provenance import Provenance
+        >>> from stores.schema import ArraySpec, StoreSpec
+        >>> spec = StoreSpec("a", "target", 2, {"a": ArraySpec(("target",), (3,), "float32")})
+        >>> store = Store.create(tempfile.mkdtemp() + "/a", spec, Provenance({}))
+        >>> store.write_block(1, {"a": np.ones(1, np.float32)})
+        >>> float(mapped(store, "a", 1).sum())
+        1.0
+    """
+    refuse_unreadable(store.path, store.spec, name, [block])
+    files = object_files(store.spec, name, block)
+    if store.spec.array(name).compress or sys.byteorder != "little" or len(files) > 1:
+        return store.numpy(name, block)
+    file, chunk = f"{store.path}/{files[0]}", store.spec.chunks(name)
+    dtype = np.dtype(store.spec.array(name).dtype)
+    _check_size(file, os.stat(file).st_size, int(np.prod(chunk)) * dtype.itemsize)
+    # Writable without effect on the file: torch takes no read-only arrays.
+    values = np.asarray(np.memmap(file, dtype, mode="c", shape=chunk))
+    # A trailing object is padded to the full chunk.
+    return values[tuple(slice(0, length) for length in store.spec.block_shape(name, block))]
+
+
 def _checked(store: Store, name: str, rows: np.ndarray) -> np.ndarray:
     array = store.spec.array(name)
-    if array.axes[0] != _ROW_AXIS:
-        raise ValueError(f"expected {_ROW_AXIS!r} as first axis of {name!r}, got {array.axes}")
     rows = np.asarray(rows)
     if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
         raise TypeError(
@@ -109,8 +146,14 @@ def _checked(store: Store, name: str, rows: np.ndarray) -> np.ndarray:
     outside = rows[(rows < 0) | (rows >= array.shape[0])]
     if outside.size:
         raise ValueError(f"expected positions from 0 to {array.shape[0] - 1}, got {outside[0]}")
-    refuse_unreadable(store.path, store.spec, name)
+    refuse_unreadable(store.path, store.spec, name, _blocks(store, name, rows))
     return rows.astype(np.int64)
+
+
+def _blocks(store: Store, name: str, rows: np.ndarray) -> list[int] | None:
+    if store.spec.block_axis(name) != 0:
+        return None
+    return [int(block) for block in np.unique(rows // store.spec.block)]
 
 
 def _pieces(store: Store, name: str, rows: np.ndarray) -> Iterator[_Piece]:
@@ -174,15 +217,18 @@ def _unpadded(part: tuple[slice, ...]) -> tuple[slice, ...]:
 def _opened(file: str, nbytes: int) -> Iterator[int]:
     handle = os.open(file, os.O_RDONLY)
     try:
-        found = os.fstat(handle).st_size
-        if found != nbytes:
-            raise ValueError(
-                f"expected {nbytes} bytes in {file}, got {found}; "
-                "find the damaged blocks with verify() and discard() them"
-            )
+        _check_size(file, os.fstat(handle).st_size, nbytes)
         yield handle
     finally:
         os.close(handle)
+
+
+def _check_size(file: str, found: int, nbytes: int) -> None:
+    if found != nbytes:
+        raise ValueError(
+            f"expected {nbytes} bytes in {file}, got {found}; "
+            "find the damaged blocks with verify() and discard() them"
+        )
 
 
 def _batches(positions: np.ndarray, row_bytes: int) -> list[np.ndarray]:

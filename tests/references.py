@@ -1,5 +1,8 @@
 """Slow and obvious implementations that the packages are compared with."""
 
+import copy
+import functools
+import itertools
 import math
 
 import numpy as np
@@ -98,6 +101,99 @@ def plain_training(task, rows, seed, index, row_loss=functional.cross_entropy):
     return model.state_dict()
 
 
+def _flat(tensors):
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _recipe_batches(task, rows, seed, index):
+    """Epoch and rows of each step of the recipe."""
+    random, size = generator(seed, "order", index), task.recipe.batch_size
+    for epoch in range(task.recipe.epochs):
+        order = random.permutation(rows)
+        for start in range(0, len(rows), size):
+            yield epoch, order[start : start + size]
+
+
+def in_run_displacements(task, rows, seed, index):
+    """Before each step: the model in eval mode, and how far each row, then weight decay, moves it.
+
+    Displacements are [train + 1, parameter]; each row's share of the velocity is written out.
+    """
+    recipe, model = task.recipe, task.new_model(seed, index)
+    torch.manual_seed(derive_seed(seed, "forward passes", index))
+    batches, velocity = list(_recipe_batches(task, rows, seed, index)), 0
+    for step, (epoch, chosen) in enumerate(batches):
+        trained = copy.deepcopy(model).train()
+        weights = [tensor for tensor in trained.parameters() if tensor.requires_grad]
+        inputs, labels = task.rows("train", chosen)
+        if recipe.augment is not None:
+            own_seed = derive_seed(seed, "augment", index)
+            inputs = recipe.augment(inputs, own_seed, epoch, torch.from_numpy(chosen))
+        losses = task.loss.value(trained(inputs), labels)
+        sources = torch.zeros(len(task.train_ids) + 1, _flat(weights).numel()).to(losses.dtype)
+        for row, loss in zip(chosen, losses, strict=True):
+            sources[row] = _flat(torch.autograd.grad(loss, weights, retain_graph=True))
+        sources /= len(chosen)
+        sources[-1] = recipe.weight_decay * _flat(weights).detach()
+        velocity = recipe.momentum * velocity + sources
+        moved = -triangular_rate(recipe, step, len(batches)) * velocity
+        yield model.eval(), moved
+        end = _flat(weights).detach() + moved.sum(0)
+        torch.nn.utils.vector_to_parameters(end, weights)
+        model.load_state_dict(trained.state_dict())
+
+
+def in_run_slope(task, model, target, moved):
+    """Gradient of a target's loss plus half its Hessian times a displacement, [parameter]."""
+    weights = [tensor for tensor in model.parameters() if tensor.requires_grad]
+    inputs, labels = task.targets([target])
+    loss = task.loss.value(model(inputs), labels)[0]
+    gradient = _flat(torch.autograd.grad(loss, weights, create_graph=True))
+    curved = torch.autograd.grad(gradient @ moved, weights, materialize_grads=True)
+    return gradient.detach() + _flat(curved) / 2
+
+
+def in_run_values(task, rows, targets, *, seed, index, order):
+    """In-Run Data Shapley [train, target] from explicit gradients of every row and target."""
+    values = 0
+    for model, moved in in_run_displacements(task, rows, seed, index):
+        whole = moved.sum(0) * (order == 2)
+        slopes = torch.stack([in_run_slope(task, model, target, whole) for target in targets])
+        values = values + moved[:-1] @ slopes.T
+    return values.numpy()
+
+
+def shapley(worth, players):
+    """Shapley values of a game by enumeration; worth takes a tuple of players in order."""
+    values = []
+    for one in range(players):
+        others = [player for player in range(players) if player != one]
+        value = 0.0
+        for size in range(players):
+            share = 1 / (players * math.comb(players - 1, size))
+            for chosen in itertools.combinations(others, size):
+                value += share * (worth(tuple(sorted((*chosen, one)))) - worth(chosen))
+        values.append(value)
+    return np.array(values)
+
+
+def _mean_loss_after(task, model, targets, moved, chosen):
+    """Mean loss of the targets once some of the displacements [player, parameter] are made."""
+    other, (inputs, labels) = copy.deepcopy(model).requires_grad_(False), task.targets(targets)
+    end = _flat(other.parameters()) + moved[list(chosen)].sum(0)
+    torch.nn.utils.vector_to_parameters(end, other.parameters())
+    return float(task.loss.value(other(inputs), labels).mean())
+
+
+def in_run_shapley(task, rows, targets, *, seed, index):
+    """Exact Shapley values [train] of the change of the mean loss at each step, added up."""
+    values = 0
+    for model, moved in in_run_displacements(task, rows, seed, index):
+        worth = functools.partial(_mean_loss_after, task, model, targets, moved)
+        values = values + shapley(functools.cache(worth), len(moved))[:-1]
+    return values
+
+
 def patches(layer, images):
     """Input patches of a Conv2d, one row for each output pixel, by indexing: [patch, width]."""
     (up, left), (down, right) = layer.padding, layer.stride
@@ -152,3 +248,72 @@ def dense_projector(vectors, gamma):
     share = np.cumsum(singular) / singular.sum()
     kept = rows[: max(1, int((share <= gamma).sum()))]
     return kept.T @ kept
+
+
+def gradients_of_rows(module, state, inputs):
+    """Gradient of every output of every row, one backward pass each, by parameter name.
+
+    Each is [row, output, ...]; a parameter with several names stands under the first of them.
+    """
+    own = copy.deepcopy(module).eval()
+    own.load_state_dict(state)
+    named = {name: value for name, value in own.named_parameters() if value.requires_grad}
+    found = {name: [] for name in named}
+    for row in inputs:
+        for output in own(row[None])[0]:
+            each = torch.autograd.grad(
+                output, list(named.values()), retain_graph=True, materialize_grads=True
+            )
+            for name, gradient in zip(named, each, strict=True):
+                found[name].append(gradient)
+    rows = len(inputs)
+    return {name: torch.stack(each).unflatten(0, (rows, -1)) for name, each in found.items()}
+
+
+def _sparse_matrix(sparse):
+    """A sparse projection as a dense matrix."""
+    if sparse.order is None:
+        return torch.eye(sparse.width)
+    matrix = torch.zeros(sparse.size, sparse.width)
+    for turn, (column, sign) in enumerate(zip(sparse.order, sparse.signs, strict=True)):
+        matrix[turn % sparse.size, column] = sign
+    return matrix
+
+
+def _kronecker_matrix(sides):
+    """P_out kron P_in of every group, as one dense matrix."""
+    outputs = torch.eye(sides.out).expand(sides.groups, -1, -1)
+    inputs = torch.eye(sides.inner).expand(sides.groups, -1, -1)
+    outputs = outputs if sides.outputs is None else sides.outputs
+    inputs = inputs if sides.inputs is None else sides.inputs
+    pairs = zip(outputs.double(), inputs.double(), strict=True)
+    return torch.block_diag(*(torch.kron(out, inner) for out, inner in pairs))
+
+
+def _block_vectors(block, gradients):
+    """Gradients of a block's parameters as vectors, in the order its projection takes them."""
+    parts = [gradients[name].flatten(0, 1) for name in block.names]
+    if not hasattr(block, "sides"):
+        return torch.cat([part.flatten(1) for part in parts], 1)
+    if hasattr(block, "padding"):
+        return parts[0].mT.flatten(1)
+    rows = parts[0].shape[0]
+    shape = (rows, block.sides.groups, block.sides.out, -1)
+    return torch.cat([part.reshape(shape) for part in parts], 3).flatten(1)
+
+
+def projected_gradients(projector, gradients):
+    """Features from gradients in full times dense projection matrices, [row, output, k]."""
+    plan, found = projector.plan, []
+    for block in plan.blocks:
+        vectors = _block_vectors(block, gradients)
+        if hasattr(block, "sides"):
+            vectors = vectors @ _kronecker_matrix(block.sides).to(vectors).T
+        if hasattr(block, "sparse"):
+            vectors = vectors @ _sparse_matrix(block.sparse).to(vectors).T
+        found.append(vectors)
+    for other in plan.others:
+        vectors = gradients[other.name].flatten(0, 1).flatten(1)
+        found.append(vectors @ _sparse_matrix(other.sparse).to(vectors).T)
+    rows, outputs = next(iter(gradients.values())).shape[:2]
+    return torch.cat(found, 1).reshape(rows, outputs, -1)

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,14 +19,17 @@ from attribution.prediction_files import (
     check_writable,
     write_prediction,
 )
-from attribution.run import PREDICTORS, Run, precompute
+from attribution.precompute import precompute, precompute_checkpoints
+from attribution.run import PREDICTORS, Run
 from attribution.subsets import DESIGNS
 from stores import BlocksFailed
 from unlearning.evaluation import evaluate_methods, plain
+from unlearning.explanation import PREDICTORS as EXPLAINERS
+from unlearning.explanation import explain, explanation_table, render_explanation, run_scores
 from unlearning.methods import METHODS, Evidence, build_method, check_method
 from unlearning.report import render_report
 from unlearning.tables import evaluation_table, prediction_table, status_table
-from unlearning.thumbnails import forgotten_thumbnails
+from unlearning.thumbnails import forgotten_thumbnails, row_thumbnails
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -72,20 +76,38 @@ def _warn(message: Warning | str, *_: Any) -> None:
 
 
 def _precompute(options: argparse.Namespace) -> tuple[Any, str]:
+    if options.checkpoint:
+        return _precompute_checkpoints(options)
     run = precompute(
         options.task,
         options.run,
         full_models=options.full_models,
         subset_models=options.subset_models,
         design=options.design,
+        checkpoints=options.newton_checkpoints,
         seed=options.seed,
         **_where(options),
     )
     own, other = run.datamodel.shrink
     told = {"run": str(run.path), "stores": [s.path for s in run.stores()], "shrink": [own, other]}
+    told |= {"predictors": run.predictors, "best": run.best}
     text = (
         f"{run.path}: {len(run.full)} full models, {options.subset_models} models on"
         f" {options.design} subsets, datamodels of {len(run.task.target_ids)} targets\n"
+        f"next: dmm predict --run {run.path} --forget random:50:0"
+    )
+    return told, text
+
+
+def _precompute_checkpoints(options: argparse.Namespace) -> tuple[Any, str]:
+    run = precompute_checkpoints(
+        options.task, options.run, options.checkpoint, seed=options.seed, **_where(options)
+    )
+    told = {"run": str(run.path), "stores": [s.path for s in run.stores()]}
+    told |= {"predictors": run.predictors, "best": run.best}
+    text = (
+        f"{run.path}: gradients of {len(run.features)} checkpoints, {run.features.width} features;"
+        " group Newton predicts from them, uncalibrated, because nothing was retrained\n"
         f"next: dmm predict --run {run.path} --forget random:50:0"
     )
     return told, text
@@ -105,6 +127,22 @@ def _predict(options: argparse.Namespace) -> tuple[Any, str]:
     told = {"forget": list(forget.ids), "targets": list(prediction.targets)}
     told |= {name: getattr(prediction, name).tolist() for name in columns}
     return told, prediction_table(run.task, prediction, targets)
+
+
+def _explain(options: argparse.Namespace) -> tuple[Any, str]:
+    if options.thumbnails and not options.out:
+        raise ValueError("--thumbnails shows images on a page: name it with --out FILE.html")
+    if options.out:
+        check_writable(options.out)
+    run = Run.open(options.run)
+    found = explain(run_scores(run, options.predictor), run.task, options.target, options.top)
+    text = explanation_table(found)
+    if options.out:
+        ids = [found.target, *(row.id for row in found.rows)]
+        images = row_thumbnails(run.task, ids) if options.thumbnails else None
+        _write(options.out, render_explanation(found, thumbnails=images))
+        text += f"\n\nwritten to {options.out}"
+    return asdict(found), text
 
 
 def _unlearn(options: argparse.Namespace) -> tuple[Any, str]:
@@ -238,7 +276,7 @@ def _where(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _model(run: Run, checkpoint: str | None) -> Model:
-    return load_model(run.task, checkpoint) if checkpoint else run.full.model(0)
+    return load_model(run.task, checkpoint) if checkpoint else run.model(0)
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, str]:
@@ -277,12 +315,32 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--full-models", type=int, default=100, metavar="L")
     make.add_argument("--subset-models", type=int, default=4000, metavar="M")
     make.add_argument("--design", choices=[d for d in DESIGNS if d != "full"], default="mixed")
+    make.add_argument(
+        "--newton-checkpoints",
+        type=int,
+        default=8,
+        metavar="C",
+        help="full models whose gradients are stored; 0: none",
+    )
+    make.add_argument(
+        "--checkpoint",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="use these trained models and train none",
+    )
     predict = _verb(verbs, "predict", _predict, "predict outputs without a forget set")
     _forget(predict)
     _predictor(predict)
     predict.add_argument("--targets", metavar="SPEC", help="train, test, forget, ids or @file")
     predict.add_argument("--checkpoint", metavar="FILE", help="start from this model")
     predict.add_argument("--out", metavar="FILE", help="also write a .zarr folder or a .csv file")
+    why = _verb(verbs, "explain", _explain, "the rows that pushed an output up and down most")
+    why.add_argument("--target", required=True, metavar="ID", help="a training or test row")
+    why.add_argument("--top", type=int, default=20, help="rows of either direction")
+    why.add_argument("--predictor", choices=EXPLAINERS, help="default: the first the run has")
+    why.add_argument("--thumbnails", action="store_true", help="show the rows' images")
+    why.add_argument("--out", metavar="FILE.html", help="also write a page")
     unlearn = _verb(verbs, "unlearn", _unlearn, "make one model forget")
     _forget(unlearn)
     _predictor(unlearn)
@@ -325,7 +383,8 @@ def _forget(parser: argparse.ArgumentParser) -> None:
 
 
 def _predictor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--predictor", choices=PREDICTORS, default=PREDICTORS[0])
+    text = "default: the best on the calibration bank"
+    parser.add_argument("--predictor", choices=PREDICTORS, help=text)
 
 
 if __name__ == "__main__":

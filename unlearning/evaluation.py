@@ -3,19 +3,17 @@
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from attribution import Change, Counterfactual, Ensemble, ForgetSet, Oracle, Task
-from attribution.lds import agreement
-from attribution.outputs import target_margins
+from attribution import Counterfactual, ForgetSet, Oracle
 from attribution.run import Run
-from attribution.task import Rows
 from stores import versions
+from unlearning.audit import Audit
 from unlearning.cost import measure_request, measure_retraining
 from unlearning.klom import (
     FEWEST_MODELS,
@@ -27,41 +25,17 @@ from unlearning.klom import (
 )
 from unlearning.method import told_settings
 from unlearning.methods import Evidence, build_method, check_method
+from unlearning.predictions import (
+    Judged,
+    affected_rows,
+    pooled_predictions,
+    scattered_rows,
+    told_agreement,
+)
 from unlearning.runner import UnlearnedModels, UnlearningMethod, unlearn_models
 
 SCHEMA = 1
-SCATTERED_ROWS = 400
-AFFECTED_ROWS = 12
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What one forget set is judged by.
-
-    Args:
-        task: the task.
-        forget: the forget set.
-        full: models trained on all rows.
-        oracles: models retrained without the forget set, which judge.
-        targets: a second, disjoint bank, which gives the oracle its targets and the null.
-    """
-
-    task: Task
-    forget: ForgetSet
-    full: Ensemble
-    oracles: Ensemble
-    targets: Ensemble
-
-    @property
-    def splits(self) -> dict[str, Rows]:
-        """Positions among the targets of each audited split; all retain rows, not a sample."""
-        n, total = len(self.task.train_ids), len(self.task.target_ids)
-        return {
-            "forget": self.forget.rows,
-            "retain": self.forget.retained,
-            "test": np.arange(n, total),
-        }
 
 
 def evaluate_methods(
@@ -71,7 +45,8 @@ def evaluate_methods(
     *,
     n_models: int = 100,
     seed: int = 0,
-    predictor: str = "datamodel",
+    predictor: str | None = None,
+    predictors: Sequence[str] | None = None,
     settings: Mapping[str, Mapping[str, str]] | None = None,
     device: str = "cpu",
     workers: int | None = None,
@@ -85,7 +60,9 @@ def evaluate_methods(
         methods: names of the table.
         n_models: full models and oracles compared; KLOM needs 80.
         seed: of every unlearning.
-        predictor: which predictions matching uses.
+        predictor: which predictions matching uses; None: the best on the calibration bank.
+        predictors: which predictions are compared with the retrained models beside it; None: all
+            that the run has.
         settings: changed settings by method name and field.
         device: where to compute.
         workers: processes; None for one per core, 0 for this process.
@@ -95,20 +72,28 @@ def evaluate_methods(
         The evaluation, plain values; its JSON form is a promise of the project.
 
     Raises:
-        ValueError: an unknown method, a repeated name of a forget set, or too few full models.
+        ValueError: an unknown method or predictor, a repeated name of a forget set, or too few
+            full models.
     """
     _check(run, forget_sets, methods, n_models)
+    chosen = run.best if predictor is None else predictor
+    counterfactuals = {
+        name: run.predictor(name)
+        for name in (chosen, *(run.predictors if predictors is None else predictors))
+    }
     where: Json = {"device": device, "workers": workers, "scheduler": scheduler}
     retrain = measure_retraining(run.task, device)
     blocks: Json = {}
+    compared = []
     bar = tqdm(total=len(forget_sets) * len(methods), desc="unlearning", unit="audit", disable=None)
     with bar:
         for forget in forget_sets:
             banks = [run.bank(forget, which, n_models, **where) for which in (0, 1)]
             audit = Audit(run.task, forget, run.full, *banks)
-            given = _evidence(run, audit, predictor)
-            block = _forget_block(audit, run.predictor(predictor), predictor, n_models)
-            block["methods"] = {}
+            given = _evidence(run, audit, counterfactuals[chosen])
+            judged = {n: Judged(audit, c.change(forget)) for n, c in counterfactuals.items()}
+            compared.append((forget, {name: one.comparisons for name, one in judged.items()}))
+            block = _measured(audit) | _predicted(judged, chosen) | {"methods": {}}
             for name in methods:
                 changed = (settings or {}).get(name)
                 method = build_method(name, given, changed)
@@ -131,7 +116,9 @@ def evaluate_methods(
             "run": asdict(run.settings) | {"task": os.path.basename(run.settings.task)},
             "klom": {"direction": "KL(unlearned||oracle)", "bins": 20},
             "retrain": retrain,
+            "predictor": chosen,
             "forget_sets": blocks,
+            "pooled": pooled_predictions(compared),
         }
     )
     return evaluation
@@ -158,9 +145,9 @@ def _check(
         )
 
 
-def _evidence(run: Run, audit: Audit, predictor: str) -> Evidence:
+def _evidence(run: Run, audit: Audit, predictor: Counterfactual) -> Evidence:
     return Evidence(
-        predictor=lambda: run.predictor(predictor),
+        predictor=lambda: predictor,
         oracle=lambda: Oracle(audit.full, audit.targets),
         moments=lambda: run.moments,
     )
@@ -210,17 +197,20 @@ def _mean(values: np.ndarray[Any, Any]) -> float | None:
     return float(values.mean()) if values.size else None
 
 
-def _forget_block(audit: Audit, counterfactual: Counterfactual, name: str, n_models: int) -> Json:
-    change = counterfactual.change(audit.forget)
-    null = _distances(audit, audit.targets.margins, audit.oracles.margins)
+def _measured(audit: Audit) -> Json:
     return {
         "size": len(audit.forget),
         "kind": audit.forget.kind,
-        "null": null,
+        "null": _distances(audit, audit.targets.margins, audit.oracles.margins),
         "oracle_accuracy": _accuracy(audit, audit.oracles.outputs),
-        "predictions": {name: _predictions(audit, change, n_models)},
-        "rows": {name: _rows(audit, change, n_models)},
-        "affected": _affected(audit, change, n_models),
+    }
+
+
+def _predicted(judged: Mapping[str, Judged], predictor: str) -> Json:
+    return {
+        "predictions": {name: told_agreement(one.comparisons) for name, one in judged.items()},
+        "rows": {name: scattered_rows(one) for name, one in judged.items()},
+        "affected": affected_rows(judged[predictor]),
     }
 
 
@@ -246,89 +236,6 @@ def _audited(
 
 def _ratio(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None
-
-
-# -- predictions against measured changes ----------------------------------------------------
-
-
-def _margins_after(audit: Audit, change: Change, n_models: int) -> np.ndarray[Any, Any]:
-    return target_margins(audit.task, change.applied(audit.full.outputs[:n_models]))
-
-
-def _predictions(audit: Audit, change: Change, n_models: int) -> Json:
-    full, oracles = audit.full.outputs[:n_models], audit.oracles.outputs
-    before = target_margins(audit.task, full)
-    after = _margins_after(audit, change, n_models)
-    logits = (change.mean, oracles.mean(0) - full.mean(0), change.std, _error(full, oracles))
-    margins = (
-        after.mean(0) - before.mean(0),
-        audit.oracles.margins.mean(0) - before.mean(0),
-        _margin_std(audit, full.mean(0) + change.mean, change.std),
-        _error(before, audit.oracles.margins),
-    )
-    return {
-        kind: {
-            split: asdict(agreement(*(values[rows] for values in parts)))
-            for split, rows in audit.splits.items()
-            if len(rows)
-        }
-        for kind, parts in (("margins", margins), ("logits", logits))
-    }
-
-
-def _error(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Standard error of a difference of mean outputs."""
-    parts = [values.var(0, ddof=1) / len(values) for values in (before, after)]
-    return np.asarray(np.sqrt(parts[0] + parts[1]))
-
-
-def _margin_std(
-    audit: Audit, outputs: np.ndarray[Any, Any], std: np.ndarray[Any, Any]
-) -> np.ndarray[Any, Any]:
-    """Uncertainty of the margin from that of the outputs, to first order, outputs independent."""
-    _, labels = audit.task.targets()
-    values = torch.from_numpy(outputs).requires_grad_()
-    audit.task.loss.margin(values, labels).sum().backward()
-    assert values.grad is not None
-    return np.asarray(np.sqrt(np.square(values.grad.numpy() * std).sum(-1)))
-
-
-def _rows(audit: Audit, change: Change, n_models: int) -> Json:
-    """Mean margins of the forget rows, some other rows and the test rows, for a scatter plot."""
-    places = np.concatenate([r[:SCATTERED_ROWS] for r in audit.splits.values()])
-    split = [s for s, rows in audit.splits.items() for _ in rows[:SCATTERED_ROWS]]
-    before = target_margins(audit.task, audit.full.outputs[:n_models]).mean(0)
-    std = _margin_std(audit, audit.full.outputs[:n_models].mean(0) + change.mean, change.std)
-    columns = {
-        "before": before,
-        "predicted": _margins_after(audit, change, n_models).mean(0),
-        "std": std,
-        "retrained": audit.oracles.margins.mean(0),
-    }
-    ids = [audit.task.target_ids[i] for i in places]
-    told = {name: [round(float(v), 4) for v in values[places]] for name, values in columns.items()}
-    return {"id": ids, "split": split} | told
-
-
-def _affected(audit: Audit, change: Change, n_models: int) -> list[Json]:
-    """The rows whose margin retraining moves most."""
-    before = target_margins(audit.task, audit.full.outputs[:n_models]).mean(0)
-    predicted = _margins_after(audit, change, n_models).mean(0)
-    retrained = audit.oracles.margins.mean(0)
-    top = np.argsort(-np.abs(retrained - before), kind="stable")[:AFFECTED_ROWS]
-    _, labels = audit.task.targets(top)
-    where = {int(i): split for split, rows in audit.splits.items() for i in rows}
-    return [
-        {
-            "id": audit.task.target_ids[i],
-            "split": where[int(i)],
-            "label": str(label.item()),
-            "before": float(before[i]),
-            "predicted": float(predicted[i]),
-            "retrained": float(retrained[i]),
-        }
-        for i, label in zip(top, labels, strict=True)
-    ]
 
 
 def _fill_affected(rows: list[Json], audit: Audit, unlearned: UnlearnedModels) -> None:

@@ -22,6 +22,7 @@ from unlearning.figures import (
     ratio_figure,
     thumbnail,
 )
+from unlearning.tables import pooled_name
 
 SCHEMA = 1
 SPLITS = {"forget": "forgotten rows", "retain": "retained rows", "test": "test rows"}
@@ -90,6 +91,7 @@ def render_report(
         colours=_colours(evaluation),
         shapes={name: MARKERS[marker] for name, marker in _shapes(evaluation).items()},
         figures=_figures(evaluation, distance),
+        predicted=list(_predicted(evaluation)),
         affected={name: _affected(block, thumbnails) for name, block in _sets(evaluation).items()},
         with_thumbnails=thumbnails is not None,
         missing=missing,
@@ -109,8 +111,9 @@ def _environment() -> jinja2.Environment:
         listed=_listed,
     )  # fmt: skip
     environment.globals.update(
-        value=_value, pick=_pick, methods=_methods, predictors=_predictors, lacking=_lacking
-    )
+        value=_value, pick=_pick, methods=_methods, predictors=_predictors, lacking=_lacking,
+        narrower=_narrower,
+    )  # fmt: skip
     return environment
 
 
@@ -254,6 +257,26 @@ def _predictors(evaluation: Mapping[str, Any], *path: str) -> dict[str, list[flo
             if (number := _value(result, *path)) is not None:
                 found.setdefault(predictor, []).append(number)
     return found
+
+
+def _predicted(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, bool]]:
+    """Every forget set and predictor with its agreement, then several sets taken together."""
+    blocks = [(name, block, False) for name, block in _sets(evaluation).items()]
+    blocks += [(pooled_name(group), group, True) for group in evaluation.get("pooled") or []]
+    for title, block, pooled in blocks:
+        for predictor, kinds in (_pick(block, "predictions") or {}).items():
+            yield title, predictor, kinds, pooled
+
+
+def _narrower(evaluation: Mapping[str, Any], predictor: str) -> tuple[int, int]:
+    """On how many forget sets error bars of one width would have to be wider, and of how many."""
+    found = []
+    for block in _sets(evaluation).values():
+        margins = _pick(block, "predictions", predictor, "margins", "forget")
+        own, constant = (_value(margins, key, "80") for key in ("width", "constant_width"))
+        if own is not None and constant is not None:
+            found.append(own < constant)
+    return sum(found), len(found)
 
 
 def _lacking(evaluation: Mapping[str, Any], key: str) -> list[str]:

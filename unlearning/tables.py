@@ -36,7 +36,11 @@ def _percent(value: float | None) -> str:
 
 
 def evaluation_table(evaluation: Mapping[str, Any]) -> str:
-    """One table a forget set: distance to oracles, shift, spread, accuracy and cost of methods.
+    """What methods and predictors reach: one table a forget set, then one of all predictions.
+
+    The first hold distance to oracles, shift, spread, accuracy and cost of every method; the last
+    holds each predictor's agreement with the oracles on the forget rows, sets of one kind also
+    taken together.
 
     Args:
         evaluation: what `evaluate_methods` returned.
@@ -50,7 +54,46 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
     """
     parts = [f"{evaluation['n_models']} models, {evaluation['hardware']}"]
     parts += [_set_table(name, block) for name, block in evaluation["forget_sets"].items()]
+    predictions = _prediction_rows(evaluation)
+    if predictions:
+        header = ["predictions, forget rows", "predictor", "of", "R2", "ceiling", "slope"]
+        header += ["inside 80 %", "width", "constant width"]
+        parts.append(_lines(header, predictions))
     return "\n\n".join(parts)
+
+
+def _prediction_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
+    blocks = list(evaluation["forget_sets"].items())
+    blocks += [(pooled_name(group), group) for group in evaluation.get("pooled", [])]
+    return [
+        [title, predictor, kind, *_agreement(splits["forget"])]
+        for title, block in blocks
+        for predictor, kinds in block["predictions"].items()
+        for kind, splits in kinds.items()
+    ]
+
+
+def _agreement(found: Mapping[str, Any]) -> list[str]:
+    numbers = [_number(found[key]) for key in ("r2", "ceiling", "slope")]
+    widths = [_number(found[key]["80"]) for key in ("width", "constant_width")]
+    return [*numbers, _percent(found["coverage"]["80"]), *widths]
+
+
+def pooled_name(group: Mapping[str, Any]) -> str:
+    """What tables call several forget sets that are judged together.
+
+    Args:
+        group: an entry of an evaluation's `pooled`.
+
+    Returns:
+        Their number, kind and size.
+
+    Example:
+        >>> pooled_name({"sets": ["a", "b"], "kind": "random", "size": 50})
+        '2 sets, random, 50 rows each'
+    """
+    each = "" if group["size"] is None else f", {group['size']} rows each"
+    return f"{len(group['sets'])} sets, {group['kind']}{each}"
 
 
 def _set_table(name: str, block: Mapping[str, Any]) -> str:

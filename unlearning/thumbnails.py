@@ -1,7 +1,7 @@
-"""Pictures of forgotten rows, shown only when asked for."""
+"""Pictures of rows, shown only when asked for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,28 @@ def forgotten_thumbnails(
         raise ValueError(
             f"the evaluation is of another task: {task.name!r} has no row {unknown[0]!r}"
         )
-    inputs, _ = task.rows("train", [task.positions[row] for row in ids])
+    return row_thumbnails(task, ids)
+
+
+def row_thumbnails(task: Task, ids: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """Images of some training or test rows.
+
+    Args:
+        task: gives the inputs, as for `forgotten_thumbnails`.
+        ids: of the rows, at least one.
+
+    Returns:
+        By row id, [height, width] or [height, width, 3], scaled to [0, 1].
+
+    Raises:
+        ValueError: the inputs are no images.
+
+    Example:
+        >>> from examples.digits import task
+        >>> row_thumbnails(task, ["test-3"])["test-3"].shape
+        (8, 8)
+    """
+    inputs, _ = task.targets([task.positions[row] for row in ids])
     return {row: _picture(image.numpy(), task.name) for row, image in zip(ids, inputs, strict=True)}
 
 

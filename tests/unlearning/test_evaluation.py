@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attribution import ForgetSet, Oracle, fit_datamodels, train_models
-from attribution.lds import agreement
+from attribution.agreement import agreement
 from attribution.moments import compute_moments
 from attribution.outputs import target_margins
 from attribution.run import Run, RunSettings
@@ -44,7 +44,8 @@ def forget(run):
 @pytest.fixture(scope="session")
 def told(run, forget):
     """An audit with models enough for KLOM; a forget set of fewer than 20 rows."""
-    return evaluate_methods(run, [forget], METHODS, n_models=FULL_MODELS, workers=0)
+    options = {"n_models": FULL_MODELS, "workers": 0, "predictor": "datamodel"}
+    return evaluate_methods(run, [forget], METHODS, **options)
 
 
 @pytest.fixture(scope="session")
@@ -107,8 +108,9 @@ def test_every_promised_key_is_there(told):
     for kind in ("margins", "logits"):
         for split in splits:
             found = block["predictions"]["datamodel"][kind][split]
-            assert set(found) == {"slope", "r2", "corr", "ceiling", "coverage"}
-            assert set(found["coverage"]) == {"80", "95"}
+            by_level = {"coverage", "width", "interval_score", "constant_width"}
+            assert set(found) == {"slope", "r2", "corr", "ceiling"} | by_level
+            assert all(set(found[name]) == {"80", "95"} for name in by_level)
 
 
 def test_it_survives_json_without_a_number_that_is_none(told, told_of_few):
@@ -171,9 +173,9 @@ def test_predictions_are_compared_with_measured_changes(told, run, forget, banks
     for split, rows in places(forget).items():
         parts = (values[rows] for values in (change.mean, measured, change.std, error))
         expected = asdict(agreement(*parts))
-        logits = dict(found["logits"][split])
-        assert logits.pop("coverage") == expected.pop("coverage")
-        assert logits == pytest.approx(expected, rel=1e-5)
+        assert set(found["logits"][split]) == set(expected)
+        for name, value in expected.items():
+            assert found["logits"][split][name] == pytest.approx(value, rel=1e-5), name
     before = run.full.margins
     after = target_margins(run.task, full + change.mean)
     moved, measured = after.mean(0) - before.mean(0), banks[0].margins.mean(0) - before.mean(0)
@@ -250,7 +252,8 @@ def test_settings_and_names_of_ensembles_hold_no_row_and_no_address(run, forget)
 
 @pytest.mark.parametrize("methods", [["do_nothing", "om", "dmm_pgu"], ["om", "dmm"]])
 def test_only_dmm_fills_in_what_the_unlearned_models_say(run, forget, methods):
-    told = evaluate_methods(run, [forget], methods, n_models=2, workers=0)
+    options = {"n_models": 2, "workers": 0, "predictor": "datamodel"}
+    told = evaluate_methods(run, [forget], methods, **options)
     rows = told["forget_sets"]["few"]["affected"]
     assert len(rows) == 12
     assert {"unlearned" in row for row in rows} == {"dmm" in methods}

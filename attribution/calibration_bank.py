@@ -1,0 +1,217 @@
+"""A few models, each retrained without a forget set of its own, to hold predictions against."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from attribution.ensemble import Ensemble, train_models
+from attribution.forget import ForgetSet, Mask, cluster_rows, random_rows
+from attribution.outputs import Array, target_margins
+from attribution.seeds import derive_seed, generator
+from attribution.subsets import Subsets
+from attribution.task import Rows, Task
+
+KINDS = ("forget", "retain", "test")
+SHARES = (0.01, 0.1)  # of the training rows: the smallest and the largest forget set
+
+
+def calibration_bank(
+    task: Task,
+    to: str | os.PathLike[str],
+    *,
+    forget_sets: int = 20,
+    seed: int = 0,
+    device: str = "cpu",
+    workers: int | None = None,
+    scheduler: str | None = None,
+) -> Ensemble:
+    """Trains one model without each of some forget sets, random and coherent in turns.
+
+    Args:
+        task: what to train.
+        to: folder of the store.
+        forget_sets: how many.
+        seed: of the sets and the models.
+        device: where to compute.
+        workers: processes; None for one per core, 0 for this process.
+        scheduler: address of an existing dask scheduler instead.
+
+    Returns:
+        The models; the rows that each of them never saw are its forget set.
+
+    Raises:
+        ValueError: fewer than 4 sets, or a task that cannot be trained.
+    """
+    if forget_sets < 4:
+        raise ValueError(f"a calibration needs 4 forget sets or more, got {forget_sets}")
+    masks = np.ones((forget_sets, len(task.train_ids)), dtype=bool)
+    for index, mask in enumerate(masks):
+        mask[_drawn(task, derive_seed(seed, "calibration set", index), index)] = False
+    everything = np.ones(forget_sets, dtype=bool)
+    subsets = Subsets(masks, "calibration", derive_seed(seed, "calibration models"), everything)
+    return train_models(task, subsets, to, device=device, workers=workers, scheduler=scheduler)
+
+
+def _drawn(task: Task, seed: int, index: int) -> Rows:
+    """Sizes are uniform in their logarithm; a class that is too small gives all it can spare."""
+    n = len(task.train_ids)
+    low, high = (max(1.0, share * n) for share in SHARES)
+    size = round(float(np.exp(generator(seed, "size").uniform(np.log(low), np.log(high)))))
+    if index % 2 == 0:
+        return random_rows(task, size, seed)
+    for smaller in range(size, 0, -1):
+        try:
+            return cluster_rows(task, smaller, seed)
+        except ValueError:
+            continue
+    raise AssertionError("a cluster of one row always exists")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A forget set and how retraining without it changed the outputs.
+
+    Args:
+        task: whose rows were forgotten.
+        forget: the forget set.
+        before: mean outputs of models trained on all rows, [target, output].
+        change: outputs of the retrained model less that mean, [target, output].
+    """
+
+    task: Task = field(repr=False)
+    forget: ForgetSet
+    before: Array = field(repr=False)
+    change: Array = field(repr=False)
+
+    @property
+    def targets(self) -> Rows:
+        """All targets."""
+        return np.arange(len(self.change))
+
+    @cached_property
+    def kinds(self) -> list[Mask]:
+        """True at the targets of each kind, [target]."""
+        return [self.kind_numbers == number for number in range(len(KINDS))]
+
+    @cached_property
+    def kind_numbers(self) -> Rows:
+        """Kind of each target, [target]; see `row_kinds`."""
+        return row_kinds(self.forget, self.targets)
+
+    def weight(self, kind: int) -> float:
+        """One over the squared change of the rows of a kind."""
+        return 1 / max(float(np.square(self.change[self.kinds[kind]]).sum()), 1e-30)
+
+    def views(self, change: Array) -> tuple[Array, Array]:
+        """A change of the outputs as it is, and the change of the margins, [target, 1]."""
+        outputs = np.stack([self.before, self.before + change]).astype(np.float32)
+        before, after = target_margins(self.task, outputs)
+        return change, (after - before)[:, None]
+
+    def error(self, one: Array, other: Array | None = None) -> float:
+        """Squared error over the squared change, averaged over outputs, margins and kinds of row.
+
+        Args:
+            one: a predicted change, [target, output].
+            other: a second one with independent errors; then the error is (change - one) x
+                (change - other), which on average is that of the mean that both scatter around.
+
+        Returns:
+            The error; 1 is what predicting no change has.
+        """
+        triples = zip(
+            self.views(self.change),
+            self.views(one),
+            self.views(one if other is None else other),
+            strict=True,
+        )
+        parts: list[Any] = [
+            ((t - a) * (t - b))[rows].sum() / np.square(t[rows]).sum()
+            for t, a, b in triples
+            for rows in self.kinds
+            if rows.any()
+        ]
+        return float(np.mean(parts))
+
+
+def cases_of(bank: Ensemble, before: Array) -> list[Case]:
+    """The forget sets of a bank.
+
+    Args:
+        bank: models that each never saw a forget set of their own.
+        before: mean outputs of models trained on all rows, [target, output].
+
+    Returns:
+        One case a model.
+
+    Raises:
+        ValueError: some model of the bank saw all rows.
+    """
+    rows = [np.flatnonzero(~mask) for mask in bank.masks]
+    if not all(len(each) for each in rows):
+        raise ValueError(f"{bank.store.path} holds a model trained on all rows: it is no bank")
+    sets = [ForgetSet.at(bank.task, each) for each in rows]
+    return [
+        Case(bank.task, forget, before, outputs - before)
+        for forget, outputs in zip(sets, bank.outputs, strict=True)
+    ]
+
+
+def row_kinds(forget: ForgetSet, targets: Rows) -> Rows:
+    """Kind of each target: 0 in the forget set, 1 another training row, 2 a test row.
+
+    Args:
+        forget: the forget set.
+        targets: positions among the task's targets, [target].
+
+    Returns:
+        Kinds, [target].
+
+    Example:
+        >>> from examples.digits import task
+        >>> row_kinds(ForgetSet.of(task, ["train-1"]), np.array([0, 1, 1437]))
+        array([1, 0, 2])
+    """
+    kinds = np.where(targets < forget.total, 1, 2)
+    kinds[np.isin(targets, forget.rows)] = 0
+    return kinds
+
+
+def joined(parts: Sequence[Array]) -> Array:
+    """All values of some arrays in a row, float64."""
+    return np.concatenate([part.ravel() for part in parts]).astype(np.float64)
+
+
+def variance_factors(left: Array, first: Array, second: Array) -> tuple[float, float]:
+    """Factors a, b >= 0 of two standard deviations whose variances add up to what is left.
+
+    left = a^2 first + b^2 second, least squares, weighted by the expected size, because a squared
+    deviation is off in proportion to itself.
+
+    Args:
+        left: squared deviations, [value].
+        first: a variance, [value]; not finite where it is unknown.
+        second: another, [value].
+
+    Returns:
+        a and b; NaN where a variance is unknown.
+
+    Example:
+        >>> variances = np.array([1.0, 2.0, 3.0]), np.array([2.0, 1.0, 1.0])
+        >>> a, b = variance_factors(4 * variances[0] + 9 * variances[1], *variances)
+        >>> round(a, 3), round(b, 3)
+        (2.0, 3.0)
+    """
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        return float("nan"), float("nan")
+    weight = 1 / np.maximum(first + second, np.finfo(np.float32).tiny)
+    columns = np.stack([first, second], 1) * weight[:, None]
+    both, *_ = np.linalg.lstsq(columns, left * weight)
+    if both.min() < 0:
+        alone = columns.T @ (left * weight) / np.square(columns).sum(0)
+        both = np.where(both < 0, 0, np.where(both[::-1] < 0, alone, both))
+    return float(np.sqrt(both[0])), float(np.sqrt(both[1]))

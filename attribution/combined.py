@@ -1,0 +1,115 @@
+"""Two predictors weighed against each other: what one misses the other often knows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from attribution.calibration_bank import KINDS, Case, joined, row_kinds, variance_factors
+from attribution.counterfactual import Change, Counterfactual
+from attribution.forget import ForgetSet
+from attribution.outputs import Array
+from attribution.task import Rows, Task
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How two predictors are weighed, for one kind of row.
+
+    Args:
+        first: factor on the first one's change, >= 0.
+        second: factor on the second one's.
+        spread: factor on the standard deviation that the two add up to.
+        noise: factor on the first one's spread of one retraining.
+    """
+
+    first: float
+    second: float
+    spread: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class Combined(Counterfactual):
+    """A weighed sum of two predictions, with weights of its own for each kind of row.
+
+    mean = a m_1 + b m_2, std^2 = c^2 ((a s_1)^2 + (b s_2)^2), noise = e n_1, where a, b, c and e
+    are those of forget rows, other training rows or test rows. Retrained models (datamodels) know
+    what the path of training does, gradients what the curvature at its end does.
+
+    Args:
+        first: a predictor, usually group Newton.
+        second: another, usually a linear datamodel.
+        weights: by kind of row (forget, retain, test); see `weigh`.
+    """
+
+    first: Counterfactual = field(repr=False)
+    second: Counterfactual = field(repr=False)
+    weights: Mapping[str, Weights]
+
+    def check_task(self, task: Task) -> None:
+        """Refuses a task that one of the two refuses."""
+        self.first.check_task(task)
+        self.second.check_task(task)
+
+    def change(
+        self, forget: ForgetSet, already: ForgetSet | None = None, targets: Rows | None = None
+    ) -> Change:
+        """The weighed sum of the two changes."""
+        one = self.first.change(forget, already, targets)
+        two = self.second.change(forget, already, targets)
+        places = np.arange(len(one.mean)) if targets is None else targets
+        return self.sum(one, two, row_kinds(forget, places))
+
+    def sum(self, one: Change, two: Change, kinds: Rows) -> Change:
+        """The weighed sum of two changes of targets of some kinds, [target]."""
+        table = np.array([list(vars(self.weights[kind]).values()) for kind in KINDS])
+        a, b, spread, noise = table.astype(np.float32)[kinds].T[..., None]
+        std = spread * np.sqrt(np.square(a * one.std) + np.square(b * two.std))
+        return Change(a * one.mean + b * two.mean, std, noise * one.noise)
+
+
+def weigh(cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]]) -> dict[str, Weights]:
+    """Fits the weights of two predictors on models retrained without forget sets of their own.
+
+    Non-negative least squares for each kind of row, every forget set weighing the same.
+
+    Args:
+        cases: the forget sets.
+        pairs: what the two predictors say of each, for all targets.
+
+    Returns:
+        Weights by kind of row.
+    """
+    return {kind: _fitted(number, cases, pairs) for number, kind in enumerate(KINDS)}
+
+
+def _fitted(kind: int, cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]]) -> Weights:
+    parts = [
+        (case, one, two, case.kinds[kind])
+        for case, (one, two) in zip(cases, pairs, strict=True)
+        if case.kinds[kind].any()
+    ]
+    truth = joined([case.change[rows] for case, _, _, rows in parts])
+    one = joined([change.mean[rows] for _, change, _, rows in parts])
+    two = joined([change.mean[rows] for _, _, change, rows in parts])
+    weight = joined(
+        [np.full(case.change[rows].shape, case.weight(kind)) for case, _, _, rows in parts]
+    )
+    a, b = _nonnegative(one, two, truth, weight)
+    left = np.square(truth - a * one - b * two)
+    variance = joined([(a * x.std[rows]) ** 2 + (b * y.std[rows]) ** 2 for _, x, y, rows in parts])
+    noise = joined([x.noise[rows] for _, x, _, rows in parts])
+    return Weights(a, b, *variance_factors(left, variance, np.square(noise)))
+
+
+def _nonnegative(one: Array, two: Array, truth: Array, weight: Array) -> tuple[float, float]:
+    columns = np.stack([one, two], 1)
+    gram, right = columns.T @ (weight[:, None] * columns), columns.T @ (weight * truth)
+    both = np.linalg.lstsq(gram, right)[0]
+    if both.min() >= 0:
+        return float(both[0]), float(both[1])
+    alone = np.maximum(right / np.maximum(np.diag(gram), 1e-30), 0)
+    gains = alone * right
+    best = int(np.argmax(gains))
+    return (float(alone[0]), 0.0) if best == 0 else (0.0, float(alone[1]))

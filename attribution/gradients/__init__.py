@@ -1,0 +1,18 @@
+"""Projected per-example gradients, computed layer by layer and never formed in full."""
+
+from attribution.gradients.cotangents import output_cotangents
+from attribution.gradients.features import Features, featurize
+from attribution.gradients.projection import Projection
+from attribution.gradients.projector import GradientProjector, Linearisation, gradient_projector
+
+__all__ = [
+    # of given rows
+    "Projection",
+    "GradientProjector",
+    "gradient_projector",
+    "Linearisation",
+    "output_cotangents",
+    # of a task's targets, stored
+    "featurize",
+    "Features",
+]

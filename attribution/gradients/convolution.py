@@ -1,0 +1,97 @@
+"""Features of a convolution: its input patches are projected by a convolution."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from attribution.gradients.layers import Block, Call, Sides
+from attribution.gradients.projection import SparseProjection
+from attribution.task import State
+
+CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: functional.conv1d,
+    nn.Conv2d: functional.conv2d,
+}
+
+
+@final
+@dataclass(frozen=True)
+class ConvolutionBlock(Block):
+    """A convolution: a_t is the patch under output pixel t, with a constant 1 for the bias.
+
+    P_in a_t for all t is a convolution with the rows of P_in as filters, so that no patch is
+    ever copied out.
+
+    Args:
+        weight: name of the weight, if covered.
+        bias: name of the bias, if covered.
+        shape: of the weight, [out, in / groups, ...].
+        sides: the projections, one pair a group.
+        sparse: projection of the features of all groups, one behind the other.
+    """
+
+    weight: str | None
+    bias: str | None
+    shape: tuple[int, ...]
+    sides: Sides
+    sparse: SparseProjection
+
+    @property
+    def size(self) -> int:
+        """Groups x k_out x k_in, or less where there are many groups."""
+        return self.sparse.size
+
+    @property
+    def matrices(self) -> Sequence[Tensor]:
+        """P_out and P_in, and the sparse projection's order and signs."""
+        return [*self.sides.matrices, *self.sparse.matrices]
+
+    def captured_size(self, deltas: Tensor) -> int:
+        """Groups x k_in x positions."""
+        return self.sides.captured_size(deltas)
+
+    def capture(self, call: Call) -> Tensor:
+        """Projected patches, [row, group, k_in, position]."""
+        inputs, (groups, _, k_in) = call.inputs, self.sides.shape
+        if self.weight is None:
+            positions = _filtered(call.layer, inputs, inputs.new_zeros(groups, *self.shape[1:]))
+            return torch.ones_like(positions).reshape(len(inputs), groups, 1, -1)
+        matrices = self.sides.input_matrices(inputs.device, inputs.dtype)
+        matrix = matrices.reshape(groups * k_in, self.sides.inner)
+        width = self.sides.inner - (self.bias is not None)
+        filters = matrix[:, :width].reshape(-1, *self.shape[1:])
+        constants = matrix[:, -1] if self.bias else None
+        patches = _filtered(call.layer, inputs, filters, constants)
+        return patches.reshape(len(inputs), groups, k_in, -1)
+
+    def features(self, captured: Tensor, deltas: Tensor) -> Tensor:
+        """P_out (sum_t delta_t a_t^T) P_in^T of each row and group."""
+        found = deltas.reshape(len(deltas), self.sides.groups, self.sides.out, -1)
+        return self.sparse.apply(self.sides.features(found, captured))
+
+    def adjoint(self, features: Tensor) -> State:
+        """Weight [out, in / groups, ...] and bias [out]."""
+        found = self.sides.adjoint(self.sparse.adjoint(features)).flatten(0, 1)
+        width = self.sides.inner - (self.bias is not None)
+        named: State = {}
+        if self.weight is not None:
+            named[self.weight] = found[:, :width].reshape(self.shape)
+        if self.bias is not None:
+            named[self.bias] = found[:, width]
+        return named
+
+
+def _filtered(
+    layer: Any, inputs: Tensor, filters: Tensor, constants: Tensor | None = None
+) -> Tensor:
+    convolve = CONVOLUTIONS[type(layer)]
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        # Only the layer knows how much "same" pads on either side.
+        amounts = layer._reversed_padding_repeated_twice
+        inputs, padding = functional.pad(inputs, amounts, mode=layer.padding_mode), 0
+    return convolve(inputs, filters, constants, layer.stride, padding, layer.dilation, layer.groups)

@@ -1,0 +1,345 @@
+"""Features of every output on every target, one store a checkpoint, computed block by block."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from attribution.counterfactual import check_ids
+from attribution.gradients.curvature import stored_curvature
+from attribution.gradients.feature_store import (
+    DTYPES,
+    KIND,
+    FeatureBlock,
+    Numbers,
+    Which,
+    block_product,
+    block_view,
+    blocks_of,
+    checkpoint_paths,
+    create_store,
+    in_full,
+    refuse_changed_task,
+    stored_model,
+    stored_projector,
+)
+from attribution.gradients.projection import Projection
+from attribution.gradients.projector import GradientProjector
+from attribution.model import Model, check_state
+from attribution.task import Rows, Task
+from stores import BlocksFailed, Store, gather, run_blocks
+
+
+@dataclass(frozen=True)
+class Features:
+    """Projected gradients J of every output of some checkpoints on every target.
+
+    J_i = d f(x_i) / d theta P^T, [output, k], in eval mode. Blocks that are still pending are
+    computed when they are asked for, and kept.
+
+    Args:
+        task: what the checkpoints were trained for.
+        stores: one a checkpoint.
+
+    Example:
+        >>> import tempfile
+        >>> from attribution import Model
+        >>> from examples.digits import mlp, task
+        >>> folder = tempfile.mkdtemp() + "/features"
+        >>> small = Projection(inputs=4, outputs=2)
+        >>> found = featurize(task, [Model(task, mlp().state_dict())], folder, projection=small)
+        >>> len(found), found.width, found.gather(0, np.array([3])).shape
+        (1, 24, (1, 10, 24))
+    """
+
+    task: Task = field(repr=False)
+    stores: tuple[Store, ...] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], task: Task) -> "Features":
+        """Opens features made from this task.
+
+        Args:
+            path: their folder.
+            task: the task.
+
+        Returns:
+            The features.
+
+        Raises:
+            ValueError: no features there, blocks of training rows are missing, or other rows
+                than the task's.
+        """
+        paths = checkpoint_paths(path)
+        if not paths:
+            raise ValueError(f"expected features in {os.fspath(path)!r}: make them with featurize")
+        stores = tuple(Store.open(part, KIND) for part in paths)
+        for store in stores:
+            check_ids(task, store.ids("train"), store.ids("target"), store.path)
+            missing = set(store.pending()) & set(blocks_of(task, store.spec, "train"))
+            if missing:
+                raise ValueError(
+                    f"{store.path} is not finished: {len(missing)} blocks of training rows are"
+                    " pending; run the command that makes it again, it resumes"
+                )
+        return cls(task, stores)
+
+    def __len__(self) -> int:
+        return len(self.stores)
+
+    @property
+    def width(self) -> int:
+        """Number of features, k."""
+        return self.stores[0].spec.array("features").shape[2]
+
+    def model(self, checkpoint: int) -> Model:
+        """The checkpoint itself."""
+        return stored_model(self.task, self.stores[checkpoint])
+
+    def projector(self, checkpoint: int) -> GradientProjector:
+        """The projector of a checkpoint's gradients."""
+        if checkpoint not in self._projectors:
+            self._projectors[checkpoint] = stored_projector(self.task, self.stores[checkpoint])
+        return self._projectors[checkpoint]
+
+    def outputs(self, checkpoint: int, rows: Rows | None = None) -> Numbers:
+        """Outputs of a checkpoint on targets, by position; None: on all, [row, output]."""
+        wanted = self._positions(rows)
+        self._have(checkpoint, wanted)
+        return gather(self.stores[checkpoint], "outputs", wanted)
+
+    def gather(self, checkpoint: int, rows: Rows) -> Numbers:
+        """Features of targets.
+
+        Args:
+            checkpoint: number of the checkpoint.
+            rows: positions of targets, in any order.
+
+        Returns:
+            J, [row, output, k], float32 unless stored wider.
+
+        Raises:
+            ValueError: no such position, or features that are pending cannot be computed or kept.
+            TypeError: the positions are no integers.
+        """
+        wanted = self._positions(rows)
+        self._have(checkpoint, wanted)
+        store = self.stores[checkpoint]
+        scale = gather(store, "scale", wanted) if "scale" in store.spec.arrays else None
+        return in_full(gather(store, "features", wanted), scale)
+
+    def product(self, checkpoint: int, direction: Numbers, targets: Rows | None = None) -> Numbers:
+        """First-order change J d of the outputs for a direction, block by block.
+
+        Args:
+            checkpoint: number of the checkpoint.
+            direction: d, [k].
+            targets: positions of targets, in any order; None: all.
+
+        Returns:
+            J d, [target, output], in the dtype of the features.
+
+        Raises:
+            ValueError: as for `gather`, or a direction of another size.
+            TypeError: the positions are no integers.
+        """
+        if direction.shape != (self.width,):
+            raise ValueError(f"expected a direction of {self.width} numbers, got {direction.shape}")
+        wanted = self._positions(targets)
+        self._have(checkpoint, wanted)
+        store = self.stores[checkpoint]
+        sizes, size = store.spec.array("features").shape, store.spec.block
+        dtype = np.promote_types(store.spec.array("features").dtype, np.float32)
+        found = np.empty((len(wanted), sizes[1]), dtype)
+        for block in np.unique(wanted // size):
+            places = np.flatnonzero(wanted // size == block)
+            rows = wanted[places] - block * size
+            found[places] = block_product(store, int(block), direction.astype(dtype), rows)
+        return found
+
+    def blocks(self, checkpoint: int) -> Iterator[tuple[slice, Numbers]]:
+        """Features of the training rows, block by block, mapped into memory.
+
+        Args:
+            checkpoint: number of the checkpoint.
+
+        Yields:
+            Positions of some training rows, in order, and their J [row, output, k].
+        """
+        store, count = self.stores[checkpoint], len(self.task.train_ids)
+        for block in blocks_of(self.task, store.spec, "train"):
+            span = store.spec.span(block)
+            rows = slice(span.start, min(span.stop, count))
+            yield rows, block_view(store, block)[: rows.stop - rows.start]
+
+    def first(self, count: int) -> "Features":
+        """The features of its first checkpoints."""
+        return Features(self.task, self.stores[:count])
+
+    def curvature(
+        self, checkpoint: int, temperature: float = 1.0
+    ) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Gauss-Newton matrix of the training loss, H = sum_i J_i^T R_i J_i, over training rows.
+
+        R_i is the loss's second derivative at the outputs over the temperature, divided by it. H
+        is accumulated in float64 from products in the features' dtype, in the order of the blocks
+        on one thread, and kept.
+
+        Args:
+            checkpoint: number of the checkpoint.
+            temperature: what outputs are divided by before the loss.
+
+        Returns:
+            H, [k, k].
+
+        Raises:
+            ValueError: it cannot be kept.
+        """
+        place = checkpoint, temperature
+        if place not in self._curvatures:
+            store = self.stores[checkpoint]
+            self._curvatures[place] = stored_curvature(self.task, store, temperature)
+        return self._curvatures[place]
+
+    @cached_property
+    def _projectors(self) -> dict[int, GradientProjector]:
+        return {}
+
+    @cached_property
+    def _curvatures(self) -> dict[tuple[int, float], np.ndarray[Any, np.dtype[np.float64]]]:
+        return {}
+
+    def _positions(self, targets: Rows | None) -> Rows:
+        count = len(self.task.target_ids)
+        wanted = np.arange(count) if targets is None else np.asarray(targets)
+        if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
+            raise TypeError(
+                f"expected positions of targets as a 1-D array of integers, got {wanted.dtype}"
+                f" {wanted.shape}; convert a mask with numpy.flatnonzero"
+            )
+        outside = wanted[(wanted < 0) | (wanted >= count)]
+        if outside.size:
+            raise ValueError(f"expected positions from 0 to {count - 1}, got {outside[0]}")
+        return wanted.astype(np.int64)
+
+    def _have(self, checkpoint: int, targets: Numbers) -> None:
+        """Computes the pending blocks that hold some of these targets."""
+        store = self.stores[checkpoint]
+        pending = set(store.pending())
+        if not pending:
+            return
+        missing = sorted(pending & {int(block) for block in np.unique(targets // store.spec.block)})
+        if missing:
+            refuse_changed_task(self.task, store)
+        try:
+            run_blocks(FeatureBlock(self.task, (store.path,)), missing, title="features", workers=0)
+        except BlocksFailed as error:
+            raise ValueError(
+                f"{store.path} does not have the features of all these targets yet, and computing"
+                f" them failed: {next(iter(error.failed.values()))}; compute them where the folder"
+                " can be written, with featurize(..., targets='all')"
+            ) from error
+
+
+def featurize(
+    task: Task,
+    checkpoints: Sequence[Model],
+    to: str | os.PathLike[str],
+    *,
+    projection: Projection = Projection(),  # noqa: B008 - frozen
+    dtype: str = "float32",
+    block: int | None = None,
+    device: str = "cpu",
+    workers: int | None = 0,
+    scheduler: str | None = None,
+    targets: Which = "all",
+) -> Features:
+    """Computes and stores the features of every output of some checkpoints on the targets.
+
+    Interrupted at any moment, the same call computes the unfinished blocks only and ends with
+    the same bits, whatever the workers.
+
+    Args:
+        task: the data; its targets are the training rows, then the test rows.
+        checkpoints: trained models of the task.
+        to: folder; the features of each checkpoint are a store in it.
+        projection: settings.
+        dtype: of the features on disk: float16 (with a scale for each target and output),
+            float32 or float64.
+        block: targets of a block; None: as many as make about 16 MiB. Another block changes the
+            numbers in their last digits, so a store made with another one is refused.
+        device: where to compute.
+        workers: processes; None for one per core, 0 for this process.
+        scheduler: address of an existing dask scheduler instead.
+        targets: "train" to leave blocks of test rows alone pending until they are asked for.
+
+    Returns:
+        The features.
+
+    Raises:
+        ValueError: bad settings; a checkpoint or a layer of the model does not fit; or a store
+            was made from other data, another checkpoint or another projection.
+        BlocksFailed: blocks failed repeatedly; what was finished is kept.
+
+    Source: TRAK (arXiv 2303.14186) projects gradients of one output; the projection by layers is
+    LoGra's (arXiv 2405.13954).
+    """
+    _check_settings(checkpoints, dtype, block, targets)
+    task.check()
+    for number, model in enumerate(checkpoints):
+        check_state(task, model.state, f"checkpoint {number}")
+    # All of them first: an interrupted call must not look like one for fewer checkpoints.
+    stores = tuple(
+        create_store(
+            Path(to) / f"checkpoint-{number}",
+            task,
+            model,
+            number,
+            projection,
+            dtype=dtype,
+            block=block,
+            device=device,
+        )
+        for number, model in enumerate(checkpoints)
+    )
+    found = Features(task, stores)
+    _check_rows_apart(found)
+    wanted = set(blocks_of(task, stores[0].spec, targets))
+    missing = [
+        number * store.spec.blocks + pending
+        for number, store in enumerate(stores)
+        for pending in store.pending()
+        if pending in wanted
+    ]
+    work = FeatureBlock(task, tuple(store.path for store in stores))
+    at = None if scheduler else workers
+    run_blocks(work, missing, title=f"features of {task.name}", workers=at, scheduler=scheduler)
+    for store in stores:
+        if store.complete:
+            store.finalize()
+    return found
+
+
+def _check_settings(
+    checkpoints: Sequence[Model], dtype: str, block: int | None, targets: str
+) -> None:
+    if not checkpoints:
+        raise ValueError("featurize needs at least one checkpoint, got none")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if block is not None and block < 1:
+        raise ValueError(f"block must be 1 target or more, got {block}")
+    if targets not in get_args(Which):
+        raise ValueError(f"targets must be 'all' or 'train', got {targets!r}")
+
+
+def _check_rows_apart(features: Features) -> None:
+    """A layer that takes another axis for the rows cannot do so at two batch sizes."""
+    inputs, _ = features.task.targets([0])
+    projector, state = features.projector(0), features.model(0).state
+    for rows in (2, 3):
+        projector.linearise(state, inputs.expand(rows, *inputs.shape[1:]))

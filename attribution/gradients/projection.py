@@ -1,0 +1,172 @@
+"""Random projections of gradients: settings, and matrices that depend on their names alone."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attribution.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How per-example gradients are projected; settings only.
+
+    The gradient of a layer with a factorised form, sum_t delta_t a_t^T over the positions t of
+    its output gradients delta and its inputs a, becomes P_out (sum_t delta_t a_t^T) P_in^T.
+
+    Args:
+        inputs: rows of P_in; a side that is not larger is kept as it is.
+        outputs: rows of P_out; likewise. A convolution with groups has a pair for each group,
+            and never more than `inputs` x `outputs` features.
+        vectors: size to which parameters without a factorised form are projected, for each
+            normalisation layer and each other parameter; smaller ones are kept as they are.
+        seed: of all projections.
+
+    Raises:
+        ValueError: a size below 1 or a negative seed.
+        TypeError: a field is no integer.
+
+    Example:
+        >>> Projection(inputs=16).settings()
+        {'inputs': 16, 'outputs': 16, 'vectors': 512, 'seed': 0}
+    """
+
+    inputs: int = 32
+    outputs: int = 16
+    vectors: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, least = getattr(self, field.name), int(field.name != "seed")
+            if type(value) is not int:
+                raise TypeError(f"projection.{field.name} must be an integer, got {value!r}")
+            if value < least:
+                raise ValueError(f"projection.{field.name} must be {least} or more, got {value}")
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as plain values, for provenance."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Projection":
+        """The projection of such settings."""
+        return cls(**{field.name: settings[field.name] for field in fields(cls)})
+
+    def random(self, checkpoint: int, name: str) -> np.random.Generator:
+        """The generator of one matrix: Philox, a counter-based one, keyed by its names.
+
+        Args:
+            checkpoint: number of the checkpoint.
+            name: which matrix.
+
+        Returns:
+            A generator that no other (seed, checkpoint, name) shares.
+        """
+        seed = derive_seed(self.seed, "projection", checkpoint)
+        sequence = np.random.SeedSequence([seed, *name.encode()])
+        return np.random.Generator(np.random.Philox(sequence))
+
+
+def normal_matrices(
+    random: np.random.Generator, groups: int, size: int, width: int
+) -> Tensor | None:
+    """Matrices P of independent normal entries with variance 1 / size, so that E[P^T P] = I.
+
+    They are drawn on the CPU in float64 and rounded to float32, whatever device and dtype they
+    are used on, so the same bits are used everywhere.
+
+    Args:
+        random: the generator.
+        groups: number of matrices.
+        size: rows of each.
+        width: columns of each.
+
+    Returns:
+        [group, size, width], float32; None, which stands for the identity, if the width is not
+        larger than the size.
+
+    Example:
+        >>> random = Projection().random(0, "layer.inputs")
+        >>> normal_matrices(random, 1, 2, 5).shape
+        torch.Size([1, 2, 5])
+        >>> normal_matrices(random, 1, 5, 5)
+    """
+    if width <= size:
+        return None
+    drawn = random.standard_normal((groups, size, width)) / np.sqrt(size)
+    return torch.from_numpy(drawn.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class SparseProjection:
+    """A sparse projection S with one entry, 1 or -1, in each column; E[S^T S] = I.
+
+    The columns are permuted, signed and dealt out to the rows in turn, so that each row gets
+    equally many. Nothing is added atomically: the same bits on every device.
+
+    Args:
+        width: number of columns.
+        size: number of rows; `width` if the vectors are kept as they are.
+        order: permutation of the columns, [width]; None if they are kept.
+        signs: of the permuted columns, [width], float32; None if they are kept.
+
+    Source: sparse Johnson-Lindenstrauss transform, Kane and Nelson (arXiv 1012.1577), with one
+    entry a column.
+    """
+
+    width: int
+    size: int
+    order: Tensor | None = None
+    signs: Tensor | None = None
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """Order and signs; none for the identity."""
+        return [part for part in (self.order, self.signs) if part is not None]
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """Projected vectors S x, [..., size], of [..., width]."""
+        if self.order is None or self.signs is None:
+            return vectors
+        signed = vectors[..., self.order.to(vectors.device)] * self.signs.to(vectors)
+        turns = -(-self.width // self.size)
+        padded = torch.nn.functional.pad(signed, (0, turns * self.size - self.width))
+        return padded.reshape(*vectors.shape[:-1], turns, self.size).sum(-2)
+
+    def adjoint(self, features: Tensor) -> Tensor:
+        """Transposed projection S^T v, [..., width], of [..., size]."""
+        if self.order is None or self.signs is None:
+            return features
+        turns = -(-self.width // self.size)
+        dealt = features.tile(turns)[..., : self.width] * self.signs.to(features)
+        return dealt[..., torch.argsort(self.order).to(features.device)]
+
+
+def sparse_projection(random: np.random.Generator, size: int, width: int) -> SparseProjection:
+    """Draws a sparse projection, or gives the identity where the width is not larger.
+
+    Args:
+        random: the generator.
+        size: rows asked for.
+        width: columns.
+
+    Returns:
+        The projection.
+
+    Example:
+        >>> random = Projection().random(0, "scale")
+        >>> sparse_projection(random, 3, 8).apply(torch.ones(2, 8)).shape
+        torch.Size([2, 3])
+        >>> sparse_projection(random, 8, 3).apply(torch.ones(2, 3)).shape
+        torch.Size([2, 3])
+    """
+    if width <= size:
+        return SparseProjection(width, width)
+    order = torch.from_numpy(random.permutation(width))
+    signs = torch.from_numpy((2 * random.integers(0, 2, width) - 1).astype(np.float32))
+    return SparseProjection(width, size, order, signs)

@@ -1,0 +1,78 @@
+"""Calibration: what a few models really retrained tell about predictions."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attribution.calibration_bank import KINDS, row_kinds
+from attribution.counterfactual import Change
+from attribution.forget import ForgetSet
+from attribution.task import Rows
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Settings and factors of group Newton, fitted on models retrained without other forget sets.
+
+    Args:
+        damping: lambda, in units of the sum of the rows' losses.
+        temperature: T that outputs are divided by before the loss.
+        scale: factor on the predicted change, by kind of row (forget, retain, test).
+        spread: factor on the spread over checkpoints, which makes it the uncertainty of the mean.
+        noise: factor on the spread of the checkpoints' outputs, which makes it that of one
+            retraining without the forget set.
+        forget_sets: how many sets it was fitted on, one retrained model each.
+    """
+
+    damping: float
+    temperature: float
+    scale: dict[str, float]
+    spread: dict[str, float]
+    noise: dict[str, float]
+    forget_sets: int
+
+    def applied(self, change: Change, forget: ForgetSet, targets: Rows) -> Change:
+        """A plain prediction for some targets, scaled and with calibrated variances."""
+        kinds = row_kinds(forget, targets)
+        scale, spread, noise = (
+            np.array([table[kind] for kind in KINDS], dtype=np.float32)[kinds][:, None]
+            for table in (self.scale, self.spread, self.noise)
+        )
+        return Change(change.mean * scale, change.std * spread, change.noise * noise)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes it as JSON; replaces the file as a whole."""
+        partial = Path(f"{os.fspath(path)}.partial")
+        partial.write_text(json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Calibration":
+        """Reads what `save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The calibration.
+
+        Raises:
+            ValueError: it cannot be read, or is of a later schema.
+        """
+        try:
+            told: dict[str, Any] = json.loads(Path(path).read_text())
+            schema = told.pop("schema")
+            found = cls(**told) if schema == SCHEMA else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"cannot read the calibration {os.fspath(path)!r}: {error}") from error
+        if found is None:
+            raise ValueError(
+                f"{os.fspath(path)!r} has schema {schema}, this version reads {SCHEMA}"
+            )
+        return found

@@ -1,0 +1,260 @@
+"""Fits a calibration on a bank of models, each retrained without a forget set of its own."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attribution.calibration_bank import KINDS, Case, cases_of, joined, variance_factors
+from attribution.counterfactual import Change
+from attribution.ensemble import Ensemble
+from attribution.gradients import Features
+from attribution.newton.calibration import Calibration
+from attribution.newton.group import GroupNewton
+from attribution.outputs import Array
+from attribution.training import threads
+from stores import ArraySpec, Provenance, Store, StoreSpec, run_blocks
+
+# Candidates for T, and for lambda in units of T^2 x (number of rows) x weight decay.
+TEMPERATURES = (1.0, 1.4, 2.0)
+DAMPINGS = (0.7, 1.4)
+STEPS_TO_CHOOSE = 2
+
+
+def calibrate(
+    newton: GroupNewton,
+    bank: Ensemble,
+    to: str | os.PathLike[str],
+    *,
+    full: Ensemble | None = None,
+    temperatures: Sequence[float] = TEMPERATURES,
+    dampings: Sequence[float] = DAMPINGS,
+    workers: int | None = 0,
+    scheduler: str | None = None,
+) -> Calibration:
+    """Fits damping, temperature, and a scale and two variances for each kind of row.
+
+    Damping and temperature minimise the squared error, on outputs and margins alike, of the mean
+    that predictions of single checkpoints scatter around; two of them, a and b, tell it without
+    bias: (change - a)(change - b). Then scale s and the variances are least squares,
+
+        change = s x predicted,    (change - s x predicted)^2 = x spread^2 + y noise^2,
+
+    every forget set weighing the same, whatever the size of its change.
+
+    Args:
+        newton: gives features and number of steps; how it is calibrated now is not used.
+        bank: models that each never saw a forget set of their own.
+        to: folder for the predictions that are compared; an interrupted call resumes there.
+        full: models trained on all rows, whose mean the changes are taken from; None: the
+            checkpoints of the features.
+        temperatures: candidates for T.
+        dampings: candidates for lambda, in units of T^2 x (number of rows) x weight decay, or,
+            where none is known, of T^2 x the mean curvature.
+        workers: processes; None for one per core, 0 for this process.
+        scheduler: address of an existing dask scheduler instead.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        ValueError: the bank is of another task, some model of it saw all rows, or the features
+            are of one checkpoint only.
+    """
+    newton.check_task(bank.task)
+    if len(newton.features) < 2:
+        raise ValueError("a calibration needs the features of 2 checkpoints or more, got 1")
+    where: dict[str, Any] = {"workers": None if scheduler else workers, "scheduler": scheduler}
+    cases = cases_of(bank, mean_before(newton.features, full))
+    chosen = _chosen(newton, cases, bank, Path(to), temperatures, dampings, where)
+    changes = predicted_changes(chosen, cases, bank, Path(to) / "changes", **where)
+    return _fitted(chosen, cases, changes)
+
+
+def mean_before(features: Features, full: Ensemble | None) -> Array:
+    """Mean outputs of models trained on all rows, [target, output].
+
+    Args:
+        features: their checkpoints stand in where there are no more models.
+        full: models trained on all rows.
+
+    Returns:
+        The mean.
+    """
+    if full is not None:
+        return np.asarray(full.outputs.mean(0))
+    outputs = [features.outputs(checkpoint) for checkpoint in range(len(features))]
+    return np.asarray(np.mean(outputs, axis=0))
+
+
+def predicted_changes(
+    newton: GroupNewton,
+    cases: Sequence[Case],
+    bank: Ensemble,
+    to: Path,
+    *,
+    workers: int | None = 0,
+    scheduler: str | None = None,
+) -> list[Change]:
+    """What a predictor says of every forget set of a bank, kept in a store.
+
+    Args:
+        newton: the predictor.
+        cases: the forget sets.
+        bank: where they come from, for the provenance.
+        to: folder of the store.
+        workers: processes; None for one per core, 0 for this process.
+        scheduler: address of an existing dask scheduler instead.
+
+    Returns:
+        The changes of all targets.
+    """
+    shape = (len(cases), *cases[0].change.shape)
+    arrays = {
+        name: ArraySpec(("model", "target", "output"), shape, "float32")
+        for name in ("mean", "std", "noise")
+    }
+    settings = _settings(newton, bank) | {"calibration": _told(newton.calibration)}
+    store = _store(to, "calibration-changes", arrays, settings)
+    _run(_Changes(newton, tuple(cases), store.path), store, "predictions", workers, scheduler)
+    found = [{name: store.numpy(name, i)[0] for name in arrays} for i in range(len(cases))]
+    return [Change(**values) for values in found]
+
+
+def _chosen(
+    newton: GroupNewton,
+    cases: Sequence[Case],
+    bank: Ensemble,
+    to: Path,
+    temperatures: Sequence[float],
+    dampings: Sequence[float],
+    where: dict[str, Any],
+) -> GroupNewton:
+    unit = _unit_of_damping(newton)
+    grid = [(t, unit * t**2 * damping) for t in temperatures for damping in dampings]
+    plain = replace(newton, calibration=None)
+    candidates = [replace(plain, temperature=t, damping=damping) for t, damping in grid]
+    if len(candidates) == 1:
+        return candidates[0]
+    features = newton.features
+    few = sorted({0, min(1, len(features) - 1)})
+    pairs = tuple((checkpoint, t) for t in temperatures for checkpoint in few)
+    run_blocks(_Curvatures(features, pairs), range(len(pairs)), title="curvatures", **where)
+    arrays = {"errors": ArraySpec(("model", None), (len(cases), len(grid)), "float64")}
+    settings = _settings(newton, bank) | {"grid": [list(pair) for pair in grid]}
+    store = _store(to / "choice", "calibration-choice", arrays, settings)
+    work = _Errors(tuple(candidates), tuple(cases), store.path)
+    _run(work, store, "calibration", where["workers"], where["scheduler"])
+    best = candidates[int(store.numpy("errors").sum(0).argmin())]
+    rest = tuple((checkpoint, best.temperature or 1.0) for checkpoint in range(len(features)))
+    run_blocks(_Curvatures(features, rest), range(len(rest)), title="curvatures", **where)
+    return best
+
+
+def _unit_of_damping(newton: GroupNewton) -> float:
+    recipe, rows = newton.task.recipe, len(newton.task.train_ids)
+    if recipe is not None and recipe.weight_decay:
+        return rows * recipe.weight_decay
+    return float(np.diag(newton.features.curvature(0)).mean())
+
+
+def _settings(newton: GroupNewton, bank: Ensemble) -> dict[str, Any]:
+    return {
+        "features": [dict(store.provenance.settings) for store in newton.features.stores],
+        "bank": dict(bank.store.provenance.settings),
+        "steps": newton.steps,
+        "damping": newton.damping,
+        "temperature": newton.temperature,
+    }
+
+
+def _told(calibration: Calibration | None) -> dict[str, Any] | None:
+    return None if calibration is None else asdict(calibration)
+
+
+def _store(to: Path, kind: str, arrays: dict[str, ArraySpec], settings: dict[str, Any]) -> Store:
+    return Store.open_or_create(to, StoreSpec(kind, "model", 1, arrays), Provenance(settings))
+
+
+def _run(
+    work: Callable[[int], None],
+    store: Store,
+    title: str,
+    workers: int | None,
+    scheduler: str | None,
+) -> None:
+    if store.pending():
+        run_blocks(work, store.pending(), title=title, workers=workers, scheduler=scheduler)
+    store.finalize()
+
+
+@dataclass(frozen=True)
+class _Curvatures:
+    features: Features
+    pairs: tuple[tuple[int, float], ...]
+
+    def __call__(self, block: int) -> None:
+        self.features.curvature(*self.pairs[block])
+
+
+@dataclass(frozen=True)
+class _Errors:
+    candidates: tuple[GroupNewton, ...]
+    cases: tuple[Case, ...] = field(repr=False)
+    path: str
+
+    def __call__(self, block: int) -> None:
+        with threads(1):
+            errors = [_error(candidate, self.cases[block]) for candidate in self.candidates]
+        Store.open(self.path).write_block(block, {"errors": np.array([errors])})
+
+
+@dataclass(frozen=True)
+class _Changes:
+    newton: GroupNewton
+    cases: tuple[Case, ...] = field(repr=False)
+    path: str
+
+    def __call__(self, block: int) -> None:
+        with threads(1):
+            change = self.newton.change(self.cases[block].forget)
+        arrays = {"mean": change.mean, "std": change.std, "noise": change.noise}
+        wanted = {name: values.astype(np.float32)[None] for name, values in arrays.items()}
+        Store.open(self.path).write_block(block, wanted)
+
+
+def _error(newton: GroupNewton, case: Case) -> float:
+    few = replace(newton, features=newton.features.first(2), steps=STEPS_TO_CHOOSE)
+    first, second = few.changes(case.forget, case.targets)
+    # Of the mean over two of them; what more checkpoints leave of its variance is alike for all.
+    return case.error(first, second)
+
+
+def _fitted(newton: GroupNewton, cases: Sequence[Case], changes: Sequence[Change]) -> Calibration:
+    scale, spread, noise = {}, {}, {}
+    for number, kind in enumerate(KINDS):
+        scale[kind], spread[kind], noise[kind] = _fitted_kind(number, cases, changes)
+    assert newton.damping is not None
+    assert newton.temperature is not None
+    return Calibration(newton.damping, newton.temperature, scale, spread, noise, len(cases))
+
+
+def _fitted_kind(
+    kind: int, cases: Sequence[Case], changes: Sequence[Change]
+) -> tuple[float, float, float]:
+    pairs = [(case, c, case.kinds[kind]) for case, c in zip(cases, changes, strict=True)]
+    pairs = [pair for pair in pairs if pair[2].any()]
+    if not pairs:
+        return 1.0, 1.0, 1.0
+    truth = joined([case.change[rows] for case, _, rows in pairs])
+    mean = joined([change.mean[rows] for _, change, rows in pairs])
+    std = joined([change.std[rows] for _, change, rows in pairs])
+    one = joined([change.noise[rows] for _, change, rows in pairs])
+    weight = joined([np.full(c.change[rows].shape, c.weight(kind)) for c, _, rows in pairs])
+    power = float((weight * mean) @ mean)
+    scale = max(0.0, float((weight * mean) @ truth) / power) if power else 1.0
+    left = np.square(truth - scale * mean)
+    return scale, *variance_factors(left, np.square(std), np.square(one))

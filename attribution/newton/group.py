@@ -1,0 +1,220 @@
+"""Group Newton: what retraining without a forget set does, from gradients of a few checkpoints."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attribution.counterfactual import Change, Counterfactual, check_ids
+from attribution.forget import ForgetSet
+from attribution.gradients import Features
+from attribution.newton.calibration import Calibration
+from attribution.newton.inverse import Factor, factorise, without
+from attribution.newton.linearised import Linearised, retrain
+from attribution.outputs import Array
+from attribution.task import Rows, Task
+
+
+@dataclass(frozen=True)
+class GroupNewton(Counterfactual):
+    """Retrains each checkpoint's linearised model without the forget set; mean over checkpoints.
+
+    With J_i the projected gradients of row i's outputs, g_i and R_i the derivatives of its loss
+    with respect to the outputs, and H = sum_i J_i^T R_i J_i over all training rows, the first
+    Newton step takes the forget set's own curvature out of H:
+
+        d = (H - H_F + lambda I)^-1 sum_{i in F} J_i^T g_i,    change of the outputs of x = J(x) d.
+
+    Further steps take R at the new outputs, until the linearised problem is solved. Targets need
+    not be known in advance.
+
+    Args:
+        task: whose rows are forgotten.
+        features: projected gradients of its checkpoints.
+        damping: lambda, in units of the sum of the rows' losses; None: the calibrated one, or
+            without calibration (number of rows kept) x the recipe's weight decay.
+        temperature: T that outputs are divided by before the loss; None: the calibrated one, or 1.
+        steps: Newton steps at most; 1 is the formula above.
+        calibration: fitted on models really retrained; None: std is the plain spread over the
+            checkpoints and nothing is scaled.
+
+    Raises:
+        ValueError: a number is outside its range, or no damping is known.
+
+    Source: group influence with the group's curvature removed; TRAK's projections (arXiv
+    2303.14186) and generalised Gauss-Newton curvature.
+
+    Example:
+        >>> import tempfile
+        >>> from attribution import ForgetSet, Model, featurize
+        >>> from examples.digits import mlp, task
+        >>> model = Model(task, mlp().state_dict())
+        >>> forget = ForgetSet.of(task, ["train-17", "train-403"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     features = featurize(task, [model], f"{folder}/features")
+        ...     GroupNewton(task, features).predict(model, forget, ["test-0"]).mean.shape
+        (1, 10)
+    """
+
+    task: Task = field(repr=False)
+    features: Features = field(repr=False)
+    damping: float | None = None
+    temperature: float | None = None
+    steps: int = 3
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("damping", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < np.inf:
+                raise ValueError(f"GroupNewton.{name} must be above 0 and finite, got {value}")
+        if self.steps < 1:
+            raise ValueError(f"GroupNewton.steps must be 1 or more, got {self.steps}")
+        recipe = self.task.recipe
+        known = self.damping is not None or self.calibration is not None
+        if not known and (recipe is None or not recipe.weight_decay):
+            raise ValueError(
+                f"task {self.task.name!r} tells no weight decay: give GroupNewton a damping, or a"
+                " calibration"
+            )
+
+    def check_task(self, task: Task) -> None:
+        """Refuses a task with other rows than the features'."""
+        check_ids(task, self.task.train_ids, self.task.target_ids, "the group Newton predictor")
+
+    def change(
+        self, forget: ForgetSet, already: ForgetSet | None = None, targets: Rows | None = None
+    ) -> Change:
+        """Predicted change: retrained without `forget`, less retrained without `already`.
+
+        Raises:
+            ValueError: a forget set of other data, or too little damping.
+        """
+        n = len(self.task.train_ids)
+        if forget.total != n:
+            raise ValueError(f"the forget set is drawn from {forget.total} rows, the task has {n}")
+        places = np.arange(len(self.task.target_ids)) if targets is None else targets
+        each = self.changes(forget, places)
+        if already is not None:
+            each = each - self.changes(already, places)
+        plain = Change(
+            each.mean(0),
+            spread_over_checkpoints(each),
+            spread_over_checkpoints(self._outputs(places)),
+        )
+        return self.calibration.applied(plain, forget, places) if self.calibration else plain
+
+    def changes(self, forget: ForgetSet, targets: Rows) -> Array:
+        """Change that each checkpoint predicts, unscaled, [checkpoint, target, output]."""
+        return np.stack(
+            [
+                self.features.product(checkpoint, self.step(checkpoint, forget).numpy(), targets)
+                for checkpoint in range(len(self.features))
+            ]
+        )
+
+    def step(
+        self, checkpoint: int, forget: ForgetSet, before: float = 1.0, after: float = 0.0
+    ) -> Tensor:
+        """Step d of the projected parameters as the rows' weight falls, [feature].
+
+        Args:
+            checkpoint: number of the checkpoint.
+            forget: the rows.
+            before: their weight that the checkpoint is trained with.
+            after: their weight that it is to be trained with.
+
+        Returns:
+            d.
+
+        Raises:
+            ValueError: too little damping.
+        """
+        problem, rows = self._problem(checkpoint), torch.from_numpy(forget.rows)
+        j = torch.from_numpy(self.features.gather(checkpoint, forget.rows))
+        outputs = problem.outputs[rows]
+        pull = (before - after) * (j.flatten(0, 1).T @ problem.gradients(outputs, rows).flatten())
+        root = _root((1 - after) * problem.hessians(outputs))
+        removed = torch.einsum("rab,rbk->rak", root, j).flatten(0, 1)
+        damping = self._damping(forget)
+        inverse = without(self._factor(checkpoint, damping), removed)
+        mask = torch.from_numpy(forget.mask).to(j)
+        weights = 1 - (1 - before) * mask, 1 - (1 - after) * mask
+        return retrain(problem, weights, damping, pull, inverse, steps=self.steps)
+
+    @property
+    def _temperature(self) -> float:
+        if self.temperature is not None:
+            return self.temperature
+        return self.calibration.temperature if self.calibration else 1.0
+
+    def _damping(self, forget: ForgetSet) -> float:
+        if self.damping is not None:
+            return self.damping
+        if self.calibration is not None:
+            return self.calibration.damping
+        assert self.task.recipe is not None
+        return (forget.total - len(forget)) * self.task.recipe.weight_decay
+
+    @cached_property
+    def _kept_factors(self) -> dict[int, Factor]:
+        return {}
+
+    def _factor(self, checkpoint: int, damping: float) -> Factor:
+        known = self._kept_factors.get(checkpoint)
+        if known is None or known.damping != damping:
+            curvature = self.features.curvature(checkpoint, self._temperature)
+            known = factorise(torch.from_numpy(curvature), damping)
+            self._kept_factors[checkpoint] = known
+        return known
+
+    def _problem(self, checkpoint: int) -> Linearised:
+        rows = np.arange(len(self.task.train_ids))
+        outputs = torch.from_numpy(self.features.outputs(checkpoint, rows))
+        return Linearised(
+            lambda: self._blocks(checkpoint),
+            outputs,
+            self._labels,
+            self.task.loss,
+            self._temperature,
+        )
+
+    def _blocks(self, checkpoint: int) -> Iterator[tuple[slice, Tensor]]:
+        for span, block in self.features.blocks(checkpoint):
+            yield span, torch.from_numpy(block)
+
+    @cached_property
+    def _labels(self) -> Tensor:
+        return self.task.rows("train", np.arange(len(self.task.train_ids)))[1]
+
+    def _outputs(self, targets: Rows) -> Array:
+        checkpoints = range(len(self.features))
+        return np.stack([self.features.outputs(checkpoint, targets) for checkpoint in checkpoints])
+
+
+def _root(hessians: Tensor) -> Tensor:
+    """Square roots A of symmetric matrices, A^T A = R; semidefinite ones too."""
+    values, vectors = torch.linalg.eigh(hessians.double())
+    root: Tensor = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
+    return root.to(hessians.dtype)
+
+
+def spread_over_checkpoints(each: Array) -> Array:
+    """Standard deviation over checkpoints; unknown, hence NaN, of a single one.
+
+    Args:
+        each: values of each checkpoint, [checkpoint, ...].
+
+    Returns:
+        The standard deviation, [...].
+
+    Example:
+        >>> spread_over_checkpoints(np.array([[1.0], [3.0]], dtype=np.float32)).round(3)
+        array([1.414], dtype=float32)
+    """
+    if len(each) < 2:
+        return np.full(each.shape[1:], np.nan, dtype=np.float32)
+    return np.asarray(each.std(0, ddof=1, dtype=np.float64), dtype=np.float32)

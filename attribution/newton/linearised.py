@@ -1,0 +1,154 @@
+"""Retraining with other weights of some rows, for a model that is linear in its parameters."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attribution.losses import Loss
+
+Blocks = Callable[[], Iterator[tuple[slice, Tensor]]]
+Map = Callable[[Tensor], Tensor]
+Weights = tuple[Tensor, Tensor]
+
+# The linearisation itself is far rougher than these.
+ENOUGH, INNER_ENOUGH = 1e-2, 0.1
+INNER_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """A model linearised at a checkpoint, z_i(d) = z_i + J_i d, and its training rows.
+
+    The loss takes outputs divided by a temperature T: probabilities at the end of training are
+    sharper than those that shaped the model on its way there.
+
+    Args:
+        blocks: gives J of consecutive training rows, [row, output, feature], as often as asked.
+        outputs: z, [train, output].
+        labels: of the training rows, [train].
+        loss: that was minimised.
+        temperature: T; 1 leaves the loss as it is.
+    """
+
+    blocks: Blocks
+    outputs: Tensor
+    labels: Tensor
+    loss: Loss
+    temperature: float = 1.0
+
+    def gradients(self, outputs: Tensor, rows: slice | Tensor) -> Tensor:
+        """Derivatives g of the loss of some rows at these outputs, [row, output]."""
+        return self.loss.gradient(outputs / self.temperature, self.labels[rows])
+
+    def hessians(self, outputs: Tensor) -> Tensor:
+        """Second derivatives R of the loss at these outputs, [row, output, output]."""
+        return self.loss.hessian(outputs / self.temperature) / self.temperature
+
+    def residual(self, weights: Weights, damping: float, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient of the problem that `retrain` solves, and R of every row, after a step.
+
+        Args:
+            weights: of each training row before and after, each [train].
+            damping: lambda.
+            step: d, [feature].
+
+        Returns:
+            sum_i J_i^T (after_i g_i(z_i + J_i d) - before_i g_i(z_i)) + lambda d, [feature]; and
+            after_i R_i at z_i + J_i d, [train, output, output].
+        """
+        found, curvatures = damping * step, []
+        for span, j in self.blocks():
+            rest, (before, after) = self.outputs[span], (w[span, None] for w in weights)
+            moved = rest + j @ step
+            pull = after * self.gradients(moved, span) - before * self.gradients(rest, span)
+            found = found + j.flatten(0, 1).T @ pull.flatten()
+            curvatures.append(after[..., None] * self.hessians(moved))
+        return found, torch.cat(curvatures)
+
+    def curved(self, curvatures: Tensor, damping: float, step: Tensor) -> Tensor:
+        """(sum_i J_i^T R_i J_i + lambda I) d, [feature], with R [train, output, output]."""
+        found = damping * step
+        for span, j in self.blocks():
+            bent = torch.einsum("rab,rb->ra", curvatures[span], j @ step)
+            found = found + j.flatten(0, 1).T @ bent.flatten()
+        return found
+
+
+def retrain(
+    problem: Linearised, weights: Weights, damping: float, pull: Tensor, inverse: Map, *, steps: int
+) -> Tensor:
+    """The step d that retraining with other weights of the rows takes in the linearised model.
+
+    It solves sum_i J_i^T (after_i g_i(z_i + J_i d) - before_i g_i(z_i)) + lambda d = 0 by Newton's
+    method: what the checkpoint leaves of its own gradient is put down to weight decay. The first
+    step has R as it is at the checkpoint; for the later ones conjugate gradients take the first
+    system as preconditioner.
+
+    Args:
+        problem: the linearised model.
+        weights: of each training row before and after, each [train]; 0 where it is removed.
+        damping: lambda, in units of the sum of the rows' losses.
+        pull: sum_i (before_i - after_i) J_i^T g_i, [feature].
+        inverse: applies (sum_i after_i J_i^T R_i J_i + lambda I)^-1, R at the checkpoint.
+        steps: Newton steps at most, the first included.
+
+    Returns:
+        d, [feature].
+
+    Example:
+        >>> from attribution.losses import SquaredError
+        >>> j, z = torch.ones(2, 1, 1), torch.ones(2, 1)
+        >>> y = torch.tensor([[0.0], [2.0]])
+        >>> problem = Linearised(lambda: iter([(slice(0, 2), j)]), z, y, SquaredError())
+        >>> pull = torch.tensor([-1.0])  # of the second row: 1 - 2
+        >>> weights = torch.ones(2), torch.tensor([1.0, 0.0])
+        >>> retrain(problem, weights, 0.0, pull, lambda v: v, steps=3)
+        tensor([-1.])
+    """
+    before, step, last = torch.zeros_like(pull), inverse(pull), float(pull.norm())
+    for _ in range(steps - 1):
+        residual, curvatures = problem.residual(weights, damping, step)
+        size = float(residual.norm())
+        if size > last:
+            step = (before + step) / 2
+            continue
+        if size <= ENOUGH * float(pull.norm()):
+            break
+        before, last = step, size
+        step = step - conjugate(
+            lambda v, r=curvatures: problem.curved(r, damping, v),  # type: ignore[misc]
+            residual,
+            inverse,
+        )
+    return step
+
+
+def conjugate(apply: Map, right: Tensor, inverse: Map) -> Tensor:
+    """Solves A x = b roughly by preconditioned conjugate gradients.
+
+    Args:
+        apply: multiplies with A, symmetric and positive definite.
+        right: b, [feature].
+        inverse: roughly multiplies with A^-1.
+
+    Returns:
+        x, [feature].
+
+    Example:
+        >>> conjugate(lambda v: 2 * v, torch.tensor([4.0, 6.0]), lambda v: v)
+        tensor([2., 3.])
+    """
+    solution, residual = torch.zeros_like(right), right
+    ahead = inverse(residual)
+    direction, height = ahead, residual @ ahead
+    for _ in range(INNER_STEPS):
+        if float(residual.norm()) <= INNER_ENOUGH * float(right.norm()):
+            break
+        bent = apply(direction)
+        length = height / (direction @ bent)
+        solution, residual = solution + length * direction, residual - length * bent
+        ahead = inverse(residual)
+        direction, height = ahead + (residual @ ahead / height) * direction, residual @ ahead
+    return solution

@@ -1,0 +1,222 @@
+"""Precompute: everything that queries of a task need, made once, in one folder."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attribution.calibration_bank import calibration_bank, cases_of
+from attribution.combined import Combined, weigh
+from attribution.datamodels import fit_datamodels
+from attribution.ensemble import train_models
+from attribution.gradients import featurize
+from attribution.model import load_model
+from attribution.moments import compute_moments
+from attribution.newton import GroupNewton, calibrate, predicted_changes
+from attribution.run import SCHEMA, Run, RunSettings, read_settings
+from attribution.run_calibration import RunCalibration
+from attribution.subsets import draw_subsets
+from attribution.task_file import load_task, task_place
+
+
+def precompute(
+    task_spec: str,
+    path: str | os.PathLike[str],
+    *,
+    full_models: int = 100,
+    subset_models: int = 4000,
+    design: str = "mixed",
+    checkpoints: int = 8,
+    seed: int = 0,
+    device: str = "cpu",
+    workers: int | None = None,
+    scheduler: str | None = None,
+) -> Run:
+    """Trains models, fits datamodels, stores gradients and calibrates; resumes by itself.
+
+    Args:
+        task_spec: `file.py:name` or `module:name`.
+        path: folder of the run.
+        full_models: models trained on all rows.
+        subset_models: models trained on subsets.
+        design: half, bernoulli, clusters or mixed.
+        checkpoints: full models whose gradients group Newton averages over; 0 for none.
+        seed: of everything.
+        device: where to compute.
+        workers: processes; None for one per core, 0 for this process.
+        scheduler: address of an existing dask scheduler instead.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: bad input, or a folder that holds a run with other settings or data.
+    """
+    task = load_task(task_spec, outside=Path(path))
+    place = task_place(task_spec)
+    settings = RunSettings(place, full_models, subset_models, design, seed, checkpoints)
+    _check_numbers(settings)
+    # Drawing the subsets first refuses bad settings before anything is written.
+    full_subsets = draw_subsets(task, models=full_models, design="full", seed=seed + 1)
+    subsets = draw_subsets(task, models=subset_models, design=design, seed=seed)
+    task.check()
+    _record(Path(path), settings)
+    run = Run(Path(path), settings, task)
+    at: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
+    where = at | {"device": device}
+    full = train_models(task, full_subsets, run.path / "full", keep="weights", **where)
+    ensemble = train_models(task, subsets, run.path / f"ensemble-{settings.subsets}", **where)
+    to = run.path / f"datamodel-{settings.subsets}"
+    fit_datamodels(ensemble, anchor=full, to=to, seed=seed, **at)
+    compute_moments(full, run.path / "moments", **at)
+    if checkpoints:
+        featurize(task, full.checkpoints(checkpoints), run.path / "features", **where)
+    if checkpoints > 1:
+        calibrate_run(run, **where)
+    # The stores took this task for theirs, so it may be found where it lies now.
+    _write_settings(Path(path), settings)
+    return run
+
+
+def precompute_checkpoints(
+    task_spec: str,
+    path: str | os.PathLike[str],
+    files: Sequence[str | os.PathLike[str]],
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    workers: int | None = None,
+    scheduler: str | None = None,
+) -> Run:
+    """Stores the gradients of checkpoints that are there already; nothing is trained.
+
+    Args:
+        task_spec: `file.py:name` or `module:name`.
+        path: folder of the run.
+        files: checkpoints trained on all rows: .safetensors, .pt, .pth or .ckpt.
+        seed: of the projections.
+        device: where to compute.
+        workers: processes; None for one per core, 0 for this process.
+        scheduler: address of an existing dask scheduler instead.
+
+    Returns:
+        The run; group Newton is its only predictor.
+
+    Raises:
+        ValueError: bad input, a file that does not fit the task's model or has forgotten rows,
+            or a folder that holds a run with other settings or data.
+    """
+    task = load_task(task_spec, outside=Path(path))
+    names = tuple(os.path.basename(os.fspath(file)) for file in files)
+    settings = RunSettings(task_place(task_spec), 0, 0, "none", seed, len(files), names)
+    models = [load_model(task, file) for file in files]
+    for model, name in zip(models, names, strict=True):
+        if model.forgotten:
+            raise ValueError(
+                f"{name!r} has forgotten {len(model.forgotten)} rows: precompute from models"
+                " trained on all rows, and give this one to predict or unlearn"
+            )
+    task.check()
+    _record(Path(path), settings)
+    run = Run(Path(path), settings, task)
+    featurize(
+        task, models, run.path / "features", device=device, workers=workers, scheduler=scheduler
+    )
+    _write_settings(Path(path), settings)
+    return run
+
+
+def calibrate_run(
+    run: Run,
+    *,
+    device: str = "cpu",
+    workers: int | None = None,
+    scheduler: str | None = None,
+) -> RunCalibration:
+    """Trains a run's calibration bank and holds all its predictors against it.
+
+    Args:
+        run: with full models, features and perhaps datamodels.
+        device: where to compute.
+        workers: processes; None for one per core, 0 for this process.
+        scheduler: address of an existing dask scheduler instead.
+
+    Returns:
+        The calibration, which is written to the run's folder as well.
+
+    Raises:
+        ValueError: the stores of the run do not belong together.
+    """
+    at: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
+    seed, to = run.settings.seed + 4, run.path / "calibration"
+    bank = calibration_bank(run.task, to / "bank", seed=seed, device=device, **at)
+    plain = GroupNewton(run.task, run.features, damping=1.0)
+    newton = calibrate(plain, bank, to / "newton", full=run.full, **at)
+    before = run.full.outputs.mean(0)
+    cases = cases_of(bank, before)
+    chosen = replace(plain, damping=newton.damping, temperature=newton.temperature)
+    raw = predicted_changes(chosen, cases, bank, to / "newton" / "changes", **at)
+    pairs = [
+        (newton.applied(change, case.forget, case.targets), run.datamodel.change(case.forget))
+        for case, change in zip(cases, raw, strict=True)
+    ]
+    both = Combined(chosen, run.datamodel, weigh(cases, pairs))
+    tried = [
+        {"datamodel": two, "newton": one, "combined": both.sum(one, two, case.kind_numbers)}
+        for case, (one, two) in zip(cases, pairs, strict=True)
+    ]
+    errors = {
+        name: float(np.mean([c.error(t[name].mean) for c, t in zip(cases, tried, strict=True)]))
+        for name in tried[0]
+    }
+    found = RunCalibration(newton, both.weights, errors)
+    found.save(run.path / "calibration.json")
+    return found
+
+
+def _check_numbers(settings: RunSettings) -> None:
+    if settings.full_models < 2:
+        raise ValueError(f"a run needs at least 2 full models, got {settings.full_models}")
+    if settings.subset_models < 10:
+        raise ValueError(f"datamodels need at least 10 models, got {settings.subset_models}")
+    if settings.design == "full":
+        raise ValueError("datamodels need models on different subsets: choose another design")
+    if settings.checkpoints < 0 or settings.checkpoints > settings.full_models:
+        raise ValueError(
+            f"group Newton takes 0 to {settings.full_models} of the full models as checkpoints,"
+            f" got {settings.checkpoints}"
+        )
+    if settings.seed < 0:
+        raise ValueError(f"a seed must not be negative, got {settings.seed}")
+
+
+def _record(path: Path, settings: RunSettings) -> None:
+    if (path / "run.json").exists():
+        _refuse_other(path, read_settings(path), settings)
+    else:
+        _write_settings(path, settings)
+
+
+def _write_settings(path: Path, settings: RunSettings) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        partial = path / "run.json.partial"
+        partial.write_text(json.dumps({"schema": SCHEMA} | asdict(settings), indent=2) + "\n")
+        partial.replace(path / "run.json")
+    except OSError as error:
+        raise ValueError(f"cannot write the run folder {str(path)!r}: {error}") from error
+
+
+def _refuse_other(path: Path, found: RunSettings, wanted: RunSettings) -> None:
+    # Where the task's file lies may change; what it trains on is checked by the stores.
+    pairs: Sequence[tuple[str, Any]] = [p for p in asdict(wanted).items() if p[0] != "task"]
+    for name, value in pairs:
+        if getattr(found, name) != value:
+            raise ValueError(
+                f"the run in {str(path)!r} was made with {name} = {getattr(found, name)}, this call"
+                f" asks for {value}: use another --run folder, or the same settings"
+            )

@@ -1,0 +1,60 @@
+"""What a run's calibration bank told: group Newton's factors, weights, and who predicts best."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from attribution.combined import Weights
+from attribution.newton import Calibration
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunCalibration:
+    """Calibration of a run's predictors.
+
+    Args:
+        newton: of group Newton.
+        weights: of group Newton and the datamodel, by kind of row; empty without a datamodel.
+        errors: each predictor's squared error over the squared change, averaged over forget sets,
+            outputs and margins, and kinds of row; the noise of one retraining is in it, alike for
+            all.
+    """
+
+    newton: Calibration
+    weights: Mapping[str, Weights]
+    errors: Mapping[str, float]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes it as JSON; replaces the file as a whole."""
+        partial = Path(f"{os.fspath(path)}.partial")
+        partial.write_text(json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "RunCalibration":
+        """Reads what `save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The calibration.
+
+        Raises:
+            ValueError: it cannot be read, or is of a later schema.
+        """
+        try:
+            told = json.loads(Path(path).read_text())
+            if told["schema"] != SCHEMA:
+                raise ValueError(f"its schema is {told['schema']}, this version reads {SCHEMA}")
+            weights = {kind: Weights(**values) for kind, values in told["weights"].items()}
+            return cls(Calibration(**told["newton"]), weights, dict(told["errors"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"cannot read the calibration {os.fspath(path)!r}: {error}; remove it, and"
+                " dmm precompute makes it again"
+            ) from error

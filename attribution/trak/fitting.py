@@ -1,0 +1,282 @@
+"""Fits TRAK scores: one solve for each training row, then products with every target's features."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attribution.gradients import Features, output_cotangents
+from attribution.newton.inverse import factorise
+from attribution.task import Rows, Task
+from attribution.training import threads
+from attribution.trak.curvature import (
+    condition_number,
+    gram_matrix,
+    natural_damping,
+    warn_if_ill_conditioned,
+)
+from attribution.trak.scores import KIND, TrakScores
+from attribution.trak.selection import strongest
+from attribution.trak.tally import Tally
+from stores import ArraySpec, Provenance, Store, StoreSpec, mapped, run_blocks, versions
+
+ROWS_KIND = "trak-rows"
+BLOCK_BYTES = 2**25  # of the effects on the targets of one block
+ROWS_BYTES = 2**24  # of the features of one block of rows
+
+Numbers = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    damping: float
+    weighting: bool
+    dtype: str
+    top: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be 'float32' or 'float64', got {self.dtype!r}")
+        if not (math.isfinite(self.damping) and self.damping > 0):
+            raise ValueError(f"damping must be above 0 and finite, got {self.damping}")
+        if self.top < 1:
+            raise ValueError(f"top must be 1 or more, got {self.top}")
+
+
+def fit_trak(
+    features: Features,
+    to: str | os.PathLike[str],
+    *,
+    damping: float | None = None,
+    weighting: bool = True,
+    dtype: str = "float32",
+    top: int = 20,
+    workers: int | None = 0,
+    scheduler: str | None = None,
+) -> TrakScores:
+    """Computes and stores the effect of including each training row on every output and margin.
+
+    With J_i [output, k] the features of row i, g_i and R_i the first and second derivatives of
+    its loss with respect to the outputs, and H = sum_i J_i^T R_i J_i over the n training rows, the
+    effect on the outputs of target x is, mean over the checkpoints,
+
+        score(i, x) = -J(x) (H + lambda I)^-1 J_i^T g_i,
+
+    and on its margin the margin's derivative at the checkpoint's outputs times that. It is in the
+    unit of the outputs. Interrupted at any moment, the same call computes the unfinished blocks
+    only and ends with the same bits, whatever the workers; no more than one block is in memory.
+
+    Args:
+        features: projected gradients of the checkpoints.
+        to: folder for the scores and for what they are made from.
+        damping: lambda, in the unit of a sum of losses; None: n x the recipe's weight decay.
+        weighting: False leaves R out, H = sum_i phi_i phi_i^T of the margins' gradients, as the
+            `trak` package does; lambda then has another unit and must be given.
+        dtype: float32 or float64, of the products and of the stored scores; the system is solved
+            in float64.
+        top: rows of either sign that are kept for each target beside its scores.
+        workers: processes, one thread each; None for one per core, 0 for this process.
+        scheduler: address of an existing dask scheduler instead.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ValueError: a bad setting, no damping is known, it is too small for the curvature to be
+            inverted, or the folder's scores were made from something else.
+
+    Example:
+        >>> import tempfile
+        >>> from attribution import Model
+        >>> from attribution.gradients import Projection, featurize
+        >>> from examples.digits import mlp, task
+        >>> models, small = [Model(task, mlp().state_dict())], Projection(inputs=4, outputs=2)
+        >>> folder = tempfile.mkdtemp()
+        >>> features = featurize(task, models, f"{folder}/features", projection=small)
+        >>> scores = fit_trak(features, f"{folder}/trak")
+        >>> scores.effects(0).shape, scores.margins(0).shape
+        ((1437, 10), (1437,))
+
+    Source: TRAK (arXiv 2303.14186), equation 14; for several outputs at once, with the
+        curvature's weights and the damping that make it a Newton step.
+    """
+    train = len(features.task.train_ids)
+    chosen = _Settings(
+        _damping(features.task, weighting) if damping is None else float(damping),
+        weighting,
+        dtype,
+        min(top, train),
+    )
+    features = replace(features)  # without caches, which would travel to the workers
+    store = _score_store(features, Path(to) / "scores", chosen)
+    if store.pending():
+        at = None if scheduler else workers
+        run = partial(run_blocks, workers=at, scheduler=scheduler)
+        rows = tuple(
+            _solved_rows(features, checkpoint, Path(to) / f"rows-{checkpoint}", chosen, run)
+            for checkpoint in range(len(features))
+        )
+        work = _ScoreBlock(features, rows, store.path, chosen.top)
+        run(work, store.pending(), title=f"TRAK scores of {features.task.name}")
+    return TrakScores(store.finalize())
+
+
+def _damping(task: Task, weighting: bool) -> float:
+    if not weighting:
+        raise ValueError("without weighting lambda has no natural size: give fit_trak a damping")
+    return natural_damping(task)
+
+
+def _provenance(features: Features, chosen: _Settings, checkpoints: range) -> Provenance:
+    settings = {
+        "features": [dict(features.stores[c].provenance.settings) for c in checkpoints],
+        "damping": chosen.damping,
+        "weighting": chosen.weighting,
+        "dtype": chosen.dtype,
+    }
+    return Provenance(settings, {"versions": versions("torch", "numpy", "datamodel-matching")})
+
+
+# -- training rows: (H + lambda I)^-1 J_i^T g_i ------------------------------------------------
+
+
+def _solved_rows(
+    features: Features, checkpoint: int, path: Path, chosen: _Settings, run: Callable[..., None]
+) -> Store:
+    train, width = len(features.task.train_ids), features.width
+    outputs = features.stores[checkpoint].spec.array("features").shape[1]
+    block = min(train, max(1, ROWS_BYTES // (outputs * width * 4)))
+    array = ArraySpec(("train", "feature"), (train, width), chosen.dtype, width)
+    # The factor is costly, and an existing store holds it.
+    factor = None if os.path.lexists(path) else _factor(features, checkpoint, chosen)
+    store = Store.open_or_create(
+        path,
+        StoreSpec(ROWS_KIND, "train", block, {"rows": array}),
+        _provenance(features, chosen, range(checkpoint, checkpoint + 1)),
+        constants={} if factor is None else {"factor": factor},
+    )
+    work = _RowsBlock(features, checkpoint, store.path)
+    run(work, store.pending(), title=f"rows of checkpoint {checkpoint}")
+    return store.finalize()
+
+
+def _factor(features: Features, checkpoint: int, chosen: _Settings) -> Numbers:
+    # One thread, so that the same features give the same bits on every machine of a kind.
+    with threads(1):
+        gram = gram_matrix(features, checkpoint, weighting=chosen.weighting, dtype=chosen.dtype)
+        lower = factorise(torch.from_numpy(gram), chosen.damping).lower
+        condition = condition_number(lower)
+    warn_if_ill_conditioned(condition, chosen.damping, chosen.dtype, checkpoint)
+    return lower.numpy()
+
+
+@dataclass(frozen=True)
+class _RowsBlock:
+    features: Features
+    checkpoint: int
+    path: str
+
+    def __call__(self, block: int) -> None:
+        store = Store.open(self.path, ROWS_KIND)
+        span = store.spec.span(block)
+        with threads(1):
+            rows = self._solved(np.arange(span.start, span.stop), store.constant("factor"))
+        store.write_block(block, {"rows": rows.astype(store.spec.array("rows").dtype)})
+
+    def _solved(self, rows: Rows, factor: Numbers) -> Numbers:
+        task = self.features.task
+        outputs = torch.from_numpy(self.features.outputs(self.checkpoint, rows)).double()
+        gradients = task.loss.gradient(outputs, task.targets(rows)[1])
+        j = torch.from_numpy(self.features.gather(self.checkpoint, rows)).double()
+        pull = torch.einsum("ro,rok->kr", gradients, j)
+        return torch.cholesky_solve(pull, torch.from_numpy(factor)).T.numpy()
+
+
+# -- targets: products with their features -----------------------------------------------------
+
+
+def _score_store(features: Features, path: Path, chosen: _Settings) -> Store:
+    train, dtype = len(features.task.train_ids), chosen.dtype
+    targets, outputs = features.stores[0].spec.array("outputs").shape
+    most = max(1, BLOCK_BYTES // (train * outputs * np.dtype(dtype).itemsize))
+    block = -(-targets // -(-targets // most))
+    each = ArraySpec(("target", "output"), (targets, outputs), dtype)
+    top = (targets, 2, chosen.top)
+    arrays = {
+        "effects": ArraySpec(("train", "target", "output"), (train, targets, outputs), dtype),
+        "margins": ArraySpec(("train", "target"), (train, targets), dtype),
+        "top_rows": ArraySpec(("target", None, None), top, "int64"),
+        "top_values": ArraySpec(("target", None, None), top, dtype),
+    }
+    arrays |= dict.fromkeys(("own", *Tally.VARIANCES, "outputs", "noise"), each)
+    return Store.open_or_create(
+        path,
+        StoreSpec(KIND, "target", block, arrays),
+        _provenance(features, chosen, range(len(features))),
+        ids={"train": features.task.train_ids, "target": features.task.target_ids},
+    )
+
+
+@dataclass(frozen=True)
+class _ScoreBlock:
+    features: Features
+    rows: tuple[Store, ...]
+    path: str
+    top: int
+
+    def __call__(self, block: int) -> None:
+        store = Store.open(self.path, KIND)
+        span = store.spec.span(block)
+        with threads(1):
+            arrays = self._scored(np.arange(span.start, span.stop))
+        spec = store.spec.arrays
+        store.write_block(
+            block, {name: value.astype(spec[name].dtype) for name, value in arrays.items()}
+        )
+
+    def _scored(self, targets: Rows) -> dict[str, Numbers]:
+        count, train = len(self.rows), len(self.features.task.train_ids)
+        outputs = np.stack([self.features.outputs(c, targets) for c in range(count)])
+        dtype = self.rows[0].spec.array("rows").dtype
+        effects = np.zeros((train, *outputs.shape[1:]), dtype)
+        margins = np.zeros((train, len(targets)), dtype)
+        tally = Tally.empty(count, targets, outputs.shape[2])
+        for checkpoint, rows in enumerate(self.rows):
+            j = torch.from_numpy(self.features.gather(checkpoint, targets)).to(
+                getattr(torch, dtype)
+            )
+            slopes = self._margin_slopes(outputs[checkpoint], targets).to(j)
+            for block in range(rows.spec.blocks):
+                span = rows.spec.span(block)
+                part = -_products(torch.from_numpy(np.array(mapped(rows, "rows", block))), j)
+                tally.add(checkpoint, span, part.numpy())
+                effects[span] += (part / count).numpy()
+                margins[span] += (torch.einsum("rto,to->rt", part, slopes) / count).numpy()
+        top_rows, top_values = strongest(margins, self.top)
+        found = {"effects": effects, "margins": margins}
+        found |= {"top_rows": top_rows, "top_values": top_values}
+        found |= {"outputs": outputs.mean(0, dtype=np.float64), "noise": _spread(outputs)}
+        return found | tally.summary(effects)
+
+    def _margin_slopes(self, outputs: Numbers, targets: Rows) -> Tensor:
+        labels = self.features.task.targets(targets)[1]
+        values = torch.from_numpy(outputs)
+        return output_cotangents(self.features.task.loss, values, labels, "margin")[:, 0]
+
+
+def _products(rows: Tensor, j: Tensor) -> Tensor:
+    return (rows @ j.flatten(0, 1).T).unflatten(1, j.shape[:2])
+
+
+def _spread(outputs: Numbers) -> Numbers:
+    """Standard deviation over the checkpoints; 0 stands for unknown where there is one."""
+    if len(outputs) == 1:
+        return np.zeros(outputs.shape[1:])
+    return outputs.std(0, ddof=1, dtype=np.float64)

@@ -1,0 +1,162 @@
+"""How sure stored effects are: of regressed ones, and of averages over a few checkpoints."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from attribution.outputs import Array
+from attribution.task import Rows
+from stores import Store
+
+
+class Uncertainty(ABC):
+    """Error bars of sums of stored effects, and the factors that such sums are trusted by."""
+
+    @property
+    @abstractmethod
+    def shrink(self) -> tuple[float, float]:
+        """Factors of a target's own row and of other rows, >= 0."""
+
+    @abstractmethod
+    def std(self, rows: Rows, mine: Any, targets: Rows) -> Array:
+        """Standard deviation of the mean change.
+
+        Args:
+            rows: removed rows.
+            mine: whether the target's own row is among them, [target].
+            targets: positions.
+
+        Returns:
+            [target, output].
+        """
+
+    @abstractmethod
+    def noise(self, targets: Rows) -> Array:
+        """Spread of one retraining, [target, output]."""
+
+
+@dataclass(frozen=True)
+class RidgePosterior(Uncertainty):
+    """Of effects regressed by ridge on the masks of retrained models.
+
+    With v the sum of the other rows' rotated masks, k their number and f = 1 if the own row is in
+    F, else 0, the variance is variance / lambda x [k - v D v + (f - a D v)^2 / (a D a) - f].
+
+    Args:
+        store: of fitted datamodels.
+    """
+
+    store: Store = field(repr=False)
+
+    @cached_property
+    def shrink(self) -> tuple[float, float]:
+        """Factors fitted on held-out models."""
+        aa, ab, bb, ay, by = self.store.numpy("cross_products").sum(0, dtype=np.float64)
+        own, other = np.linalg.lstsq(np.array([[aa, ab], [ab, bb]]), np.array([ay, by]))[0]
+        return max(0.0, float(own)), max(0.0, float(other))
+
+    def std(self, rows: Rows, mine: Any, targets: Rows) -> Array:
+        """Standard deviation of the ridge posterior."""
+        masks, eigenvalues, lambdas = self._design
+        chosen = self._small["chosen"][targets]
+        scale = np.zeros(len(targets))
+        for index in np.unique(chosen):
+            group = chosen == index
+            scale[group] = _bracket(
+                masks, 1 / (eigenvalues + lambdas[index]), rows, mine[group], targets[group]
+            )
+        variance = self._small["variance"][targets] / lambdas[chosen][:, None]
+        return np.sqrt(variance * scale[:, None]).astype(np.float32)
+
+    def noise(self, targets: Rows) -> Array:
+        """Spread of the full models."""
+        return np.asarray(self._small["noise"][targets])
+
+    @cached_property
+    def _small(self) -> dict[str, Any]:
+        return {name: self.store.numpy(name) for name in ("variance", "noise", "chosen")}
+
+    @cached_property
+    def _design(self) -> tuple[Any, Any, Any]:
+        masks, eigenvalues = self.store.constant("masks"), self.store.constant("eigenvalues")
+        return masks, eigenvalues, self.store.constant("lambdas")
+
+
+def _bracket(masks: Any, damped: Any, rows: Rows, mine: Any, places: Rows) -> Any:
+    """The bracket of the posterior variance for targets that share a lambda, [target]."""
+    summed = masks[:, rows].sum(1)
+    inside = places < masks.shape[1]
+    own = np.where(inside, masks[:, np.minimum(places, masks.shape[1] - 1)], 0)
+    leverage = np.einsum("rt,r,rt->t", own, damped, own)
+    across = own.T @ (damped * summed)
+    within = summed @ (damped * summed)
+    quadratic = within - mine * (2 * across - leverage)
+    left = mine - (across - mine * leverage)
+    # Nothing tells the effect of a row that every model saw: its uncertainty has no bound.
+    unknown = np.where(mine & inside, np.inf, 0)
+    unpenalised = np.divide(left**2, leverage, out=unknown, where=leverage > 0)
+    return np.maximum(len(rows) - 2 * mine - quadratic + unpenalised, 0)
+
+
+@dataclass(frozen=True)
+class CheckpointSpread(Uncertainty):
+    """Of TRAK scores: how far the checkpoints differ; unknown, hence not a number, of one alone.
+
+    Scores by checkpoint are not kept, so the spread is that of the mean of forget sets of the same
+    size drawn at random. With m rows of the N that are not the target's own, V the sum of their
+    scores' variances over the checkpoints and S the variance of their scores' sum, it is
+
+        variance = own variance, if in F, + m / N V + m (m - 1) / (N (N - 1)) (S - V).
+
+    It says nothing of errors that all checkpoints share, such as the linearisation's.
+
+    Args:
+        store: of TRAK scores.
+    """
+
+    store: Store = field(repr=False)
+
+    @property
+    def shrink(self) -> tuple[float, float]:
+        """1 and 1: nothing was fitted."""
+        return 1.0, 1.0
+
+    def std(self, rows: Rows, mine: Any, targets: Rows) -> Array:
+        """Spread over the checkpoints that random forget sets of this size have."""
+        train = self.store.spec.arrays["effects"].shape[0]
+        others = train - (targets < train)[:, None]
+        m = len(rows) - mine[:, None]
+        own, each, whole = (
+            self._small[name][targets] for name in ("own_variance", "row_variance", "sum_variance")
+        )
+        pairs = m * (m - 1) / np.maximum(others * (others - 1), 1)
+        variance = mine[:, None] * own + m / np.maximum(others, 1) * each + pairs * (whole - each)
+        return self._known(np.sqrt(np.maximum(variance, 0)))
+
+    def noise(self, targets: Rows) -> Array:
+        """Spread of the checkpoints' outputs: of one retraining, if each is one."""
+        return self._known(self._small["noise"][targets])
+
+    @cached_property
+    def _small(self) -> dict[str, Any]:
+        names = ("own_variance", "row_variance", "sum_variance", "noise")
+        return {name: self.store.numpy(name) for name in names}
+
+    def _known(self, values: Any) -> Array:
+        single = len(self.store.provenance.settings["features"]) == 1
+        return np.where(single, np.nan, values).astype(np.float32)
+
+
+def uncertainty_of(store: Store) -> Uncertainty:
+    """What tells how sure a store's effects are.
+
+    Args:
+        store: of fitted datamodels, or of TRAK scores.
+
+    Returns:
+        The uncertainty.
+    """
+    return CheckpointSpread(store) if store.spec.kind == "trak" else RidgePosterior(store)

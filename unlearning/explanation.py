@@ -1,0 +1,238 @@
+"""Which training rows pushed a target's margin up and down most: as data, text and a page."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jinja2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from attribution.gradients import output_cotangents
+from attribution.outputs import Array
+from attribution.run import Run
+from attribution.task import Task
+from attribution.trak import TrakScores, margin_effects
+from unlearning.figures import thumbnail
+
+PREDICTORS = ("datamodel", "trak")
+
+Direction = Literal["pushed up", "pushed down"]
+
+
+@dataclass(frozen=True)
+class MarginEffects:
+    """Effects of including training rows on margins, by one predictor.
+
+    Args:
+        predictor: its name.
+        of: gives the effects of all rows, [train], on the margin of the target at a position.
+    """
+
+    predictor: str
+    of: Callable[[int], Array] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ExplainedRow:
+    """A training row and what including it did to the target's margin.
+
+    Args:
+        id: of the row.
+        value: effect on the margin, in its unit; the margin falls by this without the row.
+        direction: its sign in words.
+        label: of the row.
+    """
+
+    id: str
+    value: float
+    direction: Direction
+    label: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The rows that pushed one target's margin up and down most.
+
+    Args:
+        task: name of the task.
+        target: id of the target.
+        label: of the target.
+        predictor: name of the predictor whose effects these are.
+        rows: those that pushed it up, then those that pushed it down, the strongest first.
+    """
+
+    task: str
+    target: str
+    label: str
+    predictor: str
+    rows: tuple[ExplainedRow, ...]
+
+    def pushed(self, direction: Direction) -> tuple[ExplainedRow, ...]:
+        """The rows of one direction."""
+        return tuple(row for row in self.rows if row.direction == direction)
+
+
+def run_scores(run: Run, predictor: str | None = None) -> MarginEffects:
+    """Effects on margins as a run can tell them.
+
+    The margin's derivative is taken at the full models' mean outputs for a datamodel, at each
+    checkpoint for TRAK, whose scores are computed from the run's features where none are stored.
+
+    Args:
+        run: the run.
+        predictor: "datamodel" or "trak"; None: the first of them that the run has.
+
+    Returns:
+        The effects.
+
+    Raises:
+        ValueError: an unknown predictor, or one that the run has not.
+    """
+    known = {"datamodel": _datamodel_effects, "trak": _trak_effects}
+    if predictor is not None and predictor not in known:
+        raise ValueError(f"unknown predictor {predictor!r}: choose from {', '.join(known)}")
+    for name in [predictor] if predictor else known:
+        effects = known[name](run)
+        if effects is not None:
+            return MarginEffects(name, effects)
+    raise ValueError(
+        f"{run.path} has no {predictor or 'effects of rows'}: run dmm precompute, which makes them"
+    )
+
+
+def _datamodel_effects(run: Run) -> Callable[[int], Array] | None:
+    if not (run.path / f"datamodel-{run.settings.subsets}").exists():
+        return None
+    datamodel, outputs = run.datamodel, run.full.store.array("outputs")
+
+    def of(target: int) -> Array:
+        mean = torch.from_numpy(np.asarray(outputs[:, target]).mean(0, keepdims=True))
+        label = run.task.targets([target])[1]
+        slope = output_cotangents(run.task.loss, mean, label, "margin")[0, 0]
+        return np.asarray(datamodel.effects(target) @ slope.numpy())
+
+    return of
+
+
+def _trak_effects(run: Run) -> Callable[[int], Array] | None:
+    if (run.path / "trak").exists():
+        return TrakScores.open(run.path / "trak").margins
+    if not (run.path / "features").exists():
+        return None
+    damping = run.calibration.newton.damping if run.calibration else None
+    return lambda target: margin_effects(run.features, target, damping=damping)
+
+
+def explain(scores: MarginEffects, task: Task, target_id: str, top: int = 20) -> Explanation:
+    """The training rows that pushed a target's margin up and down most.
+
+    Args:
+        scores: effects of including rows on margins.
+        task: gives ids and labels.
+        target_id: id of a training or test row.
+        top: rows of either direction at most; rows without an effect are left out.
+
+    Returns:
+        The explanation.
+
+    Raises:
+        ValueError: an unknown target, or fewer than one row asked for.
+
+    Example:
+        >>> from examples.digits import task
+        >>> effects = np.zeros(1437)
+        >>> effects[[17, 403]] = 0.5, -0.25
+        >>> explain(MarginEffects("by hand", lambda target: effects), task, "test-0").rows
+        (ExplainedRow(id='train-17', value=0.5, direction='pushed up', label='0'),
+        ExplainedRow(id='train-403', value=-0.25, direction='pushed down', label='3'))
+    """
+    if target_id not in task.positions:
+        raise ValueError(f"unknown target {target_id!r} of task {task.name!r}")
+    if top < 1:
+        raise ValueError(f"expected at least 1 row, got top={top}")
+    target = task.positions[target_id]
+    values = scores.of(target)
+    order = np.argsort(-values, kind="stable")
+    up = [i for i in order[:top] if values[i] > 0]
+    down = [i for i in order[::-1][:top] if values[i] < 0]
+    rows = [_row(task, int(i), float(values[i])) for i in up + down]
+    label = _label(task, target)
+    return Explanation(task.name, target_id, label, scores.predictor, tuple(rows))
+
+
+def _row(task: Task, place: int, value: float) -> ExplainedRow:
+    direction: Direction = "pushed up" if value > 0 else "pushed down"
+    return ExplainedRow(task.train_ids[place], value, direction, _label(task, place))
+
+
+def _label(task: Task, place: int) -> str:
+    label = task.targets([place])[1][0]
+    return str(label.item()) if label.numel() == 1 else str(label.tolist())
+
+
+def explanation_table(explanation: Explanation) -> str:
+    """An explanation as plain text for a terminal.
+
+    Args:
+        explanation: the rows.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> row = ExplainedRow("train-3", 0.5, "pushed up", "7")
+        >>> print(explanation_table(Explanation("digits", "test-0", "7", "trak", (row,))))
+        test-0 (label 7): rows that moved its margin most, by trak
+        <BLANKLINE>
+        pushed up     label     effect
+        train-3           7    +0.5000
+        <BLANKLINE>
+        pushed down: none
+    """
+    told = explanation
+    lines = [f"{told.target} (label {told.label}): rows that moved its margin most, by"
+             f" {told.predictor}"]  # fmt: skip
+    directions: tuple[Direction, Direction] = ("pushed up", "pushed down")
+    width = max(len(text) for text in (*directions, *(row.id for row in told.rows)))
+    for direction in directions:
+        rows = told.pushed(direction)
+        if not rows:
+            lines += ["", f"{direction}: none"]
+            continue
+        lines += ["", f"{direction:{width}}  {'label':>6}  {'effect':>9}"]
+        lines += [f"{row.id:{width}}  {row.label:>6}  {row.value:>+9.4f}" for row in rows]
+    return "\n".join(lines)
+
+
+def render_explanation(
+    explanation: Explanation, *, thumbnails: Mapping[str, NDArray[Any]] | None = None
+) -> str:
+    """Writes an explanation as one self-contained HTML page.
+
+    Args:
+        explanation: the rows.
+        thumbnails: images by row id, [height, width] or [height, width, 3]; None shows none.
+
+    Returns:
+        The page; equal arguments give equal text.
+
+    Example:
+        >>> page = render_explanation(Explanation("digits", "test-0", "7", "trak", ()))
+        >>> page.startswith("<!doctype html>")
+        True
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("explanation.html.j2").render(
+        explanation=explanation,
+        largest=max((abs(row.value) for row in explanation.rows), default=1.0),
+        images={row: thumbnail(image) for row, image in (thumbnails or {}).items()},
+    )
