@@ -9,7 +9,7 @@ from attribution.forget import ForgetSet, parse_forget
 from attribution.gradients import Features, Projection, featurize
 from attribution.in_run import InRunScores, record_run
 from attribution.linear_datamodel import LinearDatamodel
-from attribution.losses import CrossEntropy, Loss, SquaredError
+from attribution.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
 from attribution.model import Model, load_model
 from attribution.moments import Moments, compute_moments
 from attribution.newton import Calibration, GroupNewton, StagedNewton, calibrate
@@ -25,6 +25,7 @@ __all__ = [
     "Recipe",
     "Loss",
     "CrossEntropy",
+    "BinaryCrossEntropy",
     "SquaredError",
     # models
     "Subsets",

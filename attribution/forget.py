@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from attribution.seeds import generator
 from attribution.task import Rows, Task
@@ -305,8 +304,8 @@ def row_vectors(task: Task) -> tuple[Vectors, Rows]:
     """
     inputs, labels = task.rows("train", np.arange(len(task.train_ids)))
     embedded = task.embed(inputs) if task.embed else inputs
-    classes = torch.zeros(len(labels)) if labels.is_floating_point() else labels
-    return embedded.reshape(len(inputs), -1).double().numpy(), classes.long().numpy()
+    vectors = embedded.reshape(len(inputs), -1).double().numpy()
+    return vectors, task.loss.classes(labels).numpy()
 
 
 def nearest_rows(vectors: Vectors, groups: Rows, first: int) -> Rows:

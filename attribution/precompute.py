@@ -30,7 +30,7 @@ def precompute(
     full_models: int = 100,
     subset_models: int = 4000,
     design: str = "mixed",
-    checkpoints: int = 8,
+    checkpoints: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     workers: int | None = None,
@@ -44,7 +44,8 @@ def precompute(
         full_models: models trained on all rows.
         subset_models: models trained on subsets.
         design: half, bernoulli, clusters or mixed.
-        checkpoints: full models whose gradients group Newton averages over; 0 for none.
+        checkpoints: full models whose gradients group Newton averages over; 0 for none, None for
+            8, or for all where there are fewer.
         seed: of everything.
         device: where to compute.
         workers: processes; None for one per core, 0 for this process.
@@ -58,6 +59,8 @@ def precompute(
     """
     task = load_task(task_spec, outside=Path(path))
     place = task_place(task_spec)
+    if checkpoints is None:
+        checkpoints = min(8, full_models)
     settings = RunSettings(place, full_models, subset_models, design, seed, checkpoints)
     _check_numbers(settings)
     # Drawing the subsets first refuses bad settings before anything is written.

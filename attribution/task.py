@@ -235,7 +235,7 @@ class Task:
 
         Raises:
             ValueError: a row differs between two reads, the model does not take the inputs, or
-                a label is no class of the model.
+                the loss cannot take a label.
         """
         n = len(self.train_ids)
         probe = sorted({0, n // 2, n - 1})
@@ -270,18 +270,10 @@ class Task:
             ids = self.train_ids if split == "train" else self.test_ids
             row = ids[int(torch.nonzero(~finite)[0])]
             raise ValueError(f"task {self.name!r}: the inputs of row {row!r} are not finite")
-        if not isinstance(self.loss, CrossEntropy):
-            return
-        if labels.is_floating_point() or labels.ndim != 1:
-            raise ValueError(
-                f"task {self.name!r}: cross-entropy takes class numbers as labels, one integer a"
-                f" row; got dtype {labels.dtype} and shape {tuple(labels.shape)}"
-            )
-        if int(labels.min()) < 0 or int(labels.max()) >= outputs:
-            raise ValueError(
-                f"task {self.name!r}: {split} labels run from {int(labels.min())} to"
-                f" {int(labels.max())}, the model has {outputs} outputs"
-            )
+        try:
+            self.loss.check_labels(labels, outputs)
+        except ValueError as error:
+            raise ValueError(f"task {self.name!r}: {split} {error}") from error
 
     def settings(self) -> dict[str, Any]:
         """What a store made from this task must agree on."""

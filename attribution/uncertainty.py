@@ -69,7 +69,7 @@ class RidgePosterior(Uncertainty):
                 masks, 1 / (eigenvalues + lambdas[index]), rows, mine[group], targets[group]
             )
         variance = self._small["variance"][targets] / lambdas[chosen][:, None]
-        return np.sqrt(variance * scale[:, None]).astype(np.float32)
+        return np.asarray(np.sqrt(variance * scale[:, None]), dtype=np.float32)
 
     def noise(self, targets: Rows) -> Array:
         """Spread of the full models."""

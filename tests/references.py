@@ -12,20 +12,68 @@ from torch.nn import functional
 from attribution.seeds import derive_seed, generator
 
 
-def ridge(inputs, labels, penalty):
-    """Weights and intercept that minimise sum (y - x w - b)^2 + penalty |w|^2."""
+def ridge(inputs, labels, penalty, *, weights=None, free_intercept=True):
+    """Weights and intercept that minimise sum a (y - x w - b)^2 + penalty (|w|^2 [+ b^2])."""
     design = np.column_stack([inputs, np.ones(len(inputs))])
     damping = penalty * np.eye(design.shape[1])
-    damping[-1, -1] = 0
-    found = np.linalg.solve(design.T @ design + damping, design.T @ labels)
+    if free_intercept:
+        damping[-1, -1] = 0
+    weighted = design if weights is None else np.asarray(weights)[:, None] * design
+    found = np.linalg.solve(design.T @ weighted + damping, weighted.T @ labels)
     return found[:-1], found[-1]
 
 
-def leave_set_out_ridge(inputs, labels, queries, removed, penalty):
+def leave_set_out_ridge(inputs, labels, queries, removed, penalty, *, free_intercept=True):
     """Change of the predictions on `queries` when the rows `removed` are not trained on."""
     kept = np.setdiff1d(np.arange(len(inputs)), removed)
-    before, after = ridge(inputs, labels, penalty), ridge(inputs[kept], labels[kept], penalty)
+    before, after = (
+        ridge(inputs[rows], labels[rows], penalty, free_intercept=free_intercept)
+        for rows in (np.arange(len(inputs)), kept)
+    )
     return queries @ (after[0] - before[0]) + after[1] - before[1]
+
+
+def penalised_logistic(inputs, labels, penalty, classes):
+    """Weights and intercepts [class, width + 1] of softmax regression, to convergence.
+
+    Minimises sum cross-entropy + penalty / 2 |W|^2, the intercepts included.
+    """
+    design = torch.column_stack([inputs, torch.ones(len(inputs))]).double()
+    weights = torch.zeros(classes, design.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weights],
+        max_iter=1000,
+        tolerance_grad=1e-11,
+        tolerance_change=1e-16,
+        history_size=50,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective():
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(design @ weights.T, labels, reduction="sum")
+        loss = loss + penalty / 2 * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    return weights.detach()
+
+
+def group_newton_step(features, outputs, labels, loss, removed, damping, temperature=1.0):
+    """(H - H_F + damping I)^-1 sum_F J^T g of one checkpoint, row by row in float64.
+
+    features: of the training rows, [train, output, k]; H's part of a row is J^T R / T J at z / T.
+    """
+    width = features.shape[-1]
+    matrix, pull = damping * np.eye(width), np.zeros(width)
+    for row, j in enumerate(features.astype(np.float64)):
+        scaled = torch.from_numpy(outputs[row : row + 1]).double() / temperature
+        if row in removed:
+            pull += j.T @ loss.gradient(scaled, labels[row : row + 1]).numpy()[0]
+        else:
+            matrix += j.T @ (loss.hessian(scaled).numpy()[0] / temperature) @ j
+    return np.linalg.solve(matrix, pull)
 
 
 def _datamodel_equations(masks, weights, penalty, own):

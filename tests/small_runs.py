@@ -5,7 +5,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from attribution.run import precompute
+from attribution.precompute import precompute
 from stores import Store
 
 TRAIN_ROWS, TEST_ROWS, FULL_MODELS = 37, 11, 80

@@ -1,14 +1,19 @@
 """Tiny tasks, and ensembles written by hand, shared by the tests."""
 
+import functools
+
 import numpy as np
 import torch
+from sklearn.datasets import load_diabetes
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from attribution import Ensemble, Recipe, SquaredError, Task
+from attribution import BinaryCrossEntropy, Ensemble, Recipe, SquaredError, Task
 from stores import ArraySpec, Provenance, Store, StoreSpec
 
 RECIPE = Recipe(epochs=3, batch_size=8, peak_rate=0.1)
+DECAYING = Recipe(epochs=30, batch_size=32, peak_rate=0.02, weight_decay=1e-2)
+SPLIT = slice(0, 340), slice(340, None)
 CPU = torch.device("cpu")
 
 
@@ -32,6 +37,15 @@ def blobs(rows=37, test_rows=11, **changes):
     return Task("blobs", blob_data(rows, 1), blob_data(test_rows, 2), **fields)
 
 
+def binary(rows=37, test_rows=11, **changes):
+    """One logit; labels are 0.0 and 1.0."""
+    parts = (blob_data(count, seed).tensors for count, seed in ((rows, 1), (test_rows, 2)))
+    data = [TensorDataset(inputs, labels.float()) for inputs, labels in parts]
+    hidden = lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))  # noqa: E731
+    fields = {"model": hidden, "recipe": RECIPE, "loss": BinaryCrossEntropy()}
+    return Task("binary", *data, **(fields | changes))
+
+
 def line_data(rows, seed, dtype=torch.float32):
     """Four features and a noisy linear label."""
     random = torch.Generator().manual_seed(seed)
@@ -44,6 +58,22 @@ def line_data(rows, seed, dtype=torch.float32):
 def line(rows=37, test_rows=11, **changes):
     fields = {"model": lambda: nn.Linear(4, 1), "recipe": RECIPE, "loss": SquaredError()}
     return Task("line", line_data(rows, 1), line_data(test_rows, 2), **(fields | changes))
+
+
+@functools.cache
+def diabetes_data():
+    """Scikit-learn's diabetes, inputs and labels with mean 0 and standard deviation 1."""
+    inputs, labels = load_diabetes(return_X_y=True)
+    parts = ((values - values.mean(0)) / values.std(0) for values in (inputs, labels))
+    return [torch.tensor(part, dtype=torch.float32) for part in parts]
+
+
+def diabetes(**changes):
+    """Progression of a disease from ten measurements; 340 training and 102 test rows."""
+    inputs, labels = diabetes_data()
+    train, test = (TensorDataset(inputs[rows], labels[rows]) for rows in SPLIT)
+    fields = {"model": lambda: nn.Linear(10, 1), "recipe": DECAYING, "loss": SquaredError()}
+    return Task("diabetes", train, test, **(fields | changes))
 
 
 def ridge_training(data, penalty):

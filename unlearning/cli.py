@@ -14,12 +14,12 @@ import torch
 
 from attribution import Model, load_model, parse_forget
 from attribution.counterfactual import parse_targets
+from attribution.precompute import precompute, precompute_checkpoints
 from attribution.prediction_files import (
     check_prediction_file,
     check_writable,
     write_prediction,
 )
-from attribution.precompute import precompute, precompute_checkpoints
 from attribution.run import PREDICTORS, Run
 from attribution.subsets import DESIGNS
 from stores import BlocksFailed
@@ -155,7 +155,7 @@ def _unlearn(options: argparse.Namespace) -> tuple[Any, str]:
     model = _model(run, options.checkpoint)
     where = {key: value for key, value in _where(options).items() if value is not None}
     evidence = Evidence(
-        predictor=lambda: run.predictor(options.predictor),
+        predictor=lambda name: run.predictor(name or options.predictor),
         oracle=lambda: run.oracle(forget, len(run.full), **where),
         moments=lambda: run.moments,
     )
@@ -318,9 +318,8 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument(
         "--newton-checkpoints",
         type=int,
-        default=8,
         metavar="C",
-        help="full models whose gradients are stored; 0: none",
+        help="full models whose gradients are stored, 8 if not told; 0: none",
     )
     make.add_argument(
         "--checkpoint",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from attribution import Counterfactual, ForgetSet, Oracle
+from attribution import ForgetSet, Oracle
 from attribution.run import Run
 from stores import versions
 from unlearning.audit import Audit
@@ -90,7 +90,7 @@ def evaluate_methods(
         for forget in forget_sets:
             banks = [run.bank(forget, which, n_models, **where) for which in (0, 1)]
             audit = Audit(run.task, forget, run.full, *banks)
-            given = _evidence(run, audit, counterfactuals[chosen])
+            given = _evidence(run, audit, chosen)
             judged = {n: Judged(audit, c.change(forget)) for n, c in counterfactuals.items()}
             compared.append((forget, {name: one.comparisons for name, one in judged.items()}))
             block = _measured(audit) | _predicted(judged, chosen) | {"methods": {}}
@@ -145,9 +145,9 @@ def _check(
         )
 
 
-def _evidence(run: Run, audit: Audit, predictor: Counterfactual) -> Evidence:
+def _evidence(run: Run, audit: Audit, chosen: str) -> Evidence:
     return Evidence(
-        predictor=lambda: predictor,
+        predictor=lambda name: run.predictor(name or chosen),
         oracle=lambda: Oracle(audit.full, audit.targets),
         moments=lambda: run.moments,
     )

@@ -146,7 +146,7 @@ def explain(scores: MarginEffects, task: Task, target_id: str, top: int = 20) ->
         >>> effects = np.zeros(1437)
         >>> effects[[17, 403]] = 0.5, -0.25
         >>> explain(MarginEffects("by hand", lambda target: effects), task, "test-0").rows
-        (ExplainedRow(id='train-17', value=0.5, direction='pushed up', label='0'),
+        (ExplainedRow(id='train-17', value=0.5, direction='pushed up', label='8'),
         ExplainedRow(id='train-403', value=-0.25, direction='pushed down', label='3'))
     """
     if target_id not in task.positions:

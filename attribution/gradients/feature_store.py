@@ -30,6 +30,7 @@ from stores import (
 )
 
 KIND = "features"
+CACHE_BYTES = 2**20  # of rows that are converted at once; fits a core's cache
 BLOCK_BYTES = 16 * 2**20  # of the features of one block
 ROWS_AT_ONCE = 128  # of one forward pass
 Which = Literal["all", "train"]
@@ -282,7 +283,7 @@ def in_full(stored: Numbers, scale: Numbers | None) -> Numbers:
     Returns:
         [row, output, k], float32 or wider.
     """
-    return stored if scale is None else stored.astype(np.float32) * scale[..., None]
+    return stored if scale is None else _widened(stored) * scale[..., None]
 
 
 def blocks_of(task: Task, spec: StoreSpec, which: Which) -> range:
@@ -354,10 +355,25 @@ def block_product(store: Store, block: int, direction: Numbers, rows: Numbers) -
     some = 2 * len(rows) < len(values)
     if some:
         values, scale = values[rows], None if scale is None else scale[rows]
-    flat = values.reshape(-1, len(direction)).astype(direction.dtype, copy=False)
-    found = (flat @ direction).reshape(values.shape[:2])
+    found = _times(values.reshape(-1, len(direction)), direction).reshape(values.shape[:2])
     found = found if scale is None else found * scale
     return found if some else found[rows]
+
+
+def _times(rows: Numbers, direction: Numbers) -> Numbers:
+    if rows.dtype == direction.dtype:
+        return rows @ direction
+    found = np.empty(len(rows), direction.dtype)
+    height = max(1, CACHE_BYTES // direction.nbytes)
+    for start in range(0, len(rows), height):
+        piece = slice(start, start + height)
+        found[piece] = _widened(rows[piece]) @ direction
+    return found
+
+
+def _widened(halves: Numbers) -> Numbers:
+    # numpy converts float16 number by number.
+    return torch.from_numpy(halves).float().numpy()
 
 
 def checkpoint_paths(path: str | os.PathLike[str]) -> list[Path]:

@@ -285,6 +285,20 @@ def featurize(
             was made from other data, another checkpoint or another projection.
         BlocksFailed: blocks failed repeatedly; what was finished is kept.
 
+    Example:
+        >>> import tempfile
+        >>> from attribution import Model
+        >>> from examples.digits import mlp, task
+        >>> model, folder = Model(task, mlp().state_dict()), tempfile.mkdtemp() + "/features"
+        >>> small = Projection(inputs=4, outputs=2)
+        >>> part = featurize(task, [model], folder, projection=small, block=500, targets="train")
+        >>> part.stores[0].pending()
+        [3]
+        >>> float(part.product(0, np.zeros(24), np.array([1796])).sum())
+        0.0
+        >>> part.stores[0].pending()
+        []
+
     Source: TRAK (arXiv 2303.14186) projects gradients of one output; the projection by layers is
     LoGra's (arXiv 2405.13954).
     """

@@ -103,7 +103,7 @@ class Sides:
 
     def captured_size(self, deltas: Tensor) -> int:
         """Numbers of P_in a_t over all positions and groups of a row."""
-        return deltas[0].numel() // self.out * self.shape[2]
+        return deltas.shape[1:].numel() // self.out * self.shape[2]
 
     @property
     def matrices(self) -> list[Tensor]:
@@ -304,7 +304,7 @@ class NormalisationBlock(Block):
 
     def captured_size(self, deltas: Tensor) -> int:
         """As many as the inputs have."""
-        return deltas[0].numel()
+        return deltas.shape[1:].numel()
 
     def capture(self, call: Call) -> Tensor:
         """Normalised inputs, of the shape of the inputs."""

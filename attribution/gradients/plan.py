@@ -221,7 +221,7 @@ def _refuse_layer(name: str, layer: nn.Module) -> None:
             " track_running_stats=True"
         )
     for setting in ("max_norm", "scale_grad_by_freq"):
-        if getattr(layer, setting, None):
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and getattr(layer, setting):
             raise ValueError(
                 f"layer {name!r} has {setting}={getattr(layer, setting)!r}, which is no part of"
                 " the gradient of one row: build it without"

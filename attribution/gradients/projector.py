@@ -184,7 +184,7 @@ class Linearisation:
     def _add_others(self, found: Tensor, cotangents: Tensor) -> None:
         projector = self.projector
         plan, first = projector.plan, sum(block.size for block in projector.plan.blocks)
-        if plan.others:
+        if plan.others and len(self.inputs):
             found[..., first:] = other_features(
                 projector.module, plan, self.state, self.inputs, cotangents
             )

@@ -133,8 +133,9 @@ class GroupNewton(Counterfactual):
         Raises:
             ValueError: too little damping.
         """
-        problem, rows = self._problem(checkpoint), torch.from_numpy(forget.rows)
+        rows = torch.from_numpy(forget.rows)
         j = torch.from_numpy(self.features.gather(checkpoint, forget.rows))
+        problem = self._problem(checkpoint, j.dtype)
         outputs = problem.outputs[rows]
         pull = (before - after) * (j.flatten(0, 1).T @ problem.gradients(outputs, rows).flatten())
         root = _root((1 - after) * problem.hessians(outputs))
@@ -171,9 +172,9 @@ class GroupNewton(Counterfactual):
             self._kept_factors[checkpoint] = known
         return known
 
-    def _problem(self, checkpoint: int) -> Linearised:
+    def _problem(self, checkpoint: int, dtype: torch.dtype) -> Linearised:
         rows = np.arange(len(self.task.train_ids))
-        outputs = torch.from_numpy(self.features.outputs(checkpoint, rows))
+        outputs = torch.from_numpy(self.features.outputs(checkpoint, rows)).to(dtype)
         return Linearised(
             lambda: self._blocks(checkpoint),
             outputs,

@@ -65,11 +65,11 @@ def without(factor: Factor, removed: Tensor) -> Map:
         tensor([0.5000, 0.3333])
     """
     directions, size = removed.shape
-    a = removed.to(factor.curvature)
     # k^2 d + k d^2 multiplications against k^2 d + k^3 / 3.
     if 3 * directions**2 < size**2:
-        return _woodbury(factor, a)
-    lower = _cholesky(factor.curvature - a.T @ a, factor.damping)
+        return _woodbury(factor, removed.to(factor.curvature))
+    # The product in the features' own precision: they know no better.
+    lower = _cholesky(factor.curvature - (removed.T @ removed).double(), factor.damping)
     return lambda v: _solved(lower, v.to(lower)).to(v)
 
 

@@ -272,11 +272,11 @@ class _ScoreBlock:
 
 
 def _products(rows: Tensor, j: Tensor) -> Tensor:
-    return (rows @ j.flatten(0, 1).T).unflatten(1, j.shape[:2])
+    return (rows @ j.flatten(0, 1).T).reshape(len(rows), *j.shape[:2])
 
 
 def _spread(outputs: Numbers) -> Numbers:
     """Standard deviation over the checkpoints; 0 stands for unknown where there is one."""
     if len(outputs) == 1:
         return np.zeros(outputs.shape[1:])
-    return outputs.std(0, ddof=1, dtype=np.float64)
+    return np.asarray(outputs.std(0, ddof=1, dtype=np.float64))

@@ -45,7 +45,7 @@ def margin_effects(features: Features, target: int, *, damping: float | None = N
     """
     known = natural_damping(features.task) if damping is None else damping
     each = [_of_checkpoint(features, c, target, known) for c in range(len(features))]
-    return np.mean(each, axis=0, dtype=np.float64).astype(np.float32)
+    return np.asarray(np.mean(each, axis=0, dtype=np.float64), dtype=np.float32)
 
 
 def _of_checkpoint(features: Features, checkpoint: int, target: int, damping: float) -> Array:

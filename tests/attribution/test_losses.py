@@ -5,12 +5,15 @@ import torch
 from torch.func import grad, jacrev, vmap
 from torch.nn import functional
 
-from attribution.losses import CrossEntropy, SquaredError, one_hot, softmax
+from attribution.losses import BinaryCrossEntropy, CrossEntropy, SquaredError, one_hot, softmax
 
 ROWS, OUTPUTS = 7, 5
 CLASSES = torch.tensor([0, 4, 2, 2, 1, 3, 0])
+BITS = torch.tensor([0, 1, 1, 0, 1, 0, 0])
 CASES = {
     "classes": (CrossEntropy(), CLASSES, OUTPUTS),
+    "one logit": (BinaryCrossEntropy(), BITS, 1),
+    "one logit, labels as floats": (BinaryCrossEntropy(), BITS.float(), 1),
     "one number": (SquaredError(), torch.linspace(-1, 2, ROWS).double(), 1),
     "numbers": (
         SquaredError(),
@@ -53,6 +56,37 @@ def test_cross_entropy_equals_torch():
     outputs = torch.randn(ROWS, OUTPUTS, dtype=torch.float64)
     expected = functional.cross_entropy(outputs, CLASSES, reduction="none")
     torch.testing.assert_close(CrossEntropy().value(outputs, CLASSES), expected)
+
+
+def test_binary_cross_entropy_equals_torch():
+    outputs = 3 * torch.randn(ROWS, 1, dtype=torch.float64)
+    expected = functional.binary_cross_entropy_with_logits(
+        outputs[:, 0], BITS.double(), reduction="none"
+    )
+    torch.testing.assert_close(BinaryCrossEntropy().value(outputs, BITS), expected)
+
+
+@pytest.mark.parametrize("labels", [BITS, BITS.bool(), BITS.to(torch.uint8), BITS.float()])
+def test_one_logit_is_the_difference_of_two(labels):
+    logit = 3 * torch.randn(ROWS, 1, dtype=torch.float64)
+    pair = torch.cat([torch.zeros_like(logit), logit], 1)
+    one, two = BinaryCrossEntropy(), CrossEntropy()
+    for name in ("value", "margin", "quality"):
+        expected = getattr(two, name)(pair, BITS)
+        torch.testing.assert_close(getattr(one, name)(logit, labels), expected)
+    torch.testing.assert_close(one.gradient(logit, labels)[:, 0], two.gradient(pair, BITS)[:, 1])
+    torch.testing.assert_close(one.hessian(logit)[:, 0, 0], two.hessian(pair)[:, 1, 1])
+
+
+@pytest.mark.parametrize("size", [50.0, 1e4])
+def test_large_logits_stay_finite(size):
+    loss, logits, labels = BinaryCrossEntropy(), torch.tensor([[size], [-size]]), BITS[:2]
+    assert loss.value(logits, labels).tolist() == [size, size]
+    assert loss.gradient(logits, labels).tolist() == [[1.0], [-1.0]]
+    assert 0 <= float(loss.hessian(logits).max()) < 1e-20
+    right = loss.value(logits, 1 - labels)
+    assert bool((right >= 0).all())
+    assert float(right.max()) < 1e-20
 
 
 def test_squared_error_is_half_the_squared_distance():
@@ -100,3 +134,47 @@ def test_one_hot_equals_torch():
     outputs = torch.zeros(ROWS, OUTPUTS, dtype=torch.float64)
     expected = functional.one_hot(CLASSES, OUTPUTS).double()
     torch.testing.assert_close(one_hot(CLASSES, outputs), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels", "outputs"),
+    [
+        (CrossEntropy(), CLASSES, OUTPUTS),
+        (BinaryCrossEntropy(), BITS, 1),
+        (BinaryCrossEntropy(), BITS.bool(), 1),
+        (BinaryCrossEntropy(), BITS.double(), 1),
+        (SquaredError(), torch.randn(ROWS), 1),
+        (SquaredError(), CLASSES, 1),
+        (SquaredError(), torch.randn(ROWS, 3), 3),
+    ],
+)
+def test_labels_that_fit_are_taken(loss, labels, outputs):
+    loss.check_labels(labels, outputs)
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels", "outputs", "text"),
+    [
+        (CrossEntropy(), BITS.float(), 2, r"dtype torch.float32 and shape \(7,\): cross-entropy"),
+        (CrossEntropy(), CLASSES[:, None], OUTPUTS, r"shape \(7, 1\): cross-entropy takes class"),
+        (CrossEntropy(), CLASSES, 4, "labels run from 0 to 4, the model has 4 outputs"),
+        (BinaryCrossEntropy(), BITS, 2, "the model has 2 outputs: use CrossEntropy for one logit"),
+        (BinaryCrossEntropy(), BITS[:, None], 1, r"shape \(7, 1\): binary cross-entropy takes one"),
+        (BinaryCrossEntropy(), CLASSES, 1, "labels must be 0 or 1, got 4"),
+        (BinaryCrossEntropy(), 2 * BITS - 1, 1, "labels must be 0 or 1, got -1"),
+        (BinaryCrossEntropy(), 0.5 * BITS, 1, "labels must be 0 or 1, got 0.5"),
+        (BinaryCrossEntropy(), BITS * torch.nan, 1, "labels must be 0 or 1, got nan"),
+        (SquaredError(), torch.randn(ROWS), 2, r"shape \(7,\), the model has 2 outputs: squared e"),
+        (SquaredError(), torch.randn(ROWS, 3), 1, r"shape \(7, 3\), the model has 1 outputs"),
+        (SquaredError(), BITS / 0, 1, "labels must be finite"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(loss, labels, outputs, text):
+    with pytest.raises(ValueError, match=text):
+        loss.check_labels(labels, outputs)
+
+
+def test_classes_are_the_labels_of_a_classification_only():
+    assert torch.equal(CrossEntropy().classes(CLASSES), CLASSES)
+    assert torch.equal(BinaryCrossEntropy().classes(BITS.float()), BITS)
+    assert torch.equal(SquaredError().classes(torch.randn(ROWS, 2)), torch.zeros(ROWS).long())

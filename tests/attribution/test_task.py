@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from attribution import CrossEntropy, Recipe, Task
+from attribution import BinaryCrossEntropy, CrossEntropy, Recipe, Task
 from attribution.task import source_digest
-from tests.tasks import RECIPE, blob_data, blobs, line, ridge_task, small_mlp
+from tests.tasks import RECIPE, binary, blob_data, blobs, line, ridge_task, small_mlp
 
 
 class Listed:
@@ -297,4 +297,37 @@ def test_inputs_that_are_not_finite_are_refused_by_row(make, split, value):
     task.data(split).tensors[0][[9, 4], 1] = value
     message = f"^task '{task.name}': the inputs of row '{split}-4' are not finite$"
     with pytest.raises(ValueError, match=message):
+        task.check()
+
+
+def one_logit(label, split="train"):
+    """A task of one logit with one label changed."""
+    task = binary()
+    if label is not None:
+        task.data(split).tensors[1][4] = label
+    return task
+
+
+def test_one_logit_takes_labels_of_two_classes():
+    one_logit(None).check()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_other_labels_of_one_logit_are_refused(split):
+    message = f"^task 'binary': {split} labels must be 0 or 1, got 2.0$"
+    with pytest.raises(ValueError, match=message):
+        one_logit(2, split).check()
+
+
+def test_one_logit_is_not_two_outputs():
+    with pytest.raises(ValueError, match=r"labels are those of one logit, the model has 2 outputs"):
+        blobs(loss=BinaryCrossEntropy()).check()
+
+
+def test_labels_of_a_regression_must_fit_its_outputs():
+    with pytest.raises(ValueError, match=r"task 'line': train labels have shape \(37,\), the mod"):
+        line(model=lambda: nn.Linear(4, 3)).check()
+    task = line()
+    task.test_data.tensors[1][3] = torch.nan
+    with pytest.raises(ValueError, match="task 'line': test labels must be finite"):
         task.check()

@@ -3,7 +3,7 @@ import os
 import numpy as np
 import pytest
 
-from stores import ArraySpec, Provenance, Store, StoreSpec, gather, rows, total
+from stores import ArraySpec, Provenance, Store, StoreSpec, gather, mapped, rows, total
 
 LENGTH, TARGETS, OUTPUTS = 53, 11, 3
 ORDERS = {
@@ -125,10 +125,64 @@ def test_positions_are_checked(tmp_path):
         total(store, "scores", np.zeros((1, 1), int))
 
 
-def test_the_first_axis_must_be_train(tmp_path):
-    spec = StoreSpec("o", "target", 4, {"o": ArraySpec(("target", "train"), (4, 3), "float32")})
-    store = Store.create(tmp_path / "s", spec, Provenance({}))
+def targets(path, *, compress=False, skip=()):
+    """An array whose first axis is cut into blocks, the last one padded."""
+    array = ArraySpec(("target", "output"), (11, 3), "float32", None, compress)
+    store = Store.create(path, StoreSpec("o", "target", 4, {"o": array}), Provenance({}))
+    values = np.arange(33, dtype=np.float32).reshape(11, 3)
+    for block in set(range(3)) - set(skip):
+        store.write_block(block, {"o": values[store.spec.span(block)]})
+    return store, values
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_rows_of_another_axis_need_their_own_blocks_alone(tmp_path, compress):
+    store, values = targets(tmp_path / "s", compress=compress, skip=[1])
+    wanted = np.array([10, 3, 8, 0, 3])
+    np.testing.assert_array_equal(gather(store, "o", wanted), values[wanted])
+    with pytest.raises(ValueError, match=r"block 1 of .* is pending"):
+        gather(store, "o", np.array([3, 4]))
+
+
+def test_sums_are_over_the_axis_train(tmp_path):
+    store, _ = targets(tmp_path / "s")
     with pytest.raises(ValueError, match="expected 'train' as first axis of 'o'"):
-        gather(store, "o", np.array([0]))
-    with pytest.raises(ValueError, match="expected one of the arrays o; got 'p'"):
-        gather(store, "p", np.array([0]))
+        total(store, "o", np.array([0]))
+    for function in (total, gather):
+        with pytest.raises(ValueError, match="expected one of the arrays o; got 'p'"):
+            function(store, "p", np.array([0]))
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("block", [0, 2])
+def test_a_block_is_mapped(tmp_path, compress, block):
+    store, values = targets(tmp_path / "s", compress=compress, skip=[1])
+    found = mapped(store, "o", block)
+    np.testing.assert_array_equal(found, values[store.spec.span(block)])
+    assert found.dtype == np.float32
+    found[:] = -1
+    np.testing.assert_array_equal(mapped(store, "o", block), values[store.spec.span(block)])
+    with pytest.raises(ValueError, match=r"block 1 of .* is pending"):
+        mapped(store, "o", 1)
+
+
+def test_a_block_of_several_objects_is_read(tmp_path):
+    store, values = make(tmp_path / "s")
+    fill(store, values)
+    np.testing.assert_array_equal(mapped(store, "scores", 2), values[:, 8:11])
+
+
+def test_a_block_of_one_raw_object_is_not_copied(tmp_path):
+    store, _ = targets(tmp_path / "s")
+    found = mapped(store, "o", 1)
+    with open(tmp_path / "s/o/c/1/0", "r+b") as file:
+        file.write(np.float32(99).tobytes())
+    assert found[0, 0] == 99
+
+
+@pytest.mark.parametrize("left", [0, 10])
+def test_a_truncated_block_is_not_mapped(tmp_path, left):
+    store, _ = targets(tmp_path / "s")
+    os.truncate(tmp_path / "s/o/c/1/0", left)
+    with pytest.raises(ValueError, match=rf"expected 48 bytes in .*c/1/0, got {left}"):
+        mapped(store, "o", 1)

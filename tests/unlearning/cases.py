@@ -161,7 +161,7 @@ class Ground:
         """For the first request, or for the second one of a model that has forgotten before."""
         bank = self.banks["both" if again else "forget"]
         return Evidence(
-            predictor=lambda: self.datamodel,
+            predictor=lambda _: self.datamodel,
             oracle=lambda: Oracle(self.full, bank, absolute=again),
             moments=lambda: self.moments,
         )

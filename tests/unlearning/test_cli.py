@@ -69,12 +69,16 @@ class TestPrecompute:
         spec, run = write_task(tmp_path), tmp_path / "run"
         found = told("precompute", spec, "--run", run, *SIZES)
         assert (found["run"], len(found["shrink"])) == (str(run), 2)
-        assert {Path(s).name for s in found["stores"]} == {
+        assert {Path(s).relative_to(run).parts[0] for s in found["stores"]} == {
             "full",
             "ensemble-mixed-24",
             "datamodel-mixed-24",
             "moments",
+            "features",
+            "calibration",
         }
+        assert found["predictors"] == ["datamodel", "newton", "combined"]
+        assert found["best"] in found["predictors"]
         before = contents(run)
         assert dmm("precompute", spec, "--run", run, *SIZES) == (
             f"{run}: 80 full models, 24 models on mixed subsets, datamodels of 48 targets\n"
@@ -107,7 +111,7 @@ class TestPredict:
         found = told("predict", "--run", run, *FEW)
         opened = Run.open(run)
         forget = ForgetSet.at(opened.task, range(3, 8))
-        expected = opened.datamodel.predict(opened.full.model(0), forget, forget.ids)
+        expected = opened.predictor().predict(opened.full.model(0), forget, forget.ids)
         assert found["forget"] == found["targets"] == [f"train-{i}" for i in range(3, 8)]
         for name in COLUMNS:
             np.testing.assert_array_equal(found[name], getattr(expected, name))
@@ -222,10 +226,10 @@ class TestUnlearn:
         found = told("predict", "--run", run, *more, "--targets", "test")
         model, both = load_model(opened.task, first), ForgetSet.at(opened.task, range(3, 10))
         few = ForgetSet.at(opened.task, range(3, 8))
-        effects = [opened.datamodel.change(f).mean[TRAIN_ROWS:] for f in (both, few)]
+        change = opened.predictor().change(both, few, np.arange(TRAIN_ROWS, TRAIN_ROWS + TEST_ROWS))
         before = model.outputs(list(range(TRAIN_ROWS, TRAIN_ROWS + TEST_ROWS)))
         np.testing.assert_allclose(found["before"], before, atol=1e-6)
-        np.testing.assert_allclose(found["mean"], before + effects[0] - effects[1], atol=1e-5)
+        np.testing.assert_allclose(found["mean"], before + change.mean, atol=1e-5)
         again = told("unlearn", "--run", run, *more, "--method", "dmm", "--out", second)
         assert again["forgotten"] == 7
         assert load_model(opened.task, second).forgotten.ids == both.ids
@@ -304,9 +308,17 @@ class TestStatus:
         kinds = [
             (row["kind"], row["blocks"], row["pending"], row["bad"]) for row in found["stores"]
         ]
-        assert kinds.count(("ensemble", 1, 0, [])) == 5
+        assert kinds.count(("ensemble", 1, 0, [])) == 6
         assert ("ensemble", 2, 0, []) in kinds
-        assert {kind for kind, *_ in kinds} == {"ensemble", "datamodel", "moments"}
+        assert {kind for kind, *_ in kinds} == {
+            "ensemble",
+            "datamodel",
+            "moments",
+            "features",
+            "curvature",
+            "calibration-choice",
+            "calibration-changes",
+        }
         text = dmm("status", "--run", audited, "--verify")
         assert all(row["store"] in text for row in found["stores"])
         assert text.endswith("all checksums hold\n")

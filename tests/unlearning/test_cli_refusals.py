@@ -113,7 +113,7 @@ WORDS = [
     ((*PREDICT, *FEW, "--workers", "-1"), "expected 0 or more workers, got -1"),
     ((*PREDICT, *FEW, "--device", "toaster"), "cannot compute on device 'toaster': Expected one o"),
     (("predict", "--run", "OUT", *FEW), "there is no run in 'OUT': make one with dmm precompute T"),
-    ((*UNLEARN, "--method", "nix"), "unknown method 'nix': choose from do_nothing, dmm, om, "),
+    ((*UNLEARN, "--method", "nix"), "unknown method 'nix': choose from do_nothing, dmm, "),
     ((*DMM, "--set", "rates=1"), "method 'dmm' has no setting 'rates'; it has: passes, rate, "),
     ((*DMM, "--set", "rate=fast"), "setting 'rate' of method 'dmm' takes float values, got 'fast'"),
     ((*DMM, "--set", "batch_size=2.5"), "setting 'batch_size' of method 'dmm' takes int values, g"),

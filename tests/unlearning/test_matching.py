@@ -215,7 +215,7 @@ def test_with_the_oracle_of_a_linear_model_it_becomes_the_oracle(tmp_path, absol
 @pytest.mark.parametrize("kind", ["datamodel", "oracle"])
 def test_rows_in_another_order_than_the_predictions_are_refused(ground, kind):
     given = ground.evidence()
-    method = Matching(given.predictor() if kind == "datamodel" else given.oracle())
+    method = Matching(given.predictor(None) if kind == "datamodel" else given.oracle())
     ids = list(ground.task.train_ids)
     ids[4], ids[9] = ids[9], ids[4]
     other = three_blobs(train_ids=ids)

@@ -25,6 +25,8 @@ MATCHING = {"passes": "8", "rate": "0.01", "batch_size": "16"}
 SETTINGS = {
     "do_nothing": {},
     "dmm": MATCHING,
+    "dmm_datamodel": MATCHING,
+    "dmm_newton": MATCHING,
     "om": MATCHING,
     "om_absolute": MATCHING,
     "pgu": {"epochs": "90", "rate": "0.01", "last_rate": "0.01", "batch_size": "2"},
@@ -196,6 +198,8 @@ def _confidence(case, model):
 DISTANCE = {
     "do_nothing": lambda case, model: _loss(case, model, case.ground.forget.rows),
     "dmm": _mismatch,
+    "dmm_datamodel": _mismatch,
+    "dmm_newton": _mismatch,
     "om": _mismatch,
     "om_absolute": _mismatch,
     "pgu": _confidence,
@@ -224,7 +228,7 @@ def test_predicting_starts_from_what_the_model_has_forgotten(ground):
     assert np.abs(added).max() > 0.1
 
 
-def nothing_given():
+def nothing_given(*_):
     raise AssertionError("this evidence was opened")
 
 
@@ -240,6 +244,8 @@ NAMES = ", ".join(METHODS)
         ("gradient_ascent", set()),
         ("fine_tune", set()),
         ("dmm", {"predictor"}),
+        ("dmm_datamodel", {"predictor"}),
+        ("dmm_newton", {"predictor"}),
         ("om", {"oracle"}),
         ("pgu", {"moments"}),
         ("dmm_pgu", {"predictor", "moments"}),
@@ -247,7 +253,8 @@ NAMES = ", ".join(METHODS)
 )
 def test_a_method_opens_only_the_evidence_it_needs(name, opened):
     used = set()
-    given = {kind: lambda kind=kind: used.add(kind) for kind in ("predictor", "oracle", "moments")}
+    kinds = ("predictor", "oracle", "moments")
+    given = {kind: lambda *_, kind=kind: used.add(kind) for kind in kinds}
     build_method(name, Evidence(**given))
     assert used == opened
 
@@ -274,7 +281,7 @@ def test_an_unknown_method_is_refused():
     ],
 )
 def test_an_unknown_setting_is_refused(name, field, listed):
-    evidence = Evidence(lambda: ZERO, nothing_given, nothing_given)
+    evidence = Evidence(lambda _: ZERO, nothing_given, nothing_given)
     message = f"method '{name}' has no setting '{field}'; it has: {listed}"
     with pytest.raises(ValueError, match=message):
         build_method(name, evidence, {field: "1"})

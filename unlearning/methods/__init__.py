@@ -21,24 +21,27 @@ class Evidence:
     """What a run can give to a method; each is opened only by a method that needs it.
 
     Args:
-        predictor: predicted counterfactual outputs.
+        predictor: predicted counterfactual outputs, of the predictor of that name; None: of the
+            one that was asked for, or else the best.
         oracle: outputs of retrained models for this forget set.
         moments: input moments of the models.
     """
 
-    predictor: Callable[[], Counterfactual]
+    predictor: Callable[[str | None], Counterfactual]
     oracle: Callable[[], Oracle]
     moments: Callable[[], Moments]
 
 
 METHODS: dict[str, Callable[[Evidence], UnlearningMethod]] = {
     "do_nothing": lambda _: DoNothing(),
-    "dmm": lambda given: Matching(given.predictor()),
+    "dmm": lambda given: Matching(given.predictor(None)),
+    "dmm_datamodel": lambda given: Matching(given.predictor("datamodel")),
+    "dmm_newton": lambda given: Matching(given.predictor("newton")),
     "om": lambda given: Matching(given.oracle()),
     "om_absolute": lambda given: Matching(replace(given.oracle(), absolute=True)),
     "pgu": lambda given: ProjectedGradient(given.moments()),
     "dmm_pgu": lambda given: Matching(
-        given.predictor(), backend=GradientProjection(given.moments())
+        given.predictor(None), backend=GradientProjection(given.moments())
     ),
     "gradient_ascent": lambda _: GradientAscent(),
     "fine_tune": lambda _: FineTune(),

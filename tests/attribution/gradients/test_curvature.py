@@ -18,12 +18,12 @@ def features(request, tmp_path):
     return featurize(task, made, tmp_path / "f", projection=SMALL, block=10, targets="train")
 
 
-def dense(features, number):
+def dense(features, number, temperature=1.0):
     """Sum over the training rows, one by one, in float64."""
     rows, width = np.arange(TRAIN), features.width
     found = np.zeros((width, width))
     outputs = torch.from_numpy(features.outputs(number, rows)).double()
-    hessians = features.task.loss.hessian(outputs).numpy()
+    hessians = features.task.loss.hessian(outputs / temperature).numpy() / temperature
     for j, hessian in zip(features.gather(number, rows).astype(float), hessians, strict=True):
         found += j.T @ hessian @ j
     return found
@@ -35,6 +35,14 @@ def test_curvature_is_the_sum_over_the_training_rows(features):
         assert found.dtype == np.float64
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
         np.testing.assert_array_equal(found, found.T)
+
+
+def test_outputs_may_be_divided_by_a_temperature(features):
+    found, expected = features.curvature(0, 2.5), dense(features, 0, 2.5)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        features.curvature(0), dense(features, 0), rtol=0, atol=1e-5 * np.abs(expected).max() * 2.5
+    )
 
 
 def test_curvature_is_kept(features, monkeypatch):

@@ -103,6 +103,19 @@ def test_a_product_is_the_derivative_of_the_outputs_along_the_adjoint(made, chec
     close(made.product(0, direction), slope, 1e-4)
 
 
+def test_blocks_are_those_of_the_training_rows(made):
+    pairs = list(made.blocks(1))
+    rows = np.concatenate([np.arange(span.start, span.stop) for span, _ in pairs])
+    np.testing.assert_array_equal(rows, np.arange(TRAIN))
+    found = np.concatenate([values for _, values in pairs])
+    np.testing.assert_array_equal(found, made.gather(1, np.arange(TRAIN)))
+
+
+def test_the_first_checkpoints(made):
+    assert len(made.first(1)) == 1
+    assert made.first(1).stores == made.stores[:1]
+
+
 def test_checkpoints_are_kept(made, checkpoints):
     assert len(made) == 2
     for number, model in enumerate(checkpoints):

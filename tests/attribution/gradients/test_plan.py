@@ -92,6 +92,12 @@ def test_layers_without_gradients_of_one_row_are_refused(text, layer):
         plan(nn.Sequential(nn.Linear(2, 2), layer))
 
 
+def test_settings_of_other_layers_are_their_own():
+    module = mlp()
+    module[1].max_norm = 1.0
+    assert plan(module).sizes == plan(mlp()).sizes
+
+
 def test_a_model_with_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="no trainable parameter: none requires a gradient"):
         plan(nn.ReLU())

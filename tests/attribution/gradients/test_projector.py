@@ -185,6 +185,15 @@ def test_groups_never_have_more_features_than_one_layer():
     assert gradient_projector(many, Projection(inputs=8, outputs=8)).size == 64
 
 
+@pytest.mark.parametrize("name", ["plain", "attention", "BatchNorm2d", "Linear over positions"])
+def test_no_rows_have_no_features(name):
+    module, inputs = CASES[name]
+    projector = gradient_projector(module, SMALL)
+    cotangents = directions(module, inputs)[:0]
+    found = projector.features(module.state_dict(), inputs[:0], cotangents)
+    assert found.shape == (0, 2, projector.size)
+
+
 def test_wrong_shapes_are_refused():
     module, inputs = CASES["Linear"]
     projector, state = gradient_projector(module, SMALL), module.state_dict()

@@ -1,0 +1,183 @@
+"""Projected per-example gradients against a plain forward and backward pass, and against `trak`.
+
+python examples/benchmarks/gradient_features.py prints, from one run on this machine:
+
+- the cost of `features` (the gradient of each row's margin, 16 x 16 features a layer) over that of
+  a plain batched forward and backward pass on the cat/dog CNN, timed in turns;
+- where the `trak` package is installed, the cost of its `featurize` (proj_dim 2,048, CPU, float32,
+  at the fastest of a few batch sizes) over ours, a row;
+- the peak memory of `featurize` at two numbers of rows, each in a process of its own.
+"""
+
+import argparse
+import importlib.util
+import logging
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+
+from attribution import CrossEntropy, Model, Task
+from attribution.gradients import Projection, featurize, gradient_projector, output_cotangents
+from attribution.training import threads
+from examples.cifar import cnn
+from examples.digits import mlp
+from stores import versions
+from unlearning.evaluation import hardware
+
+BATCH = 64  # rows a pass, of the plain one and of ours
+PROJECTION = Projection(inputs=16, outputs=16)
+TRAK_WIDTH = 2048
+TRAK_BATCHES = (64, 256, 1024)  # rows
+MEMORY_ROWS = (2_000, 8_000)
+
+
+def images(rows: int) -> tuple[Tensor, Tensor]:
+    """Random images and labels; the time does not depend on what they show."""
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn(rows, 3, 32, 32, generator=random)
+    return inputs, torch.randint(2, (rows,), generator=random)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def plain_and_ours(module: nn.Module, repeats: int) -> tuple[list[float], list[float], int]:
+    """Seconds of each plain pass and of each pass that gives features, and their number."""
+    inputs, labels = images(BATCH)
+    projector, state, loss = (
+        gradient_projector(module, PROJECTION),
+        module.state_dict(),
+        CrossEntropy(),
+    )
+
+    def plain() -> None:
+        module.zero_grad()
+        cross_entropy(module(inputs), labels).backward()
+
+    def ours() -> None:
+        projector.features(
+            state, inputs, lambda outputs: output_cotangents(loss, outputs, labels, "margin")
+        )
+
+    for _ in range(3):
+        plain()
+        ours()
+    pairs = [(seconds(plain), seconds(ours)) for _ in range(repeats)]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs], projector.size
+
+
+def trak_seconds(module: nn.Module, batch: int, repeats: int) -> list[float]:
+    """Seconds a row that the `trak` package takes to featurise batches of this size."""
+    from trak import TRAKer
+
+    with tempfile.TemporaryDirectory() as folder:
+        traker = TRAKer(
+            model=module,
+            task="image_classification",
+            train_set_size=repeats * batch,
+            save_dir=folder,
+            device="cpu",
+            proj_dim=TRAK_WIDTH,
+            use_half_precision=False,
+            logging_level=logging.ERROR,
+        )
+        traker.load_checkpoint(module.state_dict(), model_id=0)
+        inputs, labels = images(batch)
+        return [
+            seconds(lambda: traker.featurize(batch=(inputs, labels), num_samples=batch)) / batch
+            for _ in range(repeats)
+        ]
+
+
+def peak_memory(rows: int) -> int:
+    """Peak memory in bytes of a process that featurises so many rows of the digits' MLP."""
+    command = [sys.executable, __file__, "--featurize", str(rows)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def featurize_rows(rows: int) -> None:
+    """Featurises random rows and prints this process's peak memory in bytes."""
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn(rows, 64, generator=random)
+    labels = torch.randint(10, (rows,), generator=random)
+    data = TensorDataset(inputs, labels)
+    task = Task("random rows", data, TensorDataset(inputs[:1], labels[:1]), mlp)
+    with tempfile.TemporaryDirectory() as folder:
+        featurize(task, [Model(task, task.new_model(0).state_dict())], f"{folder}/features")
+    print(_own_peak())
+
+
+def _own_peak() -> int:
+    """Peak memory of this process in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # What getrusage tells on Linux starts at the size of the process that started this one.
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    # In bytes on macOS, in kilobytes elsewhere.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main() -> None:
+    """Prints the ratios and the peaks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--trak-repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--featurize", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.featurize:
+        featurize_rows(options.featurize)
+        return
+    torch.manual_seed(0)
+    module = cnn().eval()
+    weights = sum(parameter.numel() for parameter in module.parameters())
+    print(f"{hardware()}; {versions('torch', 'traker')}; {options.threads} threads")
+    with threads(options.threads):
+        plain, ours, features = plain_and_ours(module, options.repeats)
+        print(
+            f"CNN of {weights} parameters, {features} features, batch {BATCH},"
+            f" {options.repeats} repeats in turns, median (range)"
+        )
+        print(f"plain forward + backward: {_told([1e3 * s / BATCH for s in plain])} ms a row")
+        print(f"features of the margin:   {_told([1e3 * s / BATCH for s in ours])} ms a row")
+        print(f"features / plain: {_told([b / a for a, b in zip(plain, ours, strict=True)])}")
+        _compare_with_trak(module, median(ours) / BATCH, options.trak_repeats)
+    peaks = [peak_memory(rows) for rows in MEMORY_ROWS]
+    for rows, peak in zip(MEMORY_ROWS, peaks, strict=True):
+        print(f"peak memory of featurize, {rows} rows of 10 outputs: {peak / 2**20:.0f} MiB")
+    print(f"peak at {MEMORY_ROWS[1]} rows / at {MEMORY_ROWS[0]}: {peaks[1] / peaks[0]:.3f}")
+
+
+def _compare_with_trak(module: nn.Module, ours: float, repeats: int) -> None:
+    if importlib.util.find_spec("trak") is None:
+        print("trak: not installed (pip install traker)")
+        return
+    taken = {batch: trak_seconds(module, batch, repeats) for batch in TRAK_BATCHES}
+    for batch, each in taken.items():
+        told = f"{_told([1e3 * s for s in each])} ms a row, {median(each) / ours:.4g} times ours"
+        print(f"trak, proj_dim {TRAK_WIDTH}, batch {batch}: {told}")
+    print(f"trak at its fastest batch / ours: {min(map(median, taken.values())) / ours:.4g}")
+
+
+def _told(values: list[float]) -> str:
+    return f"{median(values):.4g} ({min(values):.4g}-{max(values):.4g})"
+
+
+if __name__ == "__main__":
+    main()
