@@ -8,6 +8,7 @@ from attribution.ensemble import Ensemble, train_models
 from attribution.forget import ForgetSet, parse_forget
 from attribution.gradients import Features, Projection, featurize
 from attribution.in_run import InRunScores, record_run
+from attribution.lds import lds_bank, linear_datamodeling_score
 from attribution.linear_datamodel import LinearDatamodel
 from attribution.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
 from attribution.model import Model, load_model
@@ -18,6 +19,7 @@ from attribution.precompute import precompute, precompute_checkpoints
 from attribution.run import Run
 from attribution.subsets import Subsets, draw_subsets
 from attribution.task import Recipe, Task
+from attribution.trak import TrakScores, fit_trak
 
 __all__ = [
     # the task
@@ -49,7 +51,11 @@ __all__ = [
     "calibrate",
     "calibration_bank",
     "Combined",
+    "fit_trak",
+    "TrakScores",
     "Oracle",
+    "lds_bank",
+    "linear_datamodeling_score",
     # projected gradients
     "Projection",
     "featurize",

@@ -193,7 +193,7 @@ def variance_factors(left: Array, first: Array, second: Array) -> tuple[float, f
     deviation is off in proportion to itself.
 
     Args:
-        left: squared deviations, [value].
+        left: squared deviations, [value]; where both variances are 0 they tell nothing.
         first: a variance, [value]; not finite where it is unknown.
         second: another, [value].
 
@@ -208,7 +208,9 @@ def variance_factors(left: Array, first: Array, second: Array) -> tuple[float, f
     """
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         return float("nan"), float("nan")
-    weight = 1 / np.maximum(first + second, np.finfo(np.float32).tiny)
+    known = first + second > 0
+    left, first, second = left[known], first[known], second[known]
+    weight = 1 / (first + second)
     columns = np.stack([first, second], 1) * weight[:, None]
     both, *_ = np.linalg.lstsq(columns, left * weight)
     if both.min() < 0:

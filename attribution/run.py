@@ -22,6 +22,7 @@ from attribution.run_calibration import RunCalibration
 from attribution.subsets import draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task
+from attribution.trak import fit_trak
 from stores import Provenance, Store, check_provenance, digest
 
 SCHEMA = 1
@@ -123,6 +124,15 @@ class Run:
         return GroupNewton(self.task, self.features, calibration=told.newton if told else None)
 
     @cached_property
+    def trak(self) -> LinearDatamodel:
+        """TRAK scores as a linear datamodel; computed from the features the first time."""
+        told = self.calibration
+        damping = told.newton.damping if told else None
+        return LinearDatamodel.from_scores(
+            fit_trak(self.features, self.path / "trak", damping=damping)
+        )
+
+    @cached_property
     def combined(self) -> Combined:
         """Group Newton and the datamodel, weighed against each other."""
         if self.calibration is None or not self.calibration.weights:
@@ -131,11 +141,12 @@ class Run:
 
     @property
     def predictors(self) -> tuple[str, ...]:
-        """Names of the predictors that the run has."""
+        """Names of the predictors that the run has, or can make from what it has."""
         has = {
             "datamodel": (self.path / f"datamodel-{self.settings.subsets}").exists(),
             "newton": (self.path / "features").exists(),
             "combined": self.calibration is not None and bool(self.calibration.weights),
+            "trak": (self.path / "features").exists(),
         }
         return tuple(name for name in PREDICTORS if has.get(name))
 
@@ -154,6 +165,7 @@ class Run:
             "datamodel": lambda: self.datamodel,
             "newton": lambda: self.newton,
             "combined": lambda: self.combined,
+            "trak": lambda: self.trak,
         }
         chosen = self.best if name is None else name
         if chosen not in known:

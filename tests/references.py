@@ -60,7 +60,7 @@ def penalised_logistic(inputs, labels, penalty, classes):
     return weights.detach()
 
 
-def group_newton_step(features, outputs, labels, loss, removed, damping, temperature=1.0):
+def group_newton_step(features, outputs, labels, removed, *, loss, damping, temperature):
     """(H - H_F + damping I)^-1 sum_F J^T g of one checkpoint, row by row in float64.
 
     features: of the training rows, [train, output, k]; H's part of a row is J^T R / T J at z / T.

@@ -30,6 +30,7 @@ from unlearning.methods import METHODS, Evidence, build_method, check_method
 from unlearning.report import render_report
 from unlearning.tables import evaluation_table, prediction_table, status_table
 from unlearning.thumbnails import forgotten_thumbnails, row_thumbnails
+from unlearning.unaudited import evaluate_checkpoints
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -186,17 +187,17 @@ def _evaluate(options: argparse.Namespace) -> tuple[Any, str]:
     out = options.out or str(Path(options.run) / "evaluation.json")
     check_writable(out)
     run = Run.open(options.run)
-    told = evaluate_methods(
-        run,
-        [parse_forget(run.task, spec) for spec in options.forget],
-        methods,
-        n_models=options.n_models,
-        seed=options.seed,
-        predictor=options.predictor,
-        **_where(options),
-    )
+    forgets = [parse_forget(run.task, spec) for spec in options.forget]
+    shared = {"seed": options.seed, "predictor": options.predictor}
+    if run.settings.files:
+        told = evaluate_checkpoints(run, forgets, methods, device=options.device, **shared)
+    else:
+        more = _where(options) | {"n_models": options.n_models}
+        told = evaluate_methods(run, forgets, methods, **shared, **more)
+    told = plain(told)
     _write(out, json.dumps(told, indent=1) + "\n")
-    return told, f"{evaluation_table(told)}\nwritten to {out}"
+    parts = [evaluation_table(told), *told.get("missing", ())]
+    return told, "\n\n".join(parts) + f"\nwritten to {out}"
 
 
 def _status(options: argparse.Namespace) -> tuple[Any, str]:
@@ -244,7 +245,8 @@ def _report(options: argparse.Namespace) -> tuple[Any, str]:
     check_writable(out)
     images = forgotten_thumbnails(Run.open(path).task, evaluation) if options.thumbnails else None
     title = f"Unlearning on {evaluation.get('task', 'a task')}"
-    _write(out, render_report(evaluation, title=title, thumbnails=images))
+    missing = evaluation.get("missing", ())
+    _write(out, render_report(evaluation, title=title, thumbnails=images, missing=missing))
     return {"out": out}, f"written to {out}"
 
 

@@ -1,7 +1,6 @@
 """Compare methods with models really retrained: the table behind `dmm evaluate`."""
 
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +13,7 @@ from attribution import ForgetSet, Oracle
 from attribution.run import Run
 from stores import versions
 from unlearning.audit import Audit
-from unlearning.cost import measure_request, measure_retraining
+from unlearning.cost import hardware, measure_request, measure_retraining
 from unlearning.klom import (
     FEWEST_MODELS,
     FEWEST_ROWS_FOR_P95,
@@ -151,27 +150,6 @@ def _evidence(run: Run, audit: Audit, chosen: str) -> Evidence:
         oracle=lambda: Oracle(audit.full, audit.targets),
         moments=lambda: run.moments,
     )
-
-
-def hardware() -> str:
-    """The machine in words: processor, cores, accelerator.
-
-    Returns:
-        A line for a table's caption.
-
-    Example:
-        >>> "cores" in hardware()
-        True
-    """
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-        name = names[0] if names else name
-    except OSError:
-        pass
-    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join([f"{name}, {os.cpu_count()} cores", *cards])
 
 
 def _distances(audit: Audit, margins: np.ndarray[Any, Any], oracles: np.ndarray[Any, Any]) -> Json:

@@ -42,7 +42,8 @@ class GroupNewton(Counterfactual):
             checkpoints and nothing is scaled.
 
     Raises:
-        ValueError: a number is outside its range, or no damping is known.
+        ValueError: a number is outside its range, no damping is known, or the features are of
+            other rows than the task's.
 
     Source: group influence with the group's curvature removed; TRAK's projections (arXiv
     2303.14186) and generalised Gauss-Newton curvature.
@@ -77,13 +78,15 @@ class GroupNewton(Counterfactual):
         known = self.damping is not None or self.calibration is not None
         if not known and (recipe is None or not recipe.weight_decay):
             raise ValueError(
-                f"task {self.task.name!r} tells no weight decay: give GroupNewton a damping, or a"
-                " calibration"
+                f"task {self.task.name!r} tells no weight decay: give it a recipe with the one it"
+                " was trained with, or GroupNewton a damping or a calibration"
             )
+        self.check_task(self.task)
 
     def check_task(self, task: Task) -> None:
         """Refuses a task with other rows than the features'."""
-        check_ids(task, self.task.train_ids, self.task.target_ids, "the group Newton predictor")
+        own = self.features.task
+        check_ids(task, own.train_ids, own.target_ids, "the group Newton predictor")
 
     def change(
         self, forget: ForgetSet, already: ForgetSet | None = None, targets: Rows | None = None

@@ -32,12 +32,13 @@ from attribution.training import threads
 from examples.cifar import cnn
 from examples.digits import mlp
 from stores import versions
-from unlearning.evaluation import hardware
+from unlearning.cost import hardware
 
 BATCH = 64  # rows a pass, of the plain one and of ours
 PROJECTION = Projection(inputs=16, outputs=16)
 TRAK_WIDTH = 2048
 TRAK_BATCHES = (64, 256, 1024)  # rows
+OUR_REPEATS = 10  # passes of ours between two batches of trak's
 MEMORY_ROWS = (2_000, 8_000)
 
 
@@ -55,35 +56,43 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def plain_and_ours(module: nn.Module, repeats: int) -> tuple[list[float], list[float], int]:
-    """Seconds of each plain pass and of each pass that gives features, and their number."""
+def plain_pass(module: nn.Module) -> Callable[[], None]:
+    """A batched forward and backward pass, with the gradients of all weights."""
     inputs, labels = images(BATCH)
-    projector, state, loss = (
-        gradient_projector(module, PROJECTION),
-        module.state_dict(),
-        CrossEntropy(),
-    )
 
-    def plain() -> None:
+    def run() -> None:
         module.zero_grad()
         cross_entropy(module(inputs), labels).backward()
 
-    def ours() -> None:
-        projector.features(
+    return run
+
+
+def our_pass(module: nn.Module) -> Callable[[], Tensor]:
+    """Features of the margin of each row of a batch, [row, 1, k]."""
+    inputs, labels = images(BATCH)
+    projector, state = gradient_projector(module, PROJECTION), module.state_dict()
+    loss = CrossEntropy()
+
+    def run() -> Tensor:
+        return projector.features(
             state, inputs, lambda outputs: output_cotangents(loss, outputs, labels, "margin")
         )
 
-    for _ in range(3):
-        plain()
-        ours()
-    pairs = [(seconds(plain), seconds(ours)) for _ in range(repeats)]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs], projector.size
+    return run
 
 
-def trak_seconds(module: nn.Module, batch: int, repeats: int) -> list[float]:
-    """Seconds a row that the `trak` package takes to featurise batches of this size."""
+def in_turns(*works: Callable[[], object], repeats: int) -> list[list[float]]:
+    """Seconds of each repeat of each of several functions, after three turns that do not count."""
+    turns = [[seconds(work) for work in works] for _ in range(3 + repeats)]
+    return [list(taken) for taken in zip(*turns[3:], strict=True)]
+
+
+def trak_and_ours(module: nn.Module, batch: int, repeats: int) -> list[tuple[float, float]]:
+    """Seconds a row, in turns, of the `trak` package's featurize in batches and of ours."""
     from trak import TRAKer
 
+    ours = our_pass(module)
+    inputs, labels = images(batch)
     with tempfile.TemporaryDirectory() as folder:
         traker = TRAKer(
             model=module,
@@ -96,11 +105,12 @@ def trak_seconds(module: nn.Module, batch: int, repeats: int) -> list[float]:
             logging_level=logging.ERROR,
         )
         traker.load_checkpoint(module.state_dict(), model_id=0)
-        inputs, labels = images(batch)
-        return [
-            seconds(lambda: traker.featurize(batch=(inputs, labels), num_samples=batch)) / batch
-            for _ in range(repeats)
-        ]
+        pairs = []
+        for _ in range(repeats):
+            taken = seconds(lambda: traker.featurize(batch=(inputs, labels), num_samples=batch))
+            (own,) = in_turns(ours, repeats=OUR_REPEATS)
+            pairs.append((taken / batch, median(own) / BATCH))
+        return pairs
 
 
 def peak_memory(rows: int) -> int:
@@ -137,7 +147,7 @@ def main() -> None:
     """Prints the ratios and the peaks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--trak-repeats", type=int, default=2)
+    parser.add_argument("--trak-repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--featurize", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -149,7 +159,8 @@ def main() -> None:
     weights = sum(parameter.numel() for parameter in module.parameters())
     print(f"{hardware()}; {versions('torch', 'traker')}; {options.threads} threads")
     with threads(options.threads):
-        plain, ours, features = plain_and_ours(module, options.repeats)
+        features = our_pass(module)().shape[2]
+        plain, ours = in_turns(plain_pass(module), our_pass(module), repeats=options.repeats)
         print(
             f"CNN of {weights} parameters, {features} features, batch {BATCH},"
             f" {options.repeats} repeats in turns, median (range)"
@@ -157,22 +168,25 @@ def main() -> None:
         print(f"plain forward + backward: {_told([1e3 * s / BATCH for s in plain])} ms a row")
         print(f"features of the margin:   {_told([1e3 * s / BATCH for s in ours])} ms a row")
         print(f"features / plain: {_told([b / a for a, b in zip(plain, ours, strict=True)])}")
-        _compare_with_trak(module, median(ours) / BATCH, options.trak_repeats)
+        _compare_with_trak(module, options.trak_repeats)
     peaks = [peak_memory(rows) for rows in MEMORY_ROWS]
     for rows, peak in zip(MEMORY_ROWS, peaks, strict=True):
         print(f"peak memory of featurize, {rows} rows of 10 outputs: {peak / 2**20:.0f} MiB")
     print(f"peak at {MEMORY_ROWS[1]} rows / at {MEMORY_ROWS[0]}: {peaks[1] / peaks[0]:.3f}")
 
 
-def _compare_with_trak(module: nn.Module, ours: float, repeats: int) -> None:
+def _compare_with_trak(module: nn.Module, repeats: int) -> None:
     if importlib.util.find_spec("trak") is None:
         print("trak: not installed (pip install traker)")
         return
-    taken = {batch: trak_seconds(module, batch, repeats) for batch in TRAK_BATCHES}
-    for batch, each in taken.items():
-        told = f"{_told([1e3 * s for s in each])} ms a row, {median(each) / ours:.4g} times ours"
+    pairs = {batch: trak_and_ours(module, batch, repeats) for batch in TRAK_BATCHES}
+    theirs = {batch: [taken for taken, _ in each] for batch, each in pairs.items()}
+    ratios = {batch: [taken / own for taken, own in each] for batch, each in pairs.items()}
+    for batch, taken in theirs.items():
+        told = f"{_told([1e3 * s for s in taken])} ms a row, {_told(ratios[batch])} x ours"
         print(f"trak, proj_dim {TRAK_WIDTH}, batch {batch}: {told}")
-    print(f"trak at its fastest batch / ours: {min(map(median, taken.values())) / ours:.4g}")
+    fastest = min(theirs, key=lambda batch: median(theirs[batch]))
+    print(f"trak at its fastest batch / ours: {_told(ratios[fastest])}")
 
 
 def _told(values: list[float]) -> str:

@@ -20,7 +20,7 @@ from attribution import draw_subsets, train_models
 from attribution.training import threads
 from examples.digits import task
 from stores import versions
-from unlearning.evaluation import hardware
+from unlearning.cost import hardware
 
 
 def one_by_one(seed: int, threads_used: int) -> float:

@@ -21,7 +21,7 @@ from attribution import Counterfactual, ForgetSet, Run, StagedNewton, parse_forg
 from attribution.agreement import Comparison, agreement, pooled_agreement
 from unlearning import DoNothing, Matching, klom, margins, unlearn_models
 from unlearning.audit import Audit
-from unlearning.evaluation import hardware
+from unlearning.cost import hardware
 from unlearning.predictions import Judged
 
 EPOCHS = 30

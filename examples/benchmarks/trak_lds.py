@@ -27,7 +27,7 @@ from attribution.task_file import load_task
 from attribution.trak import margin_effects
 from attribution.trak.curvature import gram_matrix
 from attribution.trak.traker_results import TrakResults, open_trak_results
-from unlearning.evaluation import hardware
+from unlearning.cost import hardware
 
 TASKS = ("examples/digits.py:task", "examples/cifar.py:cat_dog")
 GRID = tuple(10.0**power for power in np.arange(-3, 2.1, 0.5))

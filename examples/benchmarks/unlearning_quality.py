@@ -27,8 +27,7 @@ from unlearning import (
     spread,
     unlearn_models,
 )
-from unlearning.cost import measure_request, measure_retraining
-from unlearning.evaluation import hardware
+from unlearning.cost import hardware, measure_request, measure_retraining
 
 SIZES = (10, 50, 140)
 SPLITS = ("forget", "retain", "test")

@@ -23,7 +23,8 @@ from unlearning import (
     spread,
     unlearn_models,
 )
-from unlearning.evaluation import hardware, plain
+from unlearning.cost import hardware
+from unlearning.evaluation import plain
 from unlearning.methods import METHODS as ALL_METHODS
 from unlearning.tables import evaluation_table
 

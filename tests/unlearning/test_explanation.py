@@ -133,10 +133,12 @@ class TestPage:
 
 
 class TestVerb:
-    def test_it_prints_the_rows(self, path, capsys):
-        assert main(["explain", "--run", str(path), "--target", "test-1", "--top", "2"]) == 0
+    @pytest.mark.parametrize("predictor", ["datamodel", "trak"])
+    def test_it_prints_the_rows(self, path, capsys, predictor):
+        words = ["--target", "test-1", "--top", "2", "--predictor", predictor]
+        assert main(["explain", "--run", str(path), *words]) == 0
         out, err = capsys.readouterr()
-        assert out.startswith("test-1 (label 1): rows that moved its margin most, by datamodel")
+        assert out.startswith(f"test-1 (label 1): rows that moved its margin most, by {predictor}")
         assert err == ""
 
     def test_it_prints_json_and_writes_a_page(self, path, tmp_path, capsys):

@@ -22,7 +22,9 @@ def drawn(request):
     return loss, labels, j, 2 * torch.randn(ROWS, width, dtype=torch.float64)
 
 
-def problem_of(loss, labels, j, z, temperature=1.0, block=7):
+def problem_of(drawn, temperature=1.0, block=7):
+    loss, labels, j, z = drawn
+
     def blocks():
         for start in range(0, ROWS, block):
             span = slice(start, min(start + block, ROWS))
@@ -71,21 +73,21 @@ def inverse_of(drawn, weights, temperature=1.0):
 @pytest.mark.parametrize("removal", [(1.0, 0.0), (0.7, 0.2)])
 def test_the_residual_is_the_gradient_of_the_objective(drawn, temperature, removal):
     weights, step = weights_of(*removal), torch.randn(WIDTH, dtype=torch.float64)
-    found, curvatures = problem_of(*drawn, temperature).residual(weights, DAMPING, step)
+    found, curvatures = problem_of(drawn, temperature).residual(weights, DAMPING, step)
     value = objective(drawn, weights, temperature)
     torch.testing.assert_close(found, torch.func.grad(value)(step))
-    at_rest, _ = problem_of(*drawn, temperature).residual(weights, DAMPING, 0 * step)
+    at_rest, _ = problem_of(drawn, temperature).residual(weights, DAMPING, 0 * step)
     torch.testing.assert_close(at_rest, -pull_of(drawn, weights, temperature))
     hessian = torch.func.jacrev(torch.func.grad(value))(step)
-    product = problem_of(*drawn, temperature).curved(curvatures, DAMPING, step)
+    product = problem_of(drawn, temperature).curved(curvatures, DAMPING, step)
     torch.testing.assert_close(product, hessian @ step)
 
 
 @pytest.mark.parametrize("block", [1, 7, 29, 30])
 def test_blocks_of_any_size_agree(drawn, block):
     weights, step = weights_of(), torch.randn(WIDTH, dtype=torch.float64)
-    found, curvatures = problem_of(*drawn, block=block).residual(weights, DAMPING, step)
-    expected, others = problem_of(*drawn, block=11).residual(weights, DAMPING, step)
+    found, curvatures = problem_of(drawn, block=block).residual(weights, DAMPING, step)
+    expected, others = problem_of(drawn, block=11).residual(weights, DAMPING, step)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(curvatures, others)
 
@@ -93,7 +95,7 @@ def test_blocks_of_any_size_agree(drawn, block):
 def test_the_first_step_is_the_inverse_of_the_pull(drawn):
     weights = weights_of()
     pull, inverse = pull_of(drawn, weights), inverse_of(drawn, weights)
-    found = retrain(problem_of(*drawn), weights, DAMPING, pull, inverse, steps=1)
+    found = retrain(problem_of(drawn), weights, DAMPING, pull, inverse, steps=1)
     torch.testing.assert_close(found, inverse(pull))
 
 
@@ -106,7 +108,7 @@ def test_many_steps_end_at_the_minimum(drawn, monkeypatch, temperature, removal)
         pull_of(drawn, weights, temperature),
         inverse_of(drawn, weights, temperature),
     )
-    problem = problem_of(*drawn, temperature)
+    problem = problem_of(drawn, temperature)
     found = retrain(problem, weights, DAMPING, pull, inverse, steps=40)
     slope = torch.func.grad(objective(drawn, weights, temperature))(found)
     assert float(slope.norm()) <= 1e-8 * float(pull.norm())
@@ -116,7 +118,7 @@ def test_it_stops_when_it_is_near_enough(drawn):
     asked = []
     weights = weights_of()
     pull, inverse = pull_of(drawn, weights), inverse_of(drawn, weights)
-    problem = problem_of(*drawn)
+    problem = problem_of(drawn)
 
     def blocks():
         asked.append(1)
@@ -136,7 +138,7 @@ def test_an_overshoot_is_taken_back():
     weights = weights_of()
     pull, exact = pull_of(drawn, weights), inverse_of(drawn, weights)
     ends = [
-        retrain(problem_of(*drawn), weights, DAMPING, pull, lambda v: 3 * exact(v), steps=steps)
+        retrain(problem_of(drawn), weights, DAMPING, pull, lambda v: 3 * exact(v), steps=steps)
         for steps in (1, 2, 3)
     ]
     for end, length in zip(ends, (3, 1.5, 1), strict=True):
@@ -145,7 +147,7 @@ def test_an_overshoot_is_taken_back():
 
 def test_nothing_to_remove_moves_nothing(drawn):
     weights, nothing = weights_of(after=1.0), torch.zeros(WIDTH, dtype=torch.float64)
-    found = retrain(problem_of(*drawn), weights, DAMPING, nothing, lambda v: v, steps=5)
+    found = retrain(problem_of(drawn), weights, DAMPING, nothing, lambda v: v, steps=5)
     assert torch.equal(found, nothing)
 
 

@@ -280,4 +280,3 @@ class TestResults:
     def copied(package, tmp_path):
         shutil.copytree(package.folder, tmp_path / "copy")
         return tmp_path / "copy"
-
