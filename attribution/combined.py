@@ -65,14 +65,15 @@ class Combined(Counterfactual):
         """The weighed sum of two changes of targets of some kinds, [target]."""
         table = np.array([list(vars(self.weights[kind]).values()) for kind in KINDS])
         a, b, spread, noise = table.astype(np.float32)[kinds].T[..., None]
-        std = spread * np.sqrt(np.square(a * one.std) + np.square(b * two.std))
+        std = spread * np.sqrt(_variance(a, one.std) + _variance(b, two.std))
         return Change(a * one.mean + b * two.mean, std, noise * one.noise)
 
 
 def weigh(cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]]) -> dict[str, Weights]:
     """Fits the weights of two predictors on models retrained without forget sets of their own.
 
-    Non-negative least squares for each kind of row, every forget set weighing the same.
+    Non-negative least squares for each kind of row, every forget set weighing the same; a kind
+    without rows takes the first predictor as it is.
 
     Args:
         cases: the forget sets.
@@ -80,6 +81,15 @@ def weigh(cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]]) -> dict
 
     Returns:
         Weights by kind of row.
+
+    Example:
+        >>> from attribution.calibration_bank import Case
+        >>> from examples.digits import task
+        >>> forget, one = ForgetSet.of(task, ["train-17"]), np.ones((1797, 10), dtype=np.float32)
+        >>> case = Case(task, forget, before=0 * one, change=3 * one)
+        >>> told = Change(one, one, one), Change(0 * one, one, one)
+        >>> round(weigh([case], [told])["test"].first, 3)
+        3.0
     """
     return {kind: _fitted(number, cases, pairs) for number, kind in enumerate(KINDS)}
 
@@ -90,6 +100,8 @@ def _fitted(kind: int, cases: Sequence[Case], pairs: Sequence[tuple[Change, Chan
         for case, (one, two) in zip(cases, pairs, strict=True)
         if case.kinds[kind].any()
     ]
+    if not parts:
+        return Weights(1.0, 0.0, 1.0, 1.0)
     truth = joined([case.change[rows] for case, _, _, rows in parts])
     one = joined([change.mean[rows] for _, change, _, rows in parts])
     two = joined([change.mean[rows] for _, _, change, rows in parts])
@@ -98,9 +110,17 @@ def _fitted(kind: int, cases: Sequence[Case], pairs: Sequence[tuple[Change, Chan
     )
     a, b = _nonnegative(one, two, truth, weight)
     left = np.square(truth - a * one - b * two)
-    variance = joined([(a * x.std[rows]) ** 2 + (b * y.std[rows]) ** 2 for _, x, y, rows in parts])
+    variance = joined(
+        [_variance(a, x.std[rows]) + _variance(b, y.std[rows]) for _, x, y, rows in parts]
+    )
     noise = joined([x.noise[rows] for _, x, _, rows in parts])
     return Weights(a, b, *variance_factors(left, variance, np.square(noise)))
+
+
+def _variance(factor: Array | float, std: Array) -> Array:
+    """What a prediction adds to the variance; nothing without weight, even where it is unknown."""
+    known = np.broadcast_to(np.not_equal(factor, 0), std.shape)
+    return np.asarray(np.square(np.multiply(factor, std, where=known, out=np.zeros_like(std))))
 
 
 def _nonnegative(one: Array, two: Array, truth: Array, weight: Array) -> tuple[float, float]:

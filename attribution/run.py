@@ -126,11 +126,11 @@ class Run:
     @cached_property
     def trak(self) -> LinearDatamodel:
         """TRAK scores as a linear datamodel; computed from the features the first time."""
-        told = self.calibration
-        damping = told.newton.damping if told else None
-        return LinearDatamodel.from_scores(
-            fit_trak(self.features, self.path / "trak", damping=damping)
-        )
+        told, recipe = self.calibration, self.task.recipe
+        natural = recipe is not None and recipe.weight_decay > 0
+        damping = None if natural or told is None else told.newton.damping
+        scores = fit_trak(self.features, self.path / "trak", damping=damping)
+        return LinearDatamodel.from_scores(scores)
 
     @cached_property
     def combined(self) -> Combined:

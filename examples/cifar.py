@@ -3,6 +3,10 @@
 The images, train/CLASS/*.jpg and test/CLASS/*.jpg, lie in the folder or zip that the environment
 variable CIFAR10 names, by default data/cifar10-jpeg.zip. Versions of Pillow may decode a JPEG
 differently in the last bit; stores made with one are then refused with another.
+
+A model takes far longer to train than one of the digits, so ask for fewer of them:
+
+    dmm precompute examples/cifar.py:cat_dog --run runs/cat_dog --full-models 20 --subset-models 200
 """
 
 import io

@@ -69,7 +69,15 @@ def calibrate(
         raise ValueError("a calibration needs the features of 2 checkpoints or more, got 1")
     where: dict[str, Any] = {"workers": None if scheduler else workers, "scheduler": scheduler}
     cases = cases_of(bank, mean_before(newton.features, full))
-    chosen = _chosen(newton, cases, bank, Path(to), temperatures, dampings, where)
+    chosen = _chosen(
+        newton,
+        cases,
+        bank,
+        Path(to),
+        temperatures=temperatures,
+        dampings=dampings,
+        where=where,
+    )
     changes = predicted_changes(chosen, cases, bank, Path(to) / "changes", **where)
     return _fitted(chosen, cases, changes)
 
@@ -129,6 +137,7 @@ def _chosen(
     cases: Sequence[Case],
     bank: Ensemble,
     to: Path,
+    *,
     temperatures: Sequence[float],
     dampings: Sequence[float],
     where: dict[str, Any],

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from attribution import ForgetSet, Oracle, Run, parse_forget, precompute
+from attribution import Counterfactual, ForgetSet, Oracle, Run, parse_forget, precompute
 from unlearning import (
     DoNothing,
     GradientProjection,
@@ -38,8 +38,9 @@ def audit(run: Run, forget: ForgetSet, models: int) -> dict[str, dict[str, Any]]
     judges, targets = (run.bank(forget, which, models) for which in (0, 1))
     methods: dict[str, UnlearningMethod] = {
         "do_nothing": DoNothing(),
-        "dmm": Matching(run.datamodel),
-        "dmm_pgu": Matching(run.datamodel, GradientProjection(run.moments)),
+        "dmm": Matching(run.predictor()),
+        "dmm_datamodel": Matching(run.datamodel),
+        "dmm_pgu": Matching(run.predictor(), GradientProjection(run.moments)),
         "pgu": ProjectedGradient(run.moments),
         "om": Matching(Oracle(run.full, targets)),
     }
@@ -82,17 +83,18 @@ def tell(title: str, audits: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
             told[name][split] = (float(values.mean()), float(np.percentile(values, 95)))
         told[name]["spread"] = float(pooled(audits, name, "spread").mean())
         cells = [f"{s} {m:.2f} / {p:.2f}" for s, (m, p) in list(told[name].items())[:3]]
-        print(f"  {name:11s}", "   ".join(cells), f"  spread {told[name]['spread']:.2f}")
-    for name in ("dmm", "dmm_pgu", "pgu", "om"):
+        print(f"  {name:13s}", "   ".join(cells), f"  spread {told[name]['spread']:.2f}")
+    for name in ("dmm", "dmm_datamodel", "dmm_pgu", "pgu", "om"):
         mean, high = told[name]["removed"] = removed(audits, name)
         print(f"  {name} removes {mean:.0%} of the mean excess and {high:.0%} of the P95 excess")
     for name in ("do_nothing", "dmm"):
         alone = [one[name]["forget"].mean() - one["null"]["forget"].mean() for one in audits]
         print(f"  mean excess of {name}, set by set:", " ".join(f"{e:.2f}" for e in alone))
     for split in ("retain", "test"):
-        ratio = told["dmm"][split][1] / told["null"][split][1]
-        before = told["do_nothing"][split][1] / told["null"][split][1]
-        print(f"  {split} P95 over the null's: dmm {ratio:.2f}, do_nothing {before:.2f}")
+        names = ("dmm", "dmm_datamodel", "do_nothing")
+        ratios = {name: told[name][split][1] / told["null"][split][1] for name in names}
+        cells = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+        print(f"  {split} P95 over the null's: {cells}")
     return told
 
 
@@ -102,36 +104,42 @@ def main() -> None:
     parser.add_argument("--run", default="runs/digits")
     parser.add_argument("--models", type=int, default=100)
     parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", help="also write the numbers as JSON")
     options = parser.parse_args()
     run = precompute("examples/digits.py:task", options.run)
     print(f"{hardware()}; {options.models} models a bank; {run.settings.subset_models} models on"
-          f" {run.settings.design} subsets")  # fmt: skip
+          f" {run.settings.design} subsets; dmm predicts by {run.best}; seeds from"
+          f" {options.first_seed}")  # fmt: skip
     told: dict[str, Any] = {}
     everything = []
     for size in SIZES:
-        forgets = [parse_forget(run.task, f"random:{size}:{seed}") for seed in range(options.draws)]
+        seeds = range(options.first_seed, options.first_seed + options.draws)
+        forgets = [parse_forget(run.task, f"random:{size}:{seed}") for seed in seeds]
         audits = [audit(run, forget, options.models) for forget in forgets]
         told[f"rand{size}"] = tell(f"rand{size}", audits)
         everything += audits
     told["pooled"] = tell("all random sets", everything)
-    coherent = parse_forget(run.task, "cluster:60:0")
+    coherent = parse_forget(run.task, f"cluster:60:{options.first_seed}")
     told["coherent60"] = tell("coherent60", [audit(run, coherent, options.models)])
-    told["cost"] = cost(run)
+    told["cost"] = {
+        "dmm": cost(run, run.predictor(), "dmm"),
+        "dmm_datamodel": cost(run, run.datamodel, "dmm_datamodel"),
+    }
     if options.out:
         Path(options.out).write_text(json.dumps(told, indent=1) + "\n")
 
 
-def cost(run: Run) -> dict[str, float]:
+def cost(run: Run, predictor: Counterfactual, name: str) -> dict[str, float]:
     """Prints and returns one request over one retraining, in seconds and in gradients."""
     retrain = measure_retraining(run.task)
     told = {}
     for size in SIZES:
         forget = parse_forget(run.task, f"random:{size}:0")
-        request = measure_request(Matching(run.datamodel), run.full.model(0), forget)
+        request = measure_request(Matching(predictor), run.full.model(0), forget)
         told[f"rand{size}"] = request["seconds"] / retrain["seconds"]
         gradients = request["gradient_evaluations"] / retrain["gradient_evaluations"]
-        print(f"rand{size}: one request {request['seconds']:.3f} s, one retraining"
+        print(f"{name}, rand{size}: one request {request['seconds']:.3f} s, one retraining"
               f" {retrain['seconds']:.3f} s: {told[f'rand{size}']:.1%} of the time,"
               f" {gradients:.1%} of the gradients")  # fmt: skip
     return told

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
-from attribution import ForgetSet, calibration_bank
+from attribution import ForgetSet, Task, calibration_bank
 from attribution.calibration_bank import (
+    KINDS,
     Case,
     cases_of,
     joined,
@@ -12,9 +14,9 @@ from attribution.calibration_bank import (
     variance_factors,
 )
 from attribution.outputs import target_margins
-from tests.tasks import binary, blobs, line, small_mlp, write_ensemble
+from tests.tasks import RECIPE, binary, blob_data, blobs, line, write_ensemble
 
-TRAIN, ALL = 37, 48
+ALL = 48
 
 
 @pytest.fixture(scope="module")
@@ -22,62 +24,48 @@ def task():
     return blobs()
 
 
-@pytest.fixture(scope="module")
-def bank(task, tmp_path_factory):
-    to = tmp_path_factory.mktemp("bank") / "bank"
-    return calibration_bank(task, to, forget_sets=7, seed=3, workers=0)
-
-
-def case_of(task, rows=(3, 20), seed=0):
-    random = np.random.default_rng(seed)
-    width = 2 if task.name == "blobs" else 1
-    before, change = random.normal(size=(2, ALL, width)).astype(np.float32)
-    return Case(task, ForgetSet.at(task, rows), before, change)
+def forgotten(bank):
+    return [np.flatnonzero(~mask) for mask in bank.masks]
 
 
 class TestBank:
-    def test_each_model_misses_a_forget_set_of_its_own(self, bank):
+    def test_each_model_misses_a_forget_set_of_its_own(self, task, tmp_path):
+        bank = calibration_bank(task, tmp_path / "bank", forget_sets=7, seed=3, workers=0)
         assert bank.outputs.shape == (7, ALL, 2)
-        sizes = (~bank.masks).sum(1)
-        # From 1 to 10 % of the rows; a set of less than one row is one row.
-        assert sizes.min() >= 1
-        assert sizes.max() <= 4
-        assert len({mask.tobytes() for mask in bank.masks}) == 7
-        for outputs in (bank.outputs[i] for i in range(6)):
-            assert not np.array_equal(outputs, bank.outputs[6])
+        # From 1 to 10 % of 37 rows, but a row at least.
+        assert {len(rows) for rows in forgotten(bank)} <= {1, 2, 3, 4}
+        assert len(np.unique(bank.outputs.reshape(7, -1), axis=0)) == 7
+        again = calibration_bank(task, tmp_path / "again", forget_sets=7, seed=3, workers=0)
+        np.testing.assert_array_equal(again.masks, bank.masks)
+        np.testing.assert_array_equal(again.outputs, bank.outputs)
 
     def test_random_and_coherent_sets_take_turns(self, tmp_path):
         task = blobs(rows=300)
         bank = calibration_bank(task, tmp_path / "bank", forget_sets=8, workers=0)
         labels = task.rows("train", np.arange(300))[1].numpy()
-        sets = [np.flatnonzero(~mask) for mask in bank.masks]
-        for rows in sets[1::2]:
-            assert len(set(labels[rows])) == 1
-        assert any(len(set(labels[rows])) == 2 for rows in sets[::2])
+        sets = forgotten(bank)
         assert all(3 <= len(rows) <= 30 for rows in sets)
+        assert all(len(set(labels[rows])) == 1 for rows in sets[1::2])
+        assert any(len(set(labels[rows])) == 2 for rows in sets[::2])
 
-    def test_the_sets_and_the_models_depend_on_the_seed_alone(self, task, bank, tmp_path):
-        again = calibration_bank(task, tmp_path / "again", forget_sets=7, seed=3, workers=0)
-        np.testing.assert_array_equal(again.masks, bank.masks)
-        np.testing.assert_array_equal(again.outputs, bank.outputs)
-        other = calibration_bank(task, tmp_path / "other", forget_sets=7, seed=4, workers=0)
-        assert not np.array_equal(other.masks, bank.masks)
-        more = calibration_bank(task, tmp_path / "more", forget_sets=9, seed=3, workers=0)
-        np.testing.assert_array_equal(more.masks[:7], bank.masks)
+    def test_the_sets_depend_on_the_seed_and_their_number_alone(self, task, tmp_path):
+        masks = {
+            (sets, seed): calibration_bank(
+                task, tmp_path / f"{sets}-{seed}", forget_sets=sets, seed=seed, workers=0
+            ).masks
+            for sets, seed in ((4, 3), (6, 3), (4, 5))
+        }
+        np.testing.assert_array_equal(masks[6, 3][:4], masks[4, 3])
+        assert not np.array_equal(masks[4, 5], masks[4, 3])
 
-    def test_a_small_class_gives_all_it_can_spare(self, tmp_path):
-        inputs = torch.randn(200, 3)
-        labels = torch.arange(200) // 2 % 2  # every second pair of rows
-        labels = torch.where(torch.arange(200) < 197, 0, labels.clamp_min(1))
-        data = TensorDataset(inputs, labels)
-        task = blobs(rows=200)
-        task = type(task)("small class", data, data, small_mlp, task.recipe, test_ids=_ids(200))
-        seeds = range(40)
-        bank = [
-            calibration_bank(task, tmp_path / str(seed), forget_sets=4, seed=seed, workers=0)
-            for seed in seeds[:1]
-        ]
-        assert all((~one.masks).any(1).all() for one in bank)
+    def test_a_class_that_is_too_small_gives_all_it_can_spare(self, tmp_path):
+        data = TensorDataset(torch.randn(200, 3), torch.arange(200) // 2)
+        task = Task("pairs", data, blob_data(3, 2), lambda: nn.Linear(3, 100), RECIPE)
+        bank = calibration_bank(task, tmp_path / "bank", forget_sets=10, workers=0)
+        sets = forgotten(bank)
+        assert {len(rows) for rows in sets[1::2]} == {2}
+        assert max(len(rows) for rows in sets[::2]) > 2
+        assert all(rows[0] // 2 == rows[1] // 2 for rows in sets[1::2])
 
     def test_too_few_sets_are_refused(self, task, tmp_path):
         with pytest.raises(ValueError, match="a calibration needs 4 forget sets or more, got 3"):
@@ -89,5 +77,144 @@ class TestBank:
             calibration_bank(blobs(recipe=None), tmp_path / "bank", workers=0)
 
 
-def _ids(count):
-    return [f"other-{i}" for i in range(count)]
+def case_of(task, rows=(3, 20), seed=0):
+    random = np.random.default_rng(seed)
+    shape = len(task.target_ids), 2 if task.name == "blobs" else 1
+    before, change = random.normal(size=(2, *shape)).astype(np.float32)
+    return Case(task, ForgetSet.at(task, rows), before, change)
+
+
+def test_rows_are_of_three_kinds(task):
+    forget = ForgetSet.at(task, [3, 20])
+    found = row_kinds(forget, np.array([47, 20, 0, 36, 37, 3, 3]))
+    assert [KINDS[kind] for kind in found] == [
+        "test",
+        "forget",
+        "retain",
+        "retain",
+        "test",
+        "forget",
+        "forget",
+    ]
+    case = case_of(task)
+    assert [int(rows.sum()) for rows in case.kinds] == [2, 35, 11]
+    np.testing.assert_array_equal(np.sum(case.kinds, axis=0), np.ones(ALL))
+    np.testing.assert_array_equal(case.targets, np.arange(ALL))
+
+
+def test_a_kind_of_row_weighs_one_over_its_squared_change(task):
+    case = case_of(task)
+    assert case.weight(0) == pytest.approx(1 / np.square(case.change[[3, 20]]).sum())
+    assert case.weight(2) == pytest.approx(1 / np.square(case.change[37:]).sum())
+    still = Case(task, case.forget, case.before, 0 * case.change)
+    assert np.isfinite(still.weight(1))
+
+
+@pytest.mark.parametrize("make", [blobs, binary, line])
+def test_views_are_the_outputs_and_the_margins(make):
+    case = case_of(make())
+    outputs, margins = case.views(case.change)
+    np.testing.assert_array_equal(outputs, case.change)
+    before, after = (
+        target_margins(case.task, values) for values in (case.before, case.before + case.change)
+    )
+    np.testing.assert_allclose(margins[:, 0], after - before, atol=1e-6)
+
+
+class TestError:
+    @pytest.mark.parametrize("make", [blobs, binary, line])
+    def test_no_change_has_one_and_the_change_none(self, make):
+        case = case_of(make())
+        assert case.error(0 * case.change) == pytest.approx(1)
+        assert case.error(case.change) == 0
+
+    @pytest.mark.parametrize("make", [binary, line])
+    def test_half_the_change_has_a_quarter(self, make):
+        case = case_of(make())
+        assert case.error(case.change / 2) == pytest.approx(0.25, rel=1e-4)
+
+    @pytest.mark.parametrize("kind", [0, 1, 2])
+    def test_each_kind_of_row_counts_a_third(self, kind):
+        case = case_of(line())
+        wrong = case.change.copy()
+        wrong[case.kinds[kind]] = 0
+        assert case.error(wrong) == pytest.approx(1 / 3, rel=1e-4)
+
+    def test_kinds_without_rows_do_not_count(self):
+        task = Task("alone", line().train_data, [], line().model, RECIPE, loss=line().loss)
+        case = case_of(task)
+        wrong = case.change.copy()
+        wrong[case.kinds[0]] = 0
+        assert case.error(wrong) == pytest.approx(0.5, rel=1e-4)
+
+    def test_two_predictions_tell_the_error_of_their_mean(self):
+        case, random = case_of(line()), np.random.default_rng(1)
+        near = case.change + 0.5 * random.normal(size=case.change.shape)
+        drawn = near + 3 * random.normal(size=(2, 4000, *near.shape))
+        errors = [case.error(one, other) for one, other in zip(*drawn, strict=True)]
+        assert np.mean(errors) == pytest.approx(case.error(near), abs=4 * np.std(errors) / 4000**0.5)
+        assert np.mean([case.error(one) for one in drawn[0][:50]]) > 5 * case.error(near)
+
+
+def test_cases_are_the_forget_sets_of_a_bank(task, tmp_path):
+    masks = np.ones((3, 37), dtype=bool)
+    for mask, rows in zip(masks, ([1, 5], [36], [2, 3, 4]), strict=True):
+        mask[rows] = False
+    outputs = np.random.default_rng(0).normal(size=(3, ALL, 2)).astype(np.float32)
+    bank = write_ensemble(tmp_path / "bank", task, masks, outputs)
+    before = outputs[0] / 2
+    cases = cases_of(bank, before)
+    assert [case.forget.positions for case in cases] == [(1, 5), (36,), (2, 3, 4)]
+    for case, after in zip(cases, outputs, strict=True):
+        np.testing.assert_array_equal(case.change, after - before)
+        assert case.before is before
+
+
+def test_a_bank_with_a_model_of_all_rows_is_refused(task, tmp_path):
+    masks = np.ones((2, 37), dtype=bool)
+    masks[0, 3] = False
+    bank = write_ensemble(tmp_path / "bank", task, masks, np.zeros((2, ALL, 2), np.float32))
+    with pytest.raises(ValueError, match="bank holds a model trained on all rows: it is no bank"):
+        cases_of(bank, np.zeros((ALL, 2)))
+
+
+def test_parts_are_joined_in_order():
+    found = joined([np.array([[1, 2], [3, 4]], dtype=np.float32), np.zeros((0, 2)), np.array([5])])
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found, [1, 2, 3, 4, 5])
+
+
+class TestVarianceFactors:
+    @pytest.fixture
+    def variances(self):
+        random = np.random.default_rng(0)
+        return random.gamma(2, size=3000), random.gamma(2, size=3000)
+
+    @pytest.mark.parametrize("factors", [(2.0, 3.0), (0.0, 1.5), (0.7, 0.0), (0.0, 0.0)])
+    def test_known_factors_are_found(self, variances, factors):
+        left = factors[0] ** 2 * variances[0] + factors[1] ** 2 * variances[1]
+        assert variance_factors(left, *variances) == pytest.approx(factors, abs=1e-6)
+
+    def test_factors_of_normal_deviations_are_found(self, variances):
+        drawn = np.random.default_rng(1).normal(size=(2, 3000))
+        left = (2 * np.sqrt(variances[0]) * drawn[0] + np.sqrt(variances[1]) * drawn[1]) ** 2
+        assert variance_factors(left, *variances) == pytest.approx((2, 1), rel=0.15)
+
+    def test_a_variance_that_would_be_negative_is_none(self, variances):
+        first, second = variances
+        found = variance_factors(np.maximum(3 * second - first, 0), first, second)
+        assert found[0] == 0
+        assert 0 < found[1] < 3**0.5
+        assert variance_factors(np.maximum(3 * first - second, 0), first, second)[1] == 0
+
+    def test_values_without_variance_tell_nothing(self, variances):
+        left = 4 * variances[0] + 9 * variances[1]
+        more = [np.append(values, np.zeros(5)) for values in variances]
+        found = variance_factors(np.append(left, np.ones(5)), *more)
+        assert found == pytest.approx((2, 3), abs=1e-6)
+        assert variance_factors(np.ones(3), np.zeros(3), np.zeros(3)) == (0, 0)
+
+    @pytest.mark.parametrize("unknown", [np.nan, np.inf])
+    def test_unknown_variances_give_unknown_factors(self, variances, unknown):
+        variances[1][7] = unknown
+        assert np.isnan(variance_factors(variances[0], *variances)).all()

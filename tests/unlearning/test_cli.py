@@ -77,7 +77,7 @@ class TestPrecompute:
             "features",
             "calibration",
         }
-        assert found["predictors"] == ["datamodel", "newton", "combined"]
+        assert found["predictors"] == ["datamodel", "newton", "combined", "trak"]
         assert found["best"] in found["predictors"]
         before = contents(run)
         assert dmm("precompute", spec, "--run", run, *SIZES) == (

@@ -1,0 +1,68 @@
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from attribution import Calibration, Change, ForgetSet
+from tests.tasks import blobs
+
+TABLES = (
+    {"forget": 0.9, "retain": 0.5, "test": 0.7},
+    {"forget": 2.0, "retain": 3.0, "test": 4.0},
+    {"forget": 5.0, "retain": 6.0, "test": 7.0},
+)
+
+
+@pytest.fixture
+def calibration():
+    return Calibration(0.72, 1.4, *TABLES, forget_sets=20)
+
+
+@pytest.mark.parametrize("places", [[40, 3, 5, 3], list(range(48)), [47]])
+def test_factors_are_those_of_the_kind_of_row(calibration, places):
+    ones = np.ones((len(places), 2), dtype=np.float32)
+    change = Change(ones, 10 * ones, 100 * ones)
+    forget = ForgetSet.at(blobs(), [3, 20])
+    found = calibration.applied(change, forget, np.array(places))
+    kinds = ["forget" if p in (3, 20) else "retain" if p < 37 else "test" for p in places]
+    columns = {"mean": TABLES[0], "std": TABLES[1], "noise": TABLES[2]}
+    for (name, table), unit in zip(columns.items(), (1, 10, 100), strict=True):
+        values = getattr(found, name)
+        assert values.dtype == np.float32
+        expected = [[unit * table[kind]] * 2 for kind in kinds]
+        np.testing.assert_allclose(values, expected, rtol=1e-6)
+    assert not found.absolute
+
+
+def test_unknown_spreads_stay_unknown(calibration):
+    nothing = np.full((1, 2), np.nan, dtype=np.float32)
+    change = Change(np.ones((1, 2), dtype=np.float32), nothing, nothing)
+    found = calibration.applied(change, ForgetSet.at(blobs(), [3]), np.array([3]))
+    assert np.isnan(found.std).all()
+    assert np.isfinite(found.mean).all()
+
+
+def test_it_is_read_as_it_was_written(calibration, tmp_path):
+    calibration.save(tmp_path / "a.json")
+    assert Calibration.load(tmp_path / "a.json") == calibration
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"schema": 1} | asdict(calibration)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "cannot read the calibration '.*a.json': .*No such file"),
+        ("", "cannot read the calibration"),
+        ("[]", "cannot read the calibration"),
+        ("{}", "cannot read the calibration '.*a.json': 'schema'"),
+        ('{"schema": 1, "tusk": 2}', "cannot read the calibration .*tusk"),
+        ('{"schema": 2}', "a.json' has schema 2, this version reads 1"),
+    ],
+)
+def test_what_is_no_calibration_is_refused(tmp_path, content, text):
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=text):
+        Calibration.load(tmp_path / "a.json")

@@ -1,0 +1,224 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from attribution import Calibration, ForgetSet, GroupNewton, calibrate
+from attribution.calibration_bank import KINDS, cases_of, row_kinds
+from attribution.newton import fitting, predicted_changes
+from attribution.newton.fitting import mean_before
+from stores import Store
+from stores.workers import stop_local_workers
+from tests.attribution.newton.cases import newton_of
+from tests.tasks import binary, blobs, line, write_ensemble
+
+ROWS, ALL, SETS = 37, 48, 12
+ONE = {"temperatures": (1.0,), "dampings": (1.0,)}
+UNIT = ROWS * 5e-4  # number of rows x weight decay of the recipe
+
+
+@pytest.fixture(scope="module")
+def newton(tmp_path_factory):
+    return newton_of(blobs(), tmp_path_factory.mktemp("newton") / "f", features={"block": 20})
+
+
+def drawn_masks(sets=SETS):
+    random, masks = np.random.default_rng(5), np.ones((sets, ROWS), dtype=bool)
+    for mask in masks:
+        mask[random.permutation(ROWS)[: random.integers(2, 8)]] = False
+    return masks
+
+
+def made_bank(newton, path, makes, sets=SETS):
+    """A bank whose models' outputs are made from what group Newton predicts of their sets."""
+    task, masks = newton.task, drawn_masks(sets)
+    before, outputs = mean_before(newton.features, None), []
+    for number, mask in enumerate(masks):
+        forget = ForgetSet.at(task, np.flatnonzero(~mask))
+        kinds = row_kinds(forget, np.arange(ALL))[:, None]
+        random = np.random.default_rng([number, 1])
+        outputs.append(before + makes(newton.change(forget), kinds, random))
+    return write_ensemble(path, task, masks, np.array(outputs, dtype=np.float32), block=4)
+
+
+@pytest.fixture(scope="module")
+def doubled(newton, tmp_path_factory):
+    """A bank of twice the predicted changes, and some noise."""
+
+    def makes(change, kinds, random):
+        del kinds
+        return 2 * change.mean + 0.02 * random.normal(size=change.mean.shape)
+
+    known = replace(newton, damping=UNIT)
+    return made_bank(known, tmp_path_factory.mktemp("doubled") / "bank", makes)
+
+
+class TestFactors:
+    """One candidate only: what is left to fit are the factors."""
+
+    def test_the_scale_of_each_kind_of_row_is_found(self, newton, tmp_path):
+        scales = np.array([2.0, 0.5, 1.2])
+
+        def makes(change, kinds, random):
+            return scales[kinds] * change.mean + 0.01 * random.normal(size=change.mean.shape)
+
+        known = replace(newton, damping=UNIT)
+        found = calibrate(newton, made_bank(known, tmp_path / "b", makes), tmp_path / "c", **ONE)
+        assert (found.damping, found.temperature, found.forget_sets) == (UNIT, 1.0, SETS)
+        for kind, scale in zip(KINDS, scales, strict=True):
+            assert found.scale[kind] == pytest.approx(scale, rel=0.05)
+
+    @pytest.mark.parametrize("which", ["spread", "noise"])
+    def test_the_factor_of_each_variance_is_found(self, newton, tmp_path, which):
+        factors = np.array([1.5, 0.6, 0.9])
+
+        def makes(change, kinds, random):
+            deviation = change.std if which == "spread" else change.noise
+            return change.mean + factors[kinds] * deviation * random.normal(size=deviation.shape)
+
+        known = replace(newton, damping=UNIT)
+        bank = made_bank(known, tmp_path / "b", makes, sets=24)
+        found = calibrate(newton, bank, tmp_path / "c", **ONE)
+        other = "noise" if which == "spread" else "spread"
+        for kind, factor in zip(KINDS, factors, strict=True):
+            assert getattr(found, which)[kind] == pytest.approx(factor, rel=0.25)
+            assert getattr(found, other)[kind] < 0.5
+
+    def test_a_change_that_goes_the_other_way_has_scale_zero(self, newton, tmp_path):
+        known = replace(newton, damping=UNIT)
+        bank = made_bank(known, tmp_path / "b", lambda change, *_: -change.mean)
+        assert calibrate(newton, bank, tmp_path / "c", **ONE).scale == dict.fromkeys(KINDS, 0.0)
+
+    def test_changes_are_taken_from_the_mean_of_the_full_models(self, newton, doubled, tmp_path):
+        outputs = np.stack([newton.features.outputs(c) for c in range(3)])
+        np.testing.assert_allclose(mean_before(newton.features, None), outputs.mean(0), atol=1e-6)
+        shifted = np.random.default_rng(0).normal(size=(5, ALL, 2)).astype(np.float32)
+        masks = np.ones((5, ROWS), dtype=bool)
+        full = write_ensemble(tmp_path / "full", newton.task, masks, shifted)
+        np.testing.assert_array_equal(mean_before(newton.features, full), shifted.mean(0))
+        found = calibrate(newton, doubled, tmp_path / "c", full=full, **ONE)
+        # The shift is the larger part of what is then held against the predictions.
+        assert found.noise["retain"] > 0.5
+
+
+class TestChoice:
+    @pytest.mark.parametrize("make", [blobs, binary, line])
+    def test_the_candidate_that_made_the_bank_is_chosen(self, make, tmp_path):
+        newton = newton_of(make(), tmp_path / "f")
+        maker = replace(newton, temperature=2.0, damping=0.7 * 4 * UNIT, steps=2)
+        bank = made_bank(maker, tmp_path / "bank", lambda change, *_: change.mean)
+        candidates = {"temperatures": (1.0, 2.0), "dampings": (0.7, 7.0)}
+        found = calibrate(newton, bank, tmp_path / "c", **candidates)
+        assert (found.temperature, found.damping) == (2.0, pytest.approx(0.7 * 4 * UNIT))
+
+    def test_how_it_is_calibrated_now_does_not_matter(self, newton, doubled, tmp_path):
+        tables = [dict.fromkeys(KINDS, 9.0)] * 3
+        other = replace(newton, calibration=Calibration(9.0, 9.0, *tables, 20))
+        found = [
+            calibrate(one, doubled, tmp_path / str(number), **ONE)
+            for number, one in enumerate((newton, other))
+        ]
+        assert found[0] == found[1]
+
+    def test_without_weight_decay_lambda_is_in_units_of_the_curvature(self, newton, tmp_path):
+        task = blobs(recipe=None)
+        free = GroupNewton(task, newton.features, damping=1.0)
+        bank = made_bank(free, tmp_path / "bank", lambda change, *_: change.mean)
+        found = calibrate(free, bank, tmp_path / "c", temperatures=(1.0,), dampings=(0.3,))
+        unit = np.diag(newton.features.curvature(0)).mean()
+        assert found.damping == pytest.approx(0.3 * unit)
+
+
+class TestChanges:
+    def test_they_are_those_of_the_predictor_and_are_kept(self, newton, doubled, tmp_path):
+        cases = cases_of(doubled, mean_before(newton.features, None))
+        first = predicted_changes(newton, cases, doubled, tmp_path / "c")
+        for case, change in zip(cases, first, strict=True):
+            expected = newton.change(case.forget)
+            np.testing.assert_array_equal(change.mean, expected.mean)
+            np.testing.assert_array_equal(change.std, expected.std)
+            np.testing.assert_array_equal(change.noise, expected.noise)
+
+    @pytest.mark.parametrize("change", ["damping", "steps", "calibration"])
+    def test_those_of_another_predictor_are_refused(self, newton, doubled, tmp_path, change):
+        cases = cases_of(doubled, mean_before(newton.features, None))[:2]
+        predicted_changes(newton, cases, doubled, tmp_path / "c")
+        tables = [dict.fromkeys(KINDS, 9.0)] * 3
+        settings = {"damping": 3.0, "steps": 7, "calibration": Calibration(1.0, 1.0, *tables, 20)}
+        other = replace(newton, **{change: settings[change]})
+        with pytest.raises(ValueError, match=f"was made with other settings:\n  {change}: stored"):
+            predicted_changes(other, cases, doubled, tmp_path / "c")
+
+
+class TestResuming:
+    CANDIDATES = {"temperatures": (1.0, 1.5), "dampings": (1.0,)}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def found(cls, newton, doubled, tmp_path_factory):
+        return calibrate(newton, doubled, tmp_path_factory.mktemp("c") / "c", **cls.CANDIDATES)
+
+    @pytest.mark.parametrize("after", [0, 5, SETS, SETS + 5])
+    def test_an_interrupted_call_ends_with_the_same_factors(
+        self, newton, doubled, found, tmp_path, monkeypatch, after
+    ):
+        write, written = Store.write_block, []
+
+        def stop(store, block, arrays):
+            if "curvature" not in arrays:
+                if len(written) == after:
+                    raise KeyboardInterrupt
+                written.append((store.path, block))
+            write(store, block, arrays)
+
+        monkeypatch.setattr(Store, "write_block", stop)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(newton, doubled, tmp_path / "c", **self.CANDIDATES)
+        done, after = set(written), -1
+        again = calibrate(newton, doubled, tmp_path / "c", **self.CANDIDATES)
+        assert again == found
+        assert len(written) == len(set(written)) == 2 * SETS
+        assert done < set(written)
+        written.clear()
+        assert calibrate(newton, doubled, tmp_path / "c", **self.CANDIDATES) == found
+        assert not written
+
+    def test_workers_change_nothing(self, doubled, found, tmp_path):
+        # Features of its own: the curvatures, too, are computed by the workers.
+        try:
+            newton = newton_of(blobs(), tmp_path / "f", features={"block": 20})
+            again = calibrate(newton, doubled, tmp_path / "c", workers=2, **self.CANDIDATES)
+            other = calibrate(newton, doubled, tmp_path / "d", workers=2, **ONE)
+        finally:
+            stop_local_workers()
+        assert again == found
+        assert other.forget_sets == SETS
+
+
+def test_one_checkpoint_is_refused(newton, doubled, tmp_path):
+    alone = replace(newton, features=newton.features.first(1))
+    with pytest.raises(ValueError, match="needs the features of 2 checkpoints or more, got 1"):
+        calibrate(alone, doubled, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_bank_of_another_task_is_refused(newton, tmp_path):
+    other = blobs(train_ids=[f"row-{i}" for i in range(ROWS)])
+    outputs = np.zeros((SETS, ALL, 2), dtype=np.float32)
+    bank = write_ensemble(tmp_path / "bank", other, drawn_masks(), outputs)
+    with pytest.raises(ValueError, match="made from other rows than those of task 'blobs'"):
+        calibrate(newton, bank, tmp_path / "c")
+
+
+def test_another_bank_is_refused_in_the_same_folder(newton, doubled, tmp_path):
+    calibrate(newton, doubled, tmp_path / "c", **ONE)
+    store = doubled.store.path
+    other = made_bank(replace(newton, damping=UNIT), tmp_path / "b", lambda c, *_: c.mean, sets=5)
+    assert other.store.path != store
+    with pytest.raises(ValueError, match="was made with other settings"):
+        calibrate(newton, other, tmp_path / "c", **ONE)
+
+
+def test_the_candidates_are_within_reason():
+    assert all(1 <= t <= 4 for t in fitting.TEMPERATURES)
+    assert all(0.1 <= d <= 10 for d in fitting.DAMPINGS)

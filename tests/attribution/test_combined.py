@@ -1,0 +1,184 @@
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from attribution import Change, Combined, Counterfactual, ForgetSet, Task
+from attribution.calibration_bank import KINDS, Case
+from attribution.combined import Weights, weigh
+from tests.tasks import blobs, line
+
+ALL = 48
+
+
+@dataclass(frozen=True)
+class Told(Counterfactual):
+    """Says what it was told; refuses one task by name."""
+
+    change_told: Change
+    refuses: str = ""
+
+    def check_task(self, task):
+        if task.name == self.refuses:
+            raise ValueError(f"no {task.name}, please")
+
+    def change(self, forget, already=None, targets=None):
+        places = np.arange(ALL) if targets is None else targets
+        told = self.change_told
+        return Change(told.mean[places], told.std[places], told.noise[places])
+
+
+def drawn(seed, scale=1.0):
+    random = np.random.default_rng(seed)
+    mean = scale * random.normal(size=(ALL, 2))
+    return Change(*(part.astype(np.float32) for part in (mean, np.abs(mean) + 0.1, mean**2 + 0.2)))
+
+
+WEIGHTS = {
+    "forget": Weights(0.9, 0.2, 1.5, 3.0),
+    "retain": Weights(0.5, 0.0, 1.0, 2.0),
+    "test": Weights(0.0, 0.7, 2.0, 0.5),
+}
+
+
+@pytest.fixture
+def task():
+    return blobs()
+
+
+@pytest.mark.parametrize("targets", [None, np.array([40, 3, 0, 20])])
+def test_changes_are_weighed_by_kind_of_row(task, targets):
+    one, two, forget = drawn(1), drawn(2), ForgetSet.at(task, [3, 20])
+    found = Combined(Told(one), Told(two), WEIGHTS).change(forget, targets=targets)
+    places = np.arange(ALL) if targets is None else targets
+    for row, place in enumerate(places):
+        kind = "forget" if place in (3, 20) else "retain" if place < 37 else "test"
+        w = WEIGHTS[kind]
+        mean = w.first * one.mean[place] + w.second * two.mean[place]
+        std = w.spread * np.hypot(w.first * one.std[place], w.second * two.std[place])
+        np.testing.assert_allclose(found.mean[row], mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.std[row], std, rtol=1e-5)
+        np.testing.assert_allclose(found.noise[row], w.noise * one.noise[place], rtol=1e-5)
+    assert found.mean.dtype == found.std.dtype == found.noise.dtype == np.float32
+
+
+def test_a_predictor_that_has_no_weight_has_no_say(task):
+    one, two = drawn(1), drawn(2)
+    two.std[:37] = np.inf  # what the datamodel says of a row that all its models saw
+    one.std[37:] = np.nan
+    forget = ForgetSet.at(task, [3, 20])
+    alone = WEIGHTS | {"forget": Weights(1.0, 0.0, 1.0, 1.0)}
+    found = Combined(Told(one), Told(two), alone).change(forget)
+    assert np.isfinite(found.mean).all()
+    assert np.isfinite(found.std).all()
+
+
+@pytest.mark.parametrize("refusing", [0, 1])
+def test_a_task_that_one_of_them_refuses_is_refused(task, refusing):
+    pair = [Told(drawn(1)), Told(drawn(2))]
+    pair[refusing] = Told(drawn(1), refuses="blobs")
+    with pytest.raises(ValueError, match="no blobs, please"):
+        Combined(*pair, WEIGHTS).check_task(task)
+    Combined(*pair, WEIGHTS).check_task(line())
+
+
+def cases_and_pairs(task, count, makes, noise=0.0):
+    """Cases whose change is `makes(one, two, kinds)` of two predictions drawn at random."""
+    found = []
+    for number in range(count):
+        one, two = drawn(2 * number, 1 + number), drawn(2 * number + 1, 1 + number)
+        forget = ForgetSet.at(task, [number, number + 10, number + 20])
+        case = Case(task, forget, np.zeros((ALL, 2), np.float32), np.zeros((ALL, 2)))
+        random = np.random.default_rng([number, 7])
+        error = noise * one.noise * random.normal(size=one.mean.shape)
+        change = makes(one, two, case.kind_numbers[:, None]) + error
+        found.append((Case(task, forget, case.before, change), (one, two)))
+    return [case for case, _ in found], [pair for _, pair in found]
+
+
+def test_weights_that_made_the_changes_are_found(task):
+    a, b = np.array([0.9, 0.4, 0.7]), np.array([0.1, 0.8, 0.3])
+    cases, pairs = cases_and_pairs(
+        task, 5, lambda one, two, kinds: a[kinds] * one.mean + b[kinds] * two.mean
+    )
+    found = weigh(cases, pairs)
+    assert list(found) == list(KINDS)
+    for number, kind in enumerate(KINDS):
+        assert found[kind].first == pytest.approx(a[number], abs=1e-5)
+        assert found[kind].second == pytest.approx(b[number], abs=1e-5)
+        assert found[kind].spread == pytest.approx(0, abs=1e-3)
+        assert found[kind].noise == pytest.approx(0, abs=1e-3)
+
+
+def test_the_noise_of_one_retraining_is_found(task):
+    cases, pairs = cases_and_pairs(
+        task, 16, lambda one, two, _: 0.6 * one.mean + 0.4 * two.mean, noise=0.05
+    )
+    found = weigh(cases, pairs)["retain"]
+    assert (found.first, found.second) == pytest.approx((0.6, 0.4), abs=0.1)
+    assert found.noise == pytest.approx(0.05, rel=0.3)
+
+
+@pytest.mark.parametrize("useless", [0, 1])
+def test_a_predictor_that_does_harm_gets_no_weight(task, useless):
+    cases, pairs = cases_and_pairs(
+        task, 5, lambda one, two, _: (two if useless == 0 else one).mean * 0.8
+    )
+    turned = [
+        tuple(
+            Change(part.mean - 0.5 * case.change, part.std, part.noise) if i == useless else part
+            for i, part in enumerate(pair)
+        )
+        for case, pair in zip(cases, pairs, strict=True)
+    ]
+    spoiled = [
+        Case(task, case.forget, case.before, case.change - 0.3 * pair[useless].mean)
+        for case, pair in zip(cases, turned, strict=True)
+    ]
+    for weights in weigh(spoiled, turned).values():
+        pair = weights.first, weights.second
+        assert pair[useless] == 0
+        assert pair[1 - useless] > 0.5
+
+
+def test_predictors_that_know_nothing_get_no_weight(task):
+    cases, pairs = cases_and_pairs(task, 5, lambda one, two, _: -one.mean - two.mean)
+    for weights in weigh(cases, pairs).values():
+        assert (weights.first, weights.second) == (0, 0)
+
+
+def test_a_predictor_that_predicts_nothing_leaves_the_other_alone(task):
+    cases, pairs = cases_and_pairs(task, 5, lambda one, _, __: 0.5 * one.mean)
+    silent = [(one, Change(0 * two.mean, two.std, two.noise)) for one, two in pairs]
+    for weights in weigh(cases, silent).values():
+        assert (weights.first, weights.second) == pytest.approx((0.5, 0), abs=1e-5)
+
+
+def test_every_forget_set_weighs_the_same(task):
+    """One set of changes a hundred times larger than the others' does not decide."""
+    cases, pairs = cases_and_pairs(task, 2, lambda one, two, _: one.mean)
+    scales = (1.0, 0.0), (0.0, 100.0)
+    changed = [
+        Case(task, c.forget, c.before, a * one.mean + b * two.mean)
+        for c, (one, two), (a, b) in zip(cases, pairs, scales, strict=True)
+    ]
+    told = [
+        (Change(k * one.mean, one.std, one.noise), Change(k * two.mean, two.std, two.noise))
+        for (one, two), k in zip(pairs, (1.0, 100.0), strict=True)
+    ]
+    found = weigh(changed, told)["retain"]
+    assert (found.first, found.second) == pytest.approx((0.5, 0.5), abs=0.25)
+
+
+def test_kinds_without_rows_get_the_first_predictor_as_it_is():
+    blob = blobs()
+    alone = Task("alone", blob.train_data, [], blob.model, blob.recipe)
+    one, two = (
+        Change(*(getattr(drawn(seed), name)[:37] for name in ("mean", "std", "noise")))
+        for seed in (1, 2)
+    )
+    forget = ForgetSet.at(alone, [3])
+    case = Case(alone, forget, np.zeros((37, 2), np.float32), one.mean)
+    found = weigh([case], [(one, two)])
+    assert found["test"] == Weights(1.0, 0.0, 1.0, 1.0)
+    assert found["retain"].first == pytest.approx(1, abs=1e-5)

@@ -1,0 +1,45 @@
+import json
+
+import pytest
+
+from attribution import Calibration
+from attribution.calibration_bank import KINDS
+from attribution.combined import Weights
+from attribution.run_calibration import RunCalibration
+
+FACTORS = dict.fromkeys(KINDS, 0.8)
+NEWTON = Calibration(0.72, 1.4, FACTORS, FACTORS, FACTORS, 20)
+WEIGHTS = {kind: Weights(0.7, 0.2, 1.5, 2.0) for kind in KINDS}
+ERRORS = {"datamodel": 0.8, "newton": 0.4, "combined": 0.3}
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, {}], ids=["weighed", "newton alone"])
+def test_it_is_read_as_it_was_written(tmp_path, weights):
+    told = RunCalibration(NEWTON, weights, ERRORS)
+    told.save(tmp_path / "a.json")
+    assert RunCalibration.load(tmp_path / "a.json") == told
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (None, "No such file"),
+        ("", "Expecting value"),
+        ("[]", "list indices"),
+        ({"schema": 2}, "its schema is 2, this version reads 1"),
+        ({"newton": {"damping": 1}}, "missing"),
+        ({"weights": {"forget": {"third": 1}}}, "third"),
+        ({"weights": None}, "items"),
+    ],
+)
+def test_what_is_no_calibration_is_refused_with_the_cure(tmp_path, change, text):
+    file = tmp_path / "a.json"
+    if isinstance(change, dict):
+        RunCalibration(NEWTON, WEIGHTS, ERRORS).save(file)
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    elif change is not None:
+        file.write_text(change)
+    message = f"cannot read the calibration '{file}': .*{text}.*; remove it, and dmm precompute"
+    with pytest.raises(ValueError, match=message):
+        RunCalibration.load(file)
