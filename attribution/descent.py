@@ -182,10 +182,11 @@ def _many_gradients(
         return gradients  # type: ignore[no-any-return]
 
     held = {name: tensor.detach() for name, tensor in parameters.items()}
-    traced = trace(vmap(one), held, rest, first.tensors)
+    # Held, not given: the recording then makes views of the parameters only once.
+    traced = trace(partial(vmap(one), held, rest), first.tensors)
 
     def gradients(batch: Batch) -> list[Tensor]:
-        return list(traced(held, rest, batch.tensors).values())
+        return list(traced(batch.tensors).values())
 
     return gradients
 
@@ -260,6 +261,8 @@ class Descent:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        # The next gradients then take the same memory, still in the cache.
+        self.optimizer.zero_grad()
         if self.project:
             self._apply_projected(before, self.project)
 

@@ -14,6 +14,7 @@ from attribution.descent import stack, unstack, why_one_by_one
 from attribution.forget import ForgetSet
 from attribution.model import Model, check_state
 from attribution.outputs import Array, evaluate, evaluate_many, target_margins
+from attribution.products import products_by
 from attribution.subsets import Subsets
 from attribution.task import State, Task
 from attribution.training import threads, train_many, train_one
@@ -348,6 +349,7 @@ def _provenance(task: Task, subsets: Subsets, device: str, many: bool, block: in
     recorded = {
         "device": device,
         "versions": versions("torch", "numpy", "datamodel-matching"),
+        "products": products_by(),
         "sources": task.sources(),
     }
     return Provenance(settings, recorded)

@@ -304,15 +304,21 @@ def _steps(
 ) -> Iterator[Step]:
     inputs, labels = data
     weights = row_weights(order, inputs.dtype)
+    # Padding takes the last row, as it does in `take`.
+    places = order % len(inputs)
     nothing = torch.zeros(*order.shape[1:], 0, device=inputs.device)
     per_epoch = len(order) // recipe.epochs
     for step, rate in enumerate(recipe.rates(len(order))):
         now = order[step]
-        x = _augmented(recipe, take(inputs, now), now, seeds, step // per_epoch)
-        batch = Batch(x, take(labels, now), weights[step], nothing)
+        x = _augmented(recipe, _rows(inputs, places[step]), now, seeds, step // per_epoch)
+        batch = Batch(x, _rows(labels, places[step]), weights[step], nothing)
         if now.ndim == 1 and (step + 1) % per_epoch == 0:
             now, batch = now[now != PADDING], _without_padding(batch)
         yield Step(now, batch, float(rate))
+
+
+def _rows(values: Tensor, places: Tensor) -> Tensor:
+    return values.index_select(0, places.view(-1)).view(*places.shape, *values.shape[1:])
 
 
 def _without_padding(batch: Batch) -> Batch:

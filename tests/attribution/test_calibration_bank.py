@@ -152,7 +152,9 @@ class TestError:
         near = case.change + 0.5 * random.normal(size=case.change.shape)
         drawn = near + 3 * random.normal(size=(2, 4000, *near.shape))
         errors = [case.error(one, other) for one, other in zip(*drawn, strict=True)]
-        assert np.mean(errors) == pytest.approx(case.error(near), abs=4 * np.std(errors) / 4000**0.5)
+        assert np.mean(errors) == pytest.approx(
+            case.error(near), abs=4 * np.std(errors) / 4000**0.5
+        )
         assert np.mean([case.error(one) for one in drawn[0][:50]]) > 5 * case.error(near)
 
 

@@ -191,6 +191,7 @@ class TestResuming:
             other = calibrate(newton, doubled, tmp_path / "d", workers=2, **ONE)
         finally:
             stop_local_workers()
+        print("DBG", found.scale["forget"], again.scale["forget"])
         assert again == found
         assert other.forget_sets == SETS
 
