@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 RUN ?= runs/digits
 TASK ?= examples/digits.py:task
 FORGET ?= rand10=random:10:0 rand50=random:50:0 rand140=random:140:0 coherent60=cluster:60:0
-METHODS ?= do_nothing,dmm,om,om_absolute,pgu,dmm_pgu,gradient_ascent,fine_tune
+METHODS ?= do_nothing,dmm,dmm_datamodel,om,om_absolute,pgu,dmm_pgu,gradient_ascent,fine_tune
 N_MODELS ?= 100
 
 .PHONY: help demo test lint format clean

@@ -146,21 +146,29 @@ def _chosen(
     grid = [(t, unit * t**2 * damping) for t in temperatures for damping in dampings]
     plain = replace(newton, calibration=None)
     candidates = [replace(plain, temperature=t, damping=damping) for t, damping in grid]
-    if len(candidates) == 1:
-        return candidates[0]
-    features = newton.features
-    few = sorted({0, min(1, len(features) - 1)})
-    pairs = tuple((checkpoint, t) for t in temperatures for checkpoint in few)
-    run_blocks(_Curvatures(features, pairs), range(len(pairs)), title="curvatures", **where)
-    arrays = {"errors": ArraySpec(("model", None), (len(cases), len(grid)), "float64")}
-    settings = _settings(newton, bank) | {"grid": [list(pair) for pair in grid]}
-    store = _store(to / "choice", "calibration-choice", arrays, settings)
-    work = _Errors(tuple(candidates), tuple(cases), store.path)
-    _run(work, store, "calibration", where["workers"], where["scheduler"])
-    best = candidates[int(store.numpy("errors").sum(0).argmin())]
-    rest = tuple((checkpoint, best.temperature or 1.0) for checkpoint in range(len(features)))
-    run_blocks(_Curvatures(features, rest), range(len(rest)), title="curvatures", **where)
+    best = candidates[0]
+    if len(candidates) > 1:
+        _run_curvatures(newton.features, temperatures, (0, 1), where)
+        arrays = {"errors": ArraySpec(("model", None), (len(cases), len(grid)), "float64")}
+        settings = _settings(newton, bank) | {"grid": [list(pair) for pair in grid]}
+        store = _store(to / "choice", "calibration-choice", arrays, settings)
+        work = _Errors(tuple(candidates), tuple(cases), store.path)
+        _run(work, store, "calibration", where["workers"], where["scheduler"])
+        best = candidates[int(store.numpy("errors").sum(0).argmin())]
+    assert best.temperature is not None
+    _run_curvatures(newton.features, [best.temperature], range(len(newton.features)), where)
     return best
+
+
+def _run_curvatures(
+    features: Features,
+    temperatures: Sequence[float],
+    checkpoints: Sequence[int],
+    where: dict[str, Any],
+) -> None:
+    # Here and not in the predictions: workers must not compute the same one at the same time.
+    pairs = tuple((checkpoint, t) for t in temperatures for checkpoint in checkpoints)
+    run_blocks(_Curvatures(features, pairs), range(len(pairs)), title="curvatures", **where)
 
 
 def _unit_of_damping(newton: GroupNewton) -> float:
