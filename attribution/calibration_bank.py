@@ -17,6 +17,7 @@ from attribution.task import Rows, Task
 
 KINDS = ("forget", "retain", "test")
 SHARES = (0.01, 0.1)  # of the training rows: the smallest and the largest forget set
+SMALLEST = 1e-30  # a squared change that is none
 
 
 def calibration_bank(
@@ -80,6 +81,13 @@ class Case:
         forget: the forget set.
         before: mean outputs of models trained on all rows, [target, output].
         change: outputs of the retrained model less that mean, [target, output].
+
+    Example:
+        >>> from examples.digits import task
+        >>> before, change = np.zeros((1797, 10)), np.tile(np.eye(10)[0], (1797, 1))
+        >>> case = Case(task, ForgetSet.of(task, ["train-17"]), before, change)
+        >>> round(case.error(0 * change), 6), [int(rows.sum()) for rows in case.kinds]
+        (1.0, [1, 1436, 360])
     """
 
     task: Task = field(repr=False)
@@ -103,11 +111,18 @@ class Case:
         return row_kinds(self.forget, self.targets)
 
     def weight(self, kind: int) -> float:
-        """One over the squared change of the rows of a kind."""
-        return 1 / max(float(np.square(self.change[self.kinds[kind]]).sum()), 1e-30)
+        """One over the squared change of the rows of a kind, a number of `KINDS`."""
+        return 1 / max(float(np.square(self.change[self.kinds[kind]]).sum()), SMALLEST)
 
     def views(self, change: Array) -> tuple[Array, Array]:
-        """A change of the outputs as it is, and the change of the margins, [target, 1]."""
+        """What a change of the outputs is in outputs and in margins.
+
+        Args:
+            change: of all targets, [target, output].
+
+        Returns:
+            The change as it is, and that of the margins, [target, 1].
+        """
         outputs = np.stack([self.before, self.before + change]).astype(np.float32)
         before, after = target_margins(self.task, outputs)
         return change, (after - before)[:, None]
@@ -130,7 +145,7 @@ class Case:
             strict=True,
         )
         parts: list[Any] = [
-            ((t - a) * (t - b))[rows].sum() / np.square(t[rows]).sum()
+            ((t - a) * (t - b))[rows].sum() / max(np.square(t[rows]).sum(), SMALLEST)
             for t, a, b in triples
             for rows in self.kinds
             if rows.any()
@@ -182,7 +197,18 @@ def row_kinds(forget: ForgetSet, targets: Rows) -> Rows:
 
 
 def joined(parts: Sequence[Array]) -> Array:
-    """All values of some arrays in a row, float64."""
+    """All values of some arrays in a row, float64.
+
+    Args:
+        parts: arrays of any shape, one or more.
+
+    Returns:
+        The values, [value].
+
+    Example:
+        >>> joined([np.ones((1, 2)), np.zeros(1)])
+        array([1., 1., 0.])
+    """
     return np.concatenate([part.ravel() for part in parts]).astype(np.float64)
 
 

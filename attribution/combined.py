@@ -41,6 +41,13 @@ class Combined(Counterfactual):
         first: a predictor, usually group Newton.
         second: another, usually a linear datamodel.
         weights: by kind of row (forget, retain, test); see `weigh`.
+
+    Example:
+        >>> unit = np.ones((1, 1), dtype=np.float32)
+        >>> one, two = Change(2 * unit, unit, unit), Change(3 * unit, unit, unit)
+        >>> weights = dict.fromkeys(KINDS, Weights(first=0.5, second=1.0, spread=1.0, noise=1.0))
+        >>> Combined(None, None, weights).sum(one, two, np.array([0])).mean
+        array([[4.]], dtype=float32)
     """
 
     first: Counterfactual = field(repr=False)
@@ -62,7 +69,16 @@ class Combined(Counterfactual):
         return self.sum(one, two, row_kinds(forget, places))
 
     def sum(self, one: Change, two: Change, kinds: Rows) -> Change:
-        """The weighed sum of two changes of targets of some kinds, [target]."""
+        """The weighed sum of two changes.
+
+        Args:
+            one: what the first predictor says of some targets.
+            two: what the second one says of them.
+            kinds: kind of each of these targets, [target]; see `row_kinds`.
+
+        Returns:
+            The sum.
+        """
         table = np.array([list(vars(self.weights[kind]).values()) for kind in KINDS])
         a, b, spread, noise = table.astype(np.float32)[kinds].T[..., None]
         std = spread * np.sqrt(_variance(a, one.std) + _variance(b, two.std))

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from attribution.calibration_bank import calibration_bank, cases_of
 from attribution.combined import Combined, weigh
 from attribution.datamodels import fit_datamodels
 from attribution.ensemble import train_models
-from attribution.gradients import featurize
-from attribution.model import load_model
+from attribution.gradients import Projection, featurize, gradient_projector
+from attribution.model import Model, load_model
 from attribution.moments import compute_moments
 from attribution.newton import GroupNewton, calibrate, predicted_changes
 from attribution.run import SCHEMA, Run, RunSettings, read_settings
 from attribution.run_calibration import RunCalibration
 from attribution.subsets import draw_subsets
+from attribution.task import Task
 from attribution.task_file import load_task, task_place
 
 
@@ -67,6 +69,9 @@ def precompute(
     full_subsets = draw_subsets(task, models=full_models, design="full", seed=seed + 1)
     subsets = draw_subsets(task, models=subset_models, design=design, seed=seed)
     task.check()
+    projection = Projection(seed=seed)
+    if checkpoints:
+        _check_gradients(task, projection, "; --newton-checkpoints 0 makes a run without it")
     _record(Path(path), settings)
     run = Run(Path(path), settings, task)
     at: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
@@ -77,7 +82,8 @@ def precompute(
     fit_datamodels(ensemble, anchor=full, to=to, seed=seed, **at)
     compute_moments(full, run.path / "moments", **at)
     if checkpoints:
-        featurize(task, full.checkpoints(checkpoints), run.path / "features", **where)
+        models = full.checkpoints(checkpoints)
+        featurize(task, models, run.path / "features", projection=projection, **where)
     if checkpoints > 1:
         calibrate_run(run, **where)
     # The stores took this task for theirs, so it may be found where it lies now.
@@ -110,25 +116,24 @@ def precompute_checkpoints(
         The run; group Newton is its only predictor.
 
     Raises:
-        ValueError: bad input, a file that does not fit the task's model or has forgotten rows,
-            or a folder that holds a run with other settings or data.
+        ValueError: bad input, a task that tells no weight decay, a file that does not fit the
+            task's model or has forgotten rows, the same weights twice, or a folder that holds a
+            run with other settings or data.
     """
+    if not files:
+        raise ValueError("expected at least one checkpoint, got none")
     task = load_task(task_spec, outside=Path(path))
     names = tuple(os.path.basename(os.fspath(file)) for file in files)
     settings = RunSettings(task_place(task_spec), 0, 0, "none", seed, len(files), names)
     models = [load_model(task, file) for file in files]
-    for model, name in zip(models, names, strict=True):
-        if model.forgotten:
-            raise ValueError(
-                f"{name!r} has forgotten {len(model.forgotten)} rows: precompute from models"
-                " trained on all rows, and give this one to predict or unlearn"
-            )
+    _check_checkpoints(task, models, names)
     task.check()
+    projection = Projection(seed=seed)
+    _check_gradients(task, projection, "")
     _record(Path(path), settings)
     run = Run(Path(path), settings, task)
-    featurize(
-        task, models, run.path / "features", device=device, workers=workers, scheduler=scheduler
-    )
+    where: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler}
+    featurize(task, models, run.path / "features", projection=projection, **where)
     _write_settings(Path(path), settings)
     return run
 
@@ -195,6 +200,40 @@ def _check_numbers(settings: RunSettings) -> None:
         )
     if settings.seed < 0:
         raise ValueError(f"a seed must not be negative, got {settings.seed}")
+
+
+def _check_checkpoints(task: Task, models: Sequence[Model], names: Sequence[str]) -> None:
+    if task.recipe is None or not task.recipe.weight_decay:
+        raise ValueError(
+            f"task {task.name!r} tells no weight decay, which group Newton takes its damping from:"
+            " give it a recipe with the weight decay of the checkpoints"
+        )
+    digests = [model.digest() for model in models]
+    for number, (model, name) in enumerate(zip(models, names, strict=True)):
+        if model.forgotten:
+            raise ValueError(
+                f"{name!r} has forgotten {len(model.forgotten)} rows: precompute from models"
+                " trained on all rows, and give this one to predict or unlearn"
+            )
+        twin = digests.index(digests[number])
+        if twin != number:
+            raise ValueError(
+                f"checkpoints {twin} ({names[twin]!r}) and {number} ({name!r}) hold the same"
+                " weights: give each model once"
+            )
+
+
+def _check_gradients(task: Task, projection: Projection, cure: str) -> None:
+    """Refuses a model without per-example gradients before anything costly starts."""
+    module, (inputs, _) = task.new_model(0), task.targets([0])
+    rows = inputs.expand(2, *inputs.shape[1:])
+    try:
+        run = gradient_projector(module, projection).linearise(module.state_dict(), rows)
+        run.features(torch.eye(run.outputs.shape[1]).to(run.outputs).expand(2, -1, -1))
+    except ValueError as error:
+        raise ValueError(
+            f"group Newton cannot take the model of task {task.name!r}: {error}{cure}"
+        ) from error
 
 
 def _record(path: Path, settings: RunSettings) -> None:

@@ -94,16 +94,19 @@ class Run:
     @cached_property
     def full(self) -> Ensemble:
         """Models trained on all rows, with weights."""
+        self._need_training("models trained on all rows")
         return Ensemble.open(self.path / "full", self.task)
 
     @cached_property
     def datamodel(self) -> LinearDatamodel:
         """Effects of every row on every target."""
+        self._need_training("a datamodel")
         return LinearDatamodel.open(self.path / f"datamodel-{self.settings.subsets}")
 
     @cached_property
     def moments(self) -> Moments:
         """Input moments of the full models."""
+        self._need_training("input moments")
         return Moments.open(self.path / "moments")
 
     @cached_property
@@ -220,6 +223,13 @@ class Run:
         """The oracle of a forget set; its bank is not the audit's."""
         return Oracle(self.full, self.bank(forget, 1, models, **where))
 
+    def _need_training(self, what: str) -> None:
+        if self.settings.files:
+            raise ValueError(
+                f"{self.path} was made from checkpoints and holds no {what}: precompute another run"
+                " without --checkpoint"
+            )
+
     def stores(self) -> list[Store]:
         """All stores of the run that exist, finished or not."""
         found = sorted(path.parent for path in self.path.rglob("zarr.json"))
@@ -256,8 +266,9 @@ def read_settings(path: Path) -> RunSettings:
 
 
 def _refuse_changed_task(run: Run) -> None:
-    if not (run.path / "full" / "zarr.json").exists():
+    made = run.path / ("features/checkpoint-0" if run.settings.files else "full")
+    if not (made / "zarr.json").exists():
         return
-    store, wanted = Store.open(run.path / "full", "ensemble"), run.task.settings()
+    store, wanted = Store.open(made), run.task.settings()
     stored = {name: store.provenance.settings.get(name) for name in wanted}
     check_provenance(Provenance(stored), Provenance(wanted), store.path)

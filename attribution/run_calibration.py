@@ -22,6 +22,16 @@ class RunCalibration:
         errors: each predictor's squared error over the squared change, averaged over forget sets,
             outputs and margins, and kinds of row; the noise of one retraining is in it, alike for
             all.
+
+    Example:
+        >>> import tempfile
+        >>> factors = {"forget": 1.1, "retain": 0.8, "test": 0.9}
+        >>> newton = Calibration(0.72, 1.4, factors, factors, factors, forget_sets=20)
+        >>> found = RunCalibration(newton, {}, {"newton": 0.2})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found.save(f"{folder}/calibration.json")
+        ...     RunCalibration.load(f"{folder}/calibration.json") == found
+        True
     """
 
     newton: Calibration
@@ -29,7 +39,11 @@ class RunCalibration:
     errors: Mapping[str, float]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes it as JSON; replaces the file as a whole."""
+        """Writes it as JSON.
+
+        Args:
+            path: the file; it is replaced as a whole.
+        """
         partial = Path(f"{os.fspath(path)}.partial")
         partial.write_text(json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
         partial.replace(path)

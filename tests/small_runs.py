@@ -5,7 +5,13 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from attribution.precompute import precompute
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from attribution.precompute import precompute, precompute_checkpoints
+from attribution.task_file import load_task
+from attribution.training import train_one
 from stores import Store
 
 TRAIN_ROWS, TEST_ROWS, FULL_MODELS = 37, 11, 80
@@ -48,6 +54,34 @@ def finished_run(base):
     folder = base / "small_run"
     folder.mkdir()
     return precompute(write_task(folder), folder / "run", **MODELS).path
+
+
+def write_checkpoints(folder, spec, count=3):
+    """Files of trained models: .safetensors, .pt and .ckpt in turns."""
+    task, made = load_task(spec), []
+    for index in range(count):
+        state = task.new_model(index).state_dict()
+        if task.recipe is not None:
+            rows, device = np.arange(len(task.train_ids)), torch.device("cpu")
+            state = train_one(task, rows, 7, index, device)
+        kind = (".safetensors", ".pt", ".ckpt")[index % 3]
+        file = Path(folder, f"model-{index}{kind}")
+        if kind == ".safetensors":
+            save_file(state, file)
+        else:
+            torch.save(state if kind == ".pt" else {"state_dict": state, "epoch": 7}, file)
+        made.append(file)
+    return made
+
+
+@functools.cache
+def checkpoint_run(base):
+    """A run made of checkpoints alone; whoever changes it makes a copy."""
+    folder = base / "small_checkpoints"
+    folder.mkdir()
+    spec = write_task(folder)
+    files = write_checkpoints(folder, spec)
+    return precompute_checkpoints(spec, folder / "run", files, workers=0).path
 
 
 def copied(run, folder):

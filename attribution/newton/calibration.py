@@ -28,6 +28,15 @@ class Calibration:
         noise: factor on the spread of the checkpoints' outputs, which makes it that of one
             retraining without the forget set.
         forget_sets: how many sets it was fitted on, one retrained model each.
+
+    Example:
+        >>> import tempfile
+        >>> factors = {"forget": 1.1, "retain": 0.8, "test": 0.9}
+        >>> found = Calibration(0.72, 1.4, factors, factors, factors, forget_sets=20)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found.save(f"{folder}/calibration.json")
+        ...     Calibration.load(f"{folder}/calibration.json") == found
+        True
     """
 
     damping: float
@@ -38,7 +47,16 @@ class Calibration:
     forget_sets: int
 
     def applied(self, change: Change, forget: ForgetSet, targets: Rows) -> Change:
-        """A plain prediction for some targets, scaled and with calibrated variances."""
+        """A plain prediction, scaled and with calibrated variances.
+
+        Args:
+            change: as it is without calibration, of these targets.
+            forget: the rows that are removed in the end; they tell the kind of a target.
+            targets: positions among the task's targets, [target].
+
+        Returns:
+            mean x scale, std x spread and noise x noise, by kind of row.
+        """
         kinds = row_kinds(forget, targets)
         scale, spread, noise = (
             np.array([table[kind] for kind in KINDS], dtype=np.float32)[kinds][:, None]
@@ -47,7 +65,11 @@ class Calibration:
         return Change(change.mean * scale, change.std * spread, change.noise * noise)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes it as JSON; replaces the file as a whole."""
+        """Writes it as JSON.
+
+        Args:
+            path: the file; it is replaced as a whole.
+        """
         partial = Path(f"{os.fspath(path)}.partial")
         partial.write_text(json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
         partial.replace(path)

@@ -119,6 +119,9 @@ def predicted_changes(
 
     Returns:
         The changes of all targets.
+
+    Raises:
+        ValueError: the folder holds what another predictor said, or of another bank.
     """
     shape = (len(cases), *cases[0].change.shape)
     arrays = {

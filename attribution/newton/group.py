@@ -93,12 +93,18 @@ class GroupNewton(Counterfactual):
     ) -> Change:
         """Predicted change: retrained without `forget`, less retrained without `already`.
 
+        Args:
+            forget: every row that is to be gone in the end.
+            already: rows that are gone now.
+            targets: positions among the task's targets; None: all.
+
+        Returns:
+            The change of these targets; std and noise are unknown (not a number) with one
+            checkpoint.
+
         Raises:
             ValueError: a forget set of other data, or too little damping.
         """
-        n = len(self.task.train_ids)
-        if forget.total != n:
-            raise ValueError(f"the forget set is drawn from {forget.total} rows, the task has {n}")
         places = np.arange(len(self.task.target_ids)) if targets is None else targets
         each = self.changes(forget, places)
         if already is not None:
@@ -111,7 +117,18 @@ class GroupNewton(Counterfactual):
         return self.calibration.applied(plain, forget, places) if self.calibration else plain
 
     def changes(self, forget: ForgetSet, targets: Rows) -> Array:
-        """Change that each checkpoint predicts, unscaled, [checkpoint, target, output]."""
+        """Change that each checkpoint predicts, as it is without calibrated factors.
+
+        Args:
+            forget: the rows that are removed.
+            targets: positions among the task's targets, [target].
+
+        Returns:
+            The changes, [checkpoint, target, output].
+
+        Raises:
+            ValueError: a forget set of other data, or too little damping.
+        """
         return np.stack(
             [
                 self.features.product(checkpoint, self.step(checkpoint, forget).numpy(), targets)
@@ -134,8 +151,11 @@ class GroupNewton(Counterfactual):
             d.
 
         Raises:
-            ValueError: too little damping.
+            ValueError: a forget set of other data, or too little damping.
         """
+        n = len(self.task.train_ids)
+        if forget.total != n:
+            raise ValueError(f"the forget set is drawn from {forget.total} rows, the task has {n}")
         rows = torch.from_numpy(forget.rows)
         j = torch.from_numpy(self.features.gather(checkpoint, forget.rows))
         problem = self._problem(checkpoint, j.dtype)

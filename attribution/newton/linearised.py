@@ -30,6 +30,14 @@ class Linearised:
         labels: of the training rows, [train].
         loss: that was minimised.
         temperature: T; 1 leaves the loss as it is.
+
+    Example:
+        >>> from attribution.losses import SquaredError
+        >>> j, z, y = torch.ones(2, 1, 3), torch.ones(2, 1), torch.tensor([0.0, 2.0])
+        >>> problem = Linearised(lambda: iter([(slice(0, 2), j)]), z, y, SquaredError())
+        >>> weights = torch.ones(2), torch.tensor([1.0, 0.0])  # the second row is removed
+        >>> problem.residual(weights, 1.0, torch.zeros(3))[0]
+        tensor([1., 1., 1.])
     """
 
     blocks: Blocks
@@ -39,11 +47,11 @@ class Linearised:
     temperature: float = 1.0
 
     def gradients(self, outputs: Tensor, rows: slice | Tensor) -> Tensor:
-        """Derivatives g of the loss of some rows at these outputs, [row, output]."""
+        """Derivatives g of T times the loss of some rows at these outputs, [row, output]."""
         return self.loss.gradient(outputs / self.temperature, self.labels[rows])
 
     def hessians(self, outputs: Tensor) -> Tensor:
-        """Second derivatives R of the loss at these outputs, [row, output, output]."""
+        """Second derivatives R of T times the loss at these outputs, [row, output, output]."""
         return self.loss.hessian(outputs / self.temperature) / self.temperature
 
     def residual(self, weights: Weights, damping: float, step: Tensor) -> tuple[Tensor, Tensor]:

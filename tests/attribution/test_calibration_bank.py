@@ -128,6 +128,12 @@ class TestError:
         assert case.error(0 * case.change) == pytest.approx(1)
         assert case.error(case.change) == 0
 
+    def test_margins_that_do_not_change_are_no_error(self):
+        case = case_of(blobs())
+        shifted = Case(case.task, case.forget, 0 * case.before, np.ones_like(case.change))
+        assert shifted.error(0 * case.change) == pytest.approx(0.5)
+        assert shifted.error(shifted.change) == 0
+
     @pytest.mark.parametrize("make", [binary, line])
     def test_half_the_change_has_a_quarter(self, make):
         case = case_of(make())

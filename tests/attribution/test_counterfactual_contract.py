@@ -13,6 +13,7 @@ from attribution import (
     ForgetSet,
     LinearDatamodel,
     Model,
+    StagedNewton,
     Task,
     fit_datamodels,
 )
@@ -79,8 +80,15 @@ def combined_case(folder):
     return Case(task, combined, by_kind=True)
 
 
+def staged_case(folder):
+    task = blobs()
+    newton = newton_of(task, folder / "features", count=2, damping=0.5)
+    return Case(task, StagedNewton(newton, stages=2))
+
+
 CASES = {f"newton, {name}": newton_case(make) for name, make in TASKS.items()} | {
     "newton, calibrated": calibrated_case,
+    "newton, staged": staged_case,
     "datamodel": datamodel_case,
     "trak": trak_case,
     "combined": combined_case,

@@ -4,7 +4,7 @@ import torch
 
 from attribution import ForgetSet, parse_forget
 from attribution.forget import cluster_rows, nearest_rows, random_rows, row_vectors
-from tests.tasks import blobs, line
+from tests.tasks import binary, blobs, line
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,15 @@ def test_a_regression_has_one_class():
     task = line()
     assert set(row_vectors(task)[1]) == {0}
     assert len(parse_forget(task, "cluster:36:0")) == 36
+
+
+def test_one_logit_has_two_classes_whatever_the_dtype_of_its_labels():
+    task = binary()
+    labels = task.rows("train", range(37))[1]
+    assert labels.is_floating_point()
+    for seed in range(5):
+        assert len(labels[cluster_rows(task, 9, seed)].unique()) == 1
+    np.testing.assert_array_equal(row_vectors(task)[1], labels.numpy())
 
 
 def test_a_row_leads_its_copies():

@@ -1,16 +1,16 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from attribution import ForgetSet, Model
-from attribution.run import Run, RunSettings, precompute, read_settings
-from attribution.subsets import DESIGNS
+from attribution import ForgetSet, Model, load_model
+from attribution.run import Run, RunSettings, read_settings
 from tests.small_runs import (
     FULL_MODELS,
-    MODELS,
     TASK,
     TRAIN_ROWS,
+    checkpoint_run,
     contents,
     copied,
     finished_run,
@@ -38,15 +38,6 @@ def test_a_run_opens_to_what_was_asked_for(run):
     assert run.full.keeps_weights
     assert isinstance(run.full.model(79), Model)
     assert run.predictor("datamodel") is run.datamodel
-
-
-def test_the_place_of_the_task_is_recorded_as_absolute(tmp_path, monkeypatch):
-    write_task(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    precompute("small.py:task", "run", **MODELS)
-    assert read_settings(tmp_path / "run").task == f"{tmp_path}/small.py:task"
-    monkeypatch.chdir("/")
-    assert Run.open(tmp_path / "run").task.name == "small"
 
 
 def test_every_part_has_its_own_seed(run, few):
@@ -85,70 +76,16 @@ def test_stores_are_listed_finished_or_not(run, tmp_path):
     (copy / "moments.0123.tmp" / "zarr.json").write_text("{}")
     listed = Run(copy, run.settings, run.task).stores()
     names = [store.path.removeprefix(f"{copy}/") for store in listed]
-    assert [name for name in names if not name.startswith("oracles")] == [
+    assert {name.split("/")[0] for name in names} - {"oracles", "trak"} == {
+        "calibration",
         "datamodel-mixed-24",
         "ensemble-mixed-24",
+        "features",
         "full",
         "moments",
-    ]
+    }
+    assert len(names) == len(set(names))
     assert [store.pending() for store in listed if store.path.endswith("/full")] == [[1]]
-
-
-def test_the_same_call_computes_nothing_again(run, tmp_path):
-    copy = copied(run.path, tmp_path)
-    before = contents(copy)
-    precompute(f"{tmp_path}/small.py:task", copy, **MODELS)
-    assert contents(copy) == before
-
-
-def test_a_moved_task_file_is_recorded_only_if_it_is_the_same_task(run, tmp_path):
-    copy = copied(run.path, tmp_path)
-    assert read_settings(copy).task == f"{tmp_path}/small.py:task"
-    other = write_task(tmp_path, TASK.replace("peak_rate=0.2", "peak_rate=0.25"), "other.py")
-    with pytest.raises(ValueError, match=r"recipe.peak_rate: stored 0.2, wanted 0.25"):
-        precompute(other, copy, **MODELS)
-    assert read_settings(copy).task == f"{tmp_path}/small.py:task"
-
-
-@pytest.mark.parametrize("design", [name for name in DESIGNS if name != "full"])
-def test_every_design_serves_a_run(tmp_path, design):
-    sizes = {"full_models": 2, "subset_models": 12, "workers": 0}
-    made = precompute(write_task(tmp_path), tmp_path / "run", design=design, seed=4, **sizes)
-    assert read_settings(made.path).design == design
-    one = ForgetSet.at(made.task, [0])
-    assert (made.full.seed, made.datamodel.change(one).mean.shape) == (5, (48, 3))
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"full_models": 1}, "a run needs at least 2 full models, got 1"),
-        ({"subset_models": 9}, "datamodels need at least 10 models, got 9"),
-        ({"design": "full"}, "datamodels need models on different subsets: choose another design"),
-        ({"design": "nix"}, "unknown design 'nix': choose one of full, half, bernoulli, clusters,"),
-        ({"seed": -1}, "a seed must not be negative, got -1"),
-    ],
-)
-def test_settings_that_no_run_can_have_are_refused_before_a_folder_is_made(tmp_path, changes, text):
-    with pytest.raises(ValueError, match=f"^{text}"):
-        precompute(write_task(tmp_path), tmp_path / "run", **(MODELS | changes))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"full_models": 81}, "full_models = 80, this call asks for 81"),
-        ({"subset_models": 25}, "subset_models = 24, this call asks for 25"),
-        ({"design": "half"}, "design = mixed, this call asks for half"),
-        ({"seed": 1}, "seed = 0, this call asks for 1"),
-    ],
-)
-def test_a_run_made_with_other_settings_is_refused(run, changes, text):
-    before = contents(run.path)
-    with pytest.raises(ValueError, match=f"was made with {text}: use another --run folder, or"):
-        precompute(run.settings.task, run.path, **(MODELS | changes))
-    assert contents(run.path) == before
 
 
 @pytest.mark.parametrize("field", ["labels", "inputs", "ids"])
@@ -170,9 +107,99 @@ def test_a_run_made_from_other_data_does_not_open(run, tmp_path, field):
     assert len(Run.open(copy).task.train_ids) == TRAIN_ROWS
 
 
-def test_an_unknown_predictor_is_refused(run):
-    with pytest.raises(ValueError, match=r"^unknown predictor 'nix': choose from datamodel"):
-        run.predictor("nix")
+class TestPredictors:
+    NAMES = ("datamodel", "newton", "combined", "trak")
+
+    def test_a_run_with_a_bank_has_all_of_them(self, run, few):
+        assert run.predictors == self.NAMES
+        changes = {name: run.predictor(name).change(few) for name in self.NAMES}
+        assert {change.mean.shape for change in changes.values()} == {(48, 3)}
+        assert len({change.mean.tobytes() for change in changes.values()}) == 4
+        assert run.newton.calibration == run.calibration.newton
+        assert len(run.features) == 8
+
+    def test_the_best_has_the_smallest_error_on_the_bank(self, run):
+        errors = run.calibration.errors
+        assert set(errors) == {"datamodel", "newton", "combined"}
+        assert errors[run.best] == min(errors.values())
+        assert run.predictor() is run.predictor(run.best)
+
+    def test_without_a_bank_the_first_there_is_is_best(self, run, tmp_path):
+        copy = copied(run.path, tmp_path)
+        (copy / "calibration.json").unlink()
+        plain = Run.open(copy)
+        assert plain.predictors == ("datamodel", "newton", "trak")
+        assert plain.best == "datamodel"
+        assert plain.calibration is None
+        assert plain.newton.calibration is None
+        with pytest.raises(
+            ValueError, match="has no predictor 'combined', it has datamodel, newton"
+        ):
+            plain.predictor("combined")
+        with pytest.raises(ValueError, match="has no calibration bank: use another predictor"):
+            plain.combined  # noqa: B018
+        shutil.rmtree(copy / "datamodel-mixed-24")
+        shutil.rmtree(copy / "features")
+        with pytest.raises(ValueError, match="has no predictions yet: run dmm precompute again"):
+            Run.open(copy).predictor()
+
+    def test_a_spoiled_calibration_is_refused(self, run, tmp_path):
+        copy = copied(run.path, tmp_path)
+        (copy / "calibration.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"calibration\.json.*remove it, and dmm precompute"):
+            Run.open(copy).predictor("newton")
+
+    def test_an_unknown_one_is_refused(self, run):
+        with pytest.raises(ValueError, match=r"^unknown predictor 'nix': choose from datamodel"):
+            run.predictor("nix")
+
+
+class TestCheckpoints:
+    """A run of the user's own checkpoints: nothing was trained."""
+
+    @pytest.fixture
+    def given(self, tmp_path_factory):
+        return Run.open(checkpoint_run(tmp_path_factory.getbasetemp()))
+
+    def test_it_predicts_from_gradients_alone(self, given):
+        assert given.predictors == ("newton", "trak")
+        assert given.predictor() is given.newton
+        assert given.newton.calibration is None
+        forget = ForgetSet.at(given.task, [3, 8])
+        found = given.predictor().predict(given.model(0), forget, ["train-3"])
+        assert np.isfinite([found.mean, found.std, found.noise]).all()
+
+    def test_models_are_the_given_ones(self, given):
+        assert given.settings.files == ("model-0.safetensors", "model-1.pt", "model-2.ckpt")
+        for index, name in enumerate(given.settings.files):
+            expected = load_model(given.task, given.path.parent / name)
+            assert given.model(index).digest() == expected.digest()
+            assert given.model(index).forgotten is None
+
+    @pytest.mark.parametrize(
+        ("part", "what"),
+        [
+            ("full", "models trained on all rows"),
+            ("datamodel", "a datamodel"),
+            ("moments", "input moments"),
+        ],
+    )
+    def test_what_needs_training_is_refused_by_name(self, given, part, what):
+        text = f"run was made from checkpoints and holds no {what}: precompute another run"
+        with pytest.raises(ValueError, match=text):
+            getattr(given, part)
+        with pytest.raises(ValueError, match=r"has no predictor 'datamodel', it has newton, trak$"):
+            given.predictor("datamodel")
+
+    def test_another_task_is_refused(self, given, tmp_path):
+        spec = write_task(tmp_path, TASK.replace("blobs(37, 1)", "blobs(37, 5)"))
+        shutil.copytree(given.path, tmp_path / "run")
+        settings = json.loads((given.path / "run.json").read_text()) | {"task": spec}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(settings))
+        with pytest.raises(
+            ValueError, match=r"(?s)checkpoint-0 was made with .*data.train: stored"
+        ):
+            Run.open(tmp_path / "run")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -18,7 +18,7 @@ from attribution.training import (
     training_order,
 )
 from tests.references import plain_training
-from tests.tasks import CPU, blobs, line, normalised_mlp, ridge_task
+from tests.tasks import CPU, binary, blobs, line, normalised_mlp, ridge_task
 
 # Ten epochs of five steps, the last of which has 1, 3 or 5 rows: 50 steps.
 RECIPE = Recipe(epochs=10, batch_size=8, peak_rate=0.2, momentum=0.9, weight_decay=5e-3)
@@ -32,6 +32,10 @@ def half_squared_error(outputs, labels):
     return (outputs - labels[:, None]).square().sum(1).mean() / 2
 
 
+def one_logit_entropy(outputs, labels):
+    return nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], labels)
+
+
 def jittered(inputs, seed, epoch, rows):
     """An augmentation by seed, epoch and row, however the rows are batched."""
     shift = torch.sin(rows.to(inputs.dtype) + epoch + seed % 7)
@@ -40,6 +44,7 @@ def jittered(inputs, seed, epoch, rows):
 
 TASKS = {
     "classes": (blobs(recipe=RECIPE), nn.functional.cross_entropy),
+    "one logit": (binary(recipe=RECIPE), one_logit_entropy),
     "regression": (line(recipe=RECIPE), half_squared_error),
     "augmented": (
         blobs(recipe=Recipe(epochs=10, batch_size=8, peak_rate=0.2, augment=jittered)),

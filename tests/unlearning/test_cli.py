@@ -318,6 +318,8 @@ class TestStatus:
             "curvature",
             "calibration-choice",
             "calibration-changes",
+            "trak-rows",
+            "trak",
         }
         text = dmm("status", "--run", audited, "--verify")
         assert all(row["store"] in text for row in found["stores"])

@@ -1,0 +1,309 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from attribution import ForgetSet, GroupNewton, Model, precompute, precompute_checkpoints
+from attribution.calibration_bank import KINDS, cases_of
+from attribution.run import Run, RunSettings, read_settings
+from attribution.run_calibration import RunCalibration
+from attribution.subsets import DESIGNS
+from stores import Store
+from tests.small_runs import (
+    MODELS,
+    TASK,
+    checkpoint_run,
+    contents,
+    copied,
+    finished_run,
+    write_checkpoints,
+    write_task,
+)
+
+FEW = {"full_models": 3, "subset_models": 12, "workers": 0}
+NORMALISED = TASK.replace(
+    "nn.ReLU(), nn.Linear(6, 3)",
+    "nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU(), nn.Linear(6, 3)",
+)
+UNDECAYED = TASK.replace("peak_rate=0.2", "peak_rate=0.2, weight_decay=0")
+OWN = TASK.replace("mlp, recipe)", "mlp)")
+
+
+@pytest.fixture
+def run(tmp_path_factory):
+    return Run.open(finished_run(tmp_path_factory.getbasetemp()))
+
+
+def test_the_place_of_the_task_is_recorded_as_absolute(tmp_path, monkeypatch):
+    write_task(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    precompute("small.py:task", "run", **FEW, checkpoints=0)
+    assert read_settings(tmp_path / "run").task == f"{tmp_path}/small.py:task"
+    monkeypatch.chdir("/")
+    assert Run.open(tmp_path / "run").task.name == "small"
+
+
+def test_the_same_call_computes_nothing_again(run, tmp_path):
+    copy = copied(run.path, tmp_path)
+    before = contents(copy)
+    precompute(f"{tmp_path}/small.py:task", copy, **MODELS)
+    assert contents(copy) == before
+
+
+def test_a_moved_task_file_is_recorded_only_if_it_is_the_same_task(run, tmp_path):
+    copy = copied(run.path, tmp_path)
+    assert read_settings(copy).task == f"{tmp_path}/small.py:task"
+    other = write_task(tmp_path, TASK.replace("peak_rate=0.2", "peak_rate=0.25"), "other.py")
+    with pytest.raises(ValueError, match=r"recipe.peak_rate: stored 0.2, wanted 0.25"):
+        precompute(other, copy, **MODELS)
+    assert read_settings(copy).task == f"{tmp_path}/small.py:task"
+
+
+@pytest.mark.parametrize("design", [name for name in DESIGNS if name != "full"])
+def test_every_design_serves_a_run(tmp_path, design):
+    spec = write_task(tmp_path)
+    made = precompute(spec, tmp_path / "run", design=design, seed=4, checkpoints=0, **FEW)
+    assert read_settings(made.path).design == design
+    one = ForgetSet.at(made.task, [0])
+    assert (made.full.seed, made.datamodel.change(one).mean.shape) == (5, (48, 3))
+
+
+class TestNewton:
+    @pytest.mark.parametrize(
+        ("checkpoints", "predictors"),
+        [
+            (0, ("datamodel",)),
+            (1, ("datamodel", "newton", "trak")),
+        ],
+    )
+    def test_checkpoints_decide_what_a_run_predicts_with(self, tmp_path, checkpoints, predictors):
+        spec = write_task(tmp_path)
+        made = precompute(spec, tmp_path / "run", checkpoints=checkpoints, **FEW)
+        assert made.predictors == predictors
+        assert not (made.path / "calibration.json").exists()
+        assert read_settings(made.path).checkpoints == checkpoints
+        if checkpoints:
+            for index in range(checkpoints):
+                assert made.features.model(index).digest() == made.full.model(index).digest()
+
+    def test_projections_depend_on_the_seed(self, run, tmp_path):
+        made = precompute(write_task(tmp_path), tmp_path / "run", seed=5, checkpoints=1, **FEW)
+        seeds = [one.features.projector(0).projection.seed for one in (run, made)]
+        assert seeds == [0, 5]
+
+    def test_the_bank_is_of_other_models_than_the_rest(self, run):
+        bank = next(s for s in run.stores() if s.path.endswith("calibration/bank"))
+        masks, outputs = bank.constant("mask"), bank.numpy("outputs")
+        assert outputs.shape == (20, 48, 3)
+        assert not masks.all(1).any()
+        both = np.concatenate([outputs, run.full.outputs]).reshape(100, -1)
+        assert len(np.unique(both, axis=0)) == 100
+
+    def test_the_errors_are_those_of_the_calibrated_predictors(self, run):
+        told = run.calibration
+        assert told == RunCalibration.load(run.path / "calibration.json")
+        assert set(told.weights) == set(told.newton.scale) == set(KINDS)
+        bank = type(run.full).open(run.path / "calibration" / "bank", run.task)
+        cases = cases_of(bank, run.full.outputs.mean(0))
+        for name, error in told.errors.items():
+            predictor = run.predictor(name)
+            each = [case.error(predictor.change(case.forget).mean) for case in cases]
+            assert np.mean(each) == pytest.approx(error, rel=1e-5)
+
+    def test_a_lost_calibration_is_made_again_from_what_is_there(self, run, tmp_path):
+        copy = copied(run.path, tmp_path)
+        before = contents(copy)
+        (copy / "calibration.json").unlink()
+        precompute(f"{tmp_path}/small.py:task", copy, **MODELS)
+        assert contents(copy) == before
+
+    def test_an_interrupted_call_ends_with_the_same_bits(self, tmp_path, monkeypatch):
+        spec = write_task(tmp_path)
+        whole = precompute(spec, tmp_path / "whole", **FEW)
+        assert whole.predictors == ("datamodel", "newton", "combined", "trak")
+        # Of fewer models than there would be checkpoints, all are.
+        assert (len(whole.features), read_settings(whole.path).checkpoints) == (3, 3)
+        write = Store.write_block
+
+        def stop(store, block, arrays):
+            if store.spec.kind == "calibration-changes" and block == 3:
+                raise KeyboardInterrupt
+            write(store, block, arrays)
+
+        monkeypatch.setattr(Store, "write_block", stop)
+        with pytest.raises(KeyboardInterrupt):
+            precompute(spec, tmp_path / "run", **FEW)
+        monkeypatch.undo()
+        again = precompute(spec, tmp_path / "run", **FEW)
+        assert again.calibration == whole.calibration
+
+    def test_a_model_without_gradients_of_rows_is_refused_before_anything_is_trained(
+        self, tmp_path
+    ):
+        spec = write_task(tmp_path, NORMALISED)
+        text = (
+            "group Newton cannot take the model of task 'small': layer '1' has no running"
+            " statistics, .*; --newton-checkpoints 0 makes a run without it"
+        )
+        with pytest.raises(ValueError, match=text):
+            precompute(spec, tmp_path / "run", **FEW)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"full_models": 1}, "a run needs at least 2 full models, got 1"),
+        ({"subset_models": 9}, "datamodels need at least 10 models, got 9"),
+        ({"design": "full"}, "datamodels need models on different subsets: choose another design"),
+        ({"design": "nix"}, "unknown design 'nix': choose one of full, half, bernoulli, clusters,"),
+        ({"seed": -1}, "a seed must not be negative, got -1"),
+        ({"checkpoints": -1}, "group Newton takes 0 to 80 of the full models as .*, got -1"),
+        ({"checkpoints": 81}, "group Newton takes 0 to 80 of the full models as .*, got 81"),
+    ],
+)
+def test_settings_that_no_run_can_have_are_refused_before_a_folder_is_made(tmp_path, changes, text):
+    with pytest.raises(ValueError, match=f"^{text}"):
+        precompute(write_task(tmp_path), tmp_path / "run", **(MODELS | changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"full_models": 81}, "full_models = 80, this call asks for 81"),
+        ({"subset_models": 25}, "subset_models = 24, this call asks for 25"),
+        ({"design": "half"}, "design = mixed, this call asks for half"),
+        ({"seed": 1}, "seed = 0, this call asks for 1"),
+        ({"checkpoints": 7}, "checkpoints = 8, this call asks for 7"),
+    ],
+)
+def test_a_run_made_with_other_settings_is_refused(run, changes, text):
+    before = contents(run.path)
+    with pytest.raises(ValueError, match=f"was made with {text}: use another --run folder, or"):
+        precompute(run.settings.task, run.path, **(MODELS | changes))
+    assert contents(run.path) == before
+
+
+class TestCheckpoints:
+    @pytest.fixture
+    def given(self, tmp_path_factory):
+        return checkpoint_run(tmp_path_factory.getbasetemp())
+
+    @pytest.fixture
+    def spec(self, tmp_path):
+        return write_task(tmp_path)
+
+    def test_features_are_made_and_nothing_else(self, given):
+        assert read_settings(given) == RunSettings(
+            f"{given.parent}/small.py:task",
+            0,
+            0,
+            "none",
+            checkpoints=3,
+            files=("model-0.safetensors", "model-1.pt", "model-2.ckpt"),
+        )
+        made = {path.name for path in given.iterdir()}
+        assert {"run.json", "features"} <= made <= {"run.json", "features", "trak"}
+
+    def test_predictions_are_those_of_group_newton_on_the_checkpoints(self, given):
+        run = Run.open(given)
+        forget = ForgetSet.at(run.task, [3, 8])
+        damping = 35 * run.task.recipe.weight_decay
+        expected = GroupNewton(run.task, run.features, damping=damping).change(forget)
+        np.testing.assert_array_equal(run.predictor("newton").change(forget).mean, expected.mean)
+
+    def test_the_same_call_computes_nothing_again(self, tmp_path, spec):
+        files = write_checkpoints(tmp_path, spec, 2)
+        run = precompute_checkpoints(spec, tmp_path / "run", files, workers=0)
+        before = contents(run.path)
+        precompute_checkpoints(spec, tmp_path / "run", files, workers=0)
+        assert contents(run.path) == before
+
+    def test_files_of_one_name_may_lie_in_different_folders(self, tmp_path, spec):
+        files = write_checkpoints(tmp_path, spec, 2)
+        for index, file in enumerate(files):
+            (tmp_path / str(index)).mkdir()
+            files[index] = file.rename(tmp_path / str(index) / f"best{file.suffix}")
+        run = precompute_checkpoints(spec, tmp_path / "run", files, workers=0)
+        assert run.settings.files == ("best.safetensors", "best.pt")
+        assert run.model(0).digest() != run.model(1).digest()
+
+    def test_one_checkpoint_tells_no_spread(self, tmp_path, spec):
+        files = write_checkpoints(tmp_path, spec, 1)
+        run = precompute_checkpoints(spec, tmp_path / "run", files, workers=0)
+        found = run.predictor().change(ForgetSet.at(run.task, [3]))
+        assert np.isfinite(found.mean).all()
+        assert np.isnan(found.std).all()
+
+    def test_projections_depend_on_the_seed(self, tmp_path, spec):
+        files = write_checkpoints(tmp_path, spec, 1)
+        run = precompute_checkpoints(spec, tmp_path / "run", files, seed=5, workers=0)
+        assert run.features.projector(0).projection.seed == 5
+        with pytest.raises(ValueError, match="seed = 5, this call asks for 6"):
+            precompute_checkpoints(spec, tmp_path / "run", files, seed=6, workers=0)
+
+    def refused(self, tmp_path, spec, files, text):
+        with pytest.raises(ValueError, match=text):
+            precompute_checkpoints(spec, tmp_path / "run", files, workers=0)
+        assert not (tmp_path / "run").exists()
+
+    def test_no_checkpoint_at_all_is_refused(self, tmp_path, spec):
+        self.refused(tmp_path, spec, [], "expected at least one checkpoint, got none")
+
+    def test_a_file_that_is_not_there_is_refused(self, tmp_path, spec):
+        self.refused(tmp_path, spec, [tmp_path / "a.pt"], r"cannot read the checkpoint '.*/a\.pt'")
+
+    def test_a_model_that_does_not_fit_is_refused(self, tmp_path, spec):
+        narrow = TASK.replace("Linear(4, 6)", "Linear(4, 5)").replace("Linear(6", "Linear(5")
+        other = write_task(tmp_path, narrow, "other.py")
+        files = write_checkpoints(tmp_path, other, 1)
+        self.refused(tmp_path, spec, files, r"key '0\.weight' has shape \(5, 4\), the model's is")
+
+    def test_the_same_weights_twice_are_refused(self, tmp_path, spec):
+        first, second = write_checkpoints(tmp_path, spec, 2)
+        same = shutil.copy(second, tmp_path / "same.pt")
+        text = r"checkpoints 1 \('model-1.pt'\) and 2 \('same.pt'\) hold the same weights: give"
+        self.refused(tmp_path, spec, [first, second, same], text)
+
+    def test_a_model_that_has_forgotten_rows_is_refused(self, given, tmp_path, spec):
+        run = Run.open(given)
+        gone = ForgetSet.at(run.task, [3, 8])
+        Model(run.task, run.model(0).state, gone).save(tmp_path / "gone.safetensors")
+        text = "'gone.safetensors' has forgotten 2 rows: precompute from models trained on all rows"
+        self.refused(tmp_path, spec, [tmp_path / "gone.safetensors"], text)
+
+    @pytest.mark.parametrize("text", [UNDECAYED, OWN], ids=["no weight decay", "no recipe"])
+    def test_a_task_that_tells_no_weight_decay_is_refused(self, tmp_path, text):
+        spec = write_task(tmp_path, text)
+        files = write_checkpoints(tmp_path, spec, 1)
+        self.refused(tmp_path, spec, files, "'small' tells no weight decay, which group Newton")
+
+    def test_a_model_without_gradients_of_rows_is_refused(self, tmp_path):
+        spec = write_task(tmp_path, NORMALISED)
+        files = write_checkpoints(tmp_path, spec, 1)
+        self.refused(tmp_path, spec, files, "group Newton cannot take the model of task 'small'")
+
+    def test_a_negative_seed_is_refused(self, tmp_path, spec):
+        files = write_checkpoints(tmp_path, spec, 1)
+        with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
+            precompute_checkpoints(spec, tmp_path / "run", files, seed=-1)
+        assert not (tmp_path / "run").exists()
+
+    def test_another_model_under_the_same_name_is_refused(self, given, tmp_path):
+        copy = shutil.copytree(given, tmp_path / "run")
+        files = write_checkpoints(tmp_path, read_settings(given).task)
+        state = torch.load(files[1], weights_only=True)
+        torch.save({name: value + 1 for name, value in state.items()}, files[1])
+        with pytest.raises(ValueError, match=r"(?s)checkpoint-1 was made with .*weights: stored"):
+            precompute_checkpoints(read_settings(given).task, copy, files, workers=0)
+
+    def test_a_run_of_trained_models_is_not_written_over(self, run, tmp_path):
+        files = write_checkpoints(tmp_path, run.settings.task, 1)
+        before = contents(run.path)
+        with pytest.raises(
+            ValueError, match="was made with full_models = 80, this call asks for 0"
+        ):
+            precompute_checkpoints(run.settings.task, run.path, files, workers=0)
+        assert contents(run.path) == before
