@@ -157,18 +157,21 @@ def pooled_agreement(sets: Sequence[Comparison]) -> Agreement:
     power, truth, off = float(p @ p), float(t @ t), np.abs(p - t)
     halves = {str(level): _quantile(level) * np.sqrt(std**2 + error**2) for level in LEVELS}
     inside = {level: int((off <= half).sum()) for level, half in halves.items()}
+    known, unknown = not np.isnan(std).any(), float("nan")
     return Agreement(
         slope=float(p @ t) / power if power else float("nan"),
         r2=1 - float((p - t) @ (p - t)) / truth if truth else float("nan"),
         corr=_correlation(p, t),
         ceiling=1 - float(error @ error) / truth if truth else float("nan"),
-        coverage={level: count / len(off) for level, count in inside.items()},
+        coverage={level: count / len(off) if known else unknown for level, count in inside.items()},
         width={level: float(2 * half.mean()) for level, half in halves.items()},
         interval_score={
             level: float((2 * half + _penalty(level) * np.maximum(off - half, 0)).mean())
             for level, half in halves.items()
         },
-        constant_width=_constant_width(off, _scales(sets), inside),
+        constant_width=_constant_width(off, _scales(sets), inside)
+        if known
+        else dict.fromkeys(inside, unknown),
     )
 
 

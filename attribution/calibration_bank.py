@@ -17,6 +17,7 @@ from attribution.task import Rows, Task
 
 KINDS = ("forget", "retain", "test")
 SHARES = (0.01, 0.1)  # of the training rows: the smallest and the largest forget set
+FEWEST = 10  # rows of a forget set, where there are rows enough
 SMALLEST = 1e-30  # a squared change that is none
 
 
@@ -60,7 +61,9 @@ def calibration_bank(
 def _drawn(task: Task, seed: int, index: int) -> Rows:
     """Sizes are uniform in their logarithm; a class that is too small gives all it can spare."""
     n = len(task.train_ids)
-    low, high = (max(1.0, share * n) for share in SHARES)
+    # A set of a few rows may happen to change next to nothing, and tells next to nothing.
+    fewest = min(FEWEST, max(1, n // 4))
+    low, high = (max(float(fewest), share * n) for share in SHARES)
     size = round(float(np.exp(generator(seed, "size").uniform(np.log(low), np.log(high)))))
     if index % 2 == 0:
         return random_rows(task, size, seed)
@@ -220,11 +223,11 @@ def variance_factors(left: Array, first: Array, second: Array) -> tuple[float, f
 
     Args:
         left: squared deviations, [value]; where both variances are 0 they tell nothing.
-        first: a variance, [value]; not finite where it is unknown.
+        first: a variance, [value]; not finite where it is unknown, which leaves the value out.
         second: another, [value].
 
     Returns:
-        a and b; NaN where a variance is unknown.
+        a and b; NaN where no value is left.
 
     Example:
         >>> variances = np.array([1.0, 2.0, 3.0]), np.array([2.0, 1.0, 1.0])
@@ -232,8 +235,10 @@ def variance_factors(left: Array, first: Array, second: Array) -> tuple[float, f
         >>> round(a, 3), round(b, 3)
         (2.0, 3.0)
     """
-    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+    known = np.isfinite(first) & np.isfinite(second)
+    if not known.any():
         return float("nan"), float("nan")
+    left, first, second = left[known], first[known], second[known]
     known = first + second > 0
     left, first, second = left[known], first[known], second[known]
     weight = 1 / (first + second)

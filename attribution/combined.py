@@ -1,7 +1,7 @@
 """Two predictors weighed against each other: what one misses the other often knows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -66,7 +66,12 @@ class Combined(Counterfactual):
         one = self.first.change(forget, already, targets)
         two = self.second.change(forget, already, targets)
         places = np.arange(len(one.mean)) if targets is None else targets
-        return self.sum(one, two, row_kinds(forget, places))
+        found = self.sum(one, two, row_kinds(forget, places))
+        if already is None:
+            return found
+        # Rows that are gone already are of the kind that they were when they were removed.
+        mean = self.change(forget, None, targets).mean - self.change(already, None, targets).mean
+        return replace(found, mean=mean)
 
     def sum(self, one: Change, two: Change, kinds: Rows) -> Change:
         """The weighed sum of two changes.

@@ -96,6 +96,7 @@ def precompute_checkpoints(
     path: str | os.PathLike[str],
     files: Sequence[str | os.PathLike[str]],
     *,
+    damping: float | None = None,
     seed: int = 0,
     device: str = "cpu",
     workers: int | None = None,
@@ -107,6 +108,8 @@ def precompute_checkpoints(
         task_spec: `file.py:name` or `module:name`.
         path: folder of the run.
         files: checkpoints trained on all rows: .safetensors, .pt, .pth or .ckpt.
+        damping: lambda of group Newton, in units of the sum of the rows' losses; None: the number
+            of rows x the recipe's weight decay.
         seed: of the projections.
         device: where to compute.
         workers: processes; None for one per core, 0 for this process.
@@ -124,9 +127,10 @@ def precompute_checkpoints(
         raise ValueError("expected at least one checkpoint, got none")
     task = load_task(task_spec, outside=Path(path))
     names = tuple(os.path.basename(os.fspath(file)) for file in files)
-    settings = RunSettings(task_place(task_spec), 0, 0, "none", seed, len(files), names)
+    settings = RunSettings(task_place(task_spec), 0, 0, "none", seed, len(files), names, damping)
     models = [load_model(task, file) for file in files]
-    _check_checkpoints(task, models, names)
+    _check_damping(task, damping)
+    _check_checkpoints(models, names)
     task.check()
     projection = Projection(seed=seed)
     _check_gradients(task, projection, "")
@@ -163,11 +167,12 @@ def calibrate_run(
     seed, to = run.settings.seed + 4, run.path / "calibration"
     bank = calibration_bank(run.task, to / "bank", seed=seed, device=device, **at)
     plain = GroupNewton(run.task, run.features, damping=1.0)
-    newton = calibrate(plain, bank, to / "newton", full=run.full, **at)
+    folder = to / f"newton-{len(run.features)}"
+    newton = calibrate(plain, bank, folder, full=run.full, **at)
     before = run.full.outputs.mean(0)
     cases = cases_of(bank, before)
     chosen = replace(plain, damping=newton.damping, temperature=newton.temperature)
-    raw = predicted_changes(chosen, cases, bank, to / "newton" / "changes", **at)
+    raw = predicted_changes(chosen, cases, bank, folder / "changes", **at)
     pairs = [
         (newton.applied(change, case.forget, case.targets), run.datamodel.change(case.forget))
         for case, change in zip(cases, raw, strict=True)
@@ -202,12 +207,18 @@ def _check_numbers(settings: RunSettings) -> None:
         raise ValueError(f"a seed must not be negative, got {settings.seed}")
 
 
-def _check_checkpoints(task: Task, models: Sequence[Model], names: Sequence[str]) -> None:
-    if task.recipe is None or not task.recipe.weight_decay:
+def _check_damping(task: Task, damping: float | None) -> None:
+    if damping is None and (task.recipe is None or not task.recipe.weight_decay):
         raise ValueError(
             f"task {task.name!r} tells no weight decay, which group Newton takes its damping from:"
-            " give it a recipe with the weight decay of the checkpoints"
+            " give it a recipe with the weight decay of the checkpoints, or a damping (rows x"
+            " weight decay)"
         )
+    if damping is not None and not 0 < damping < float("inf"):
+        raise ValueError(f"a damping must be above 0 and finite, got {damping}")
+
+
+def _check_checkpoints(models: Sequence[Model], names: Sequence[str]) -> None:
     digests = [model.digest() for model in models]
     for number, (model, name) in enumerate(zip(models, names, strict=True)):
         if model.forgotten:
@@ -254,8 +265,11 @@ def _write_settings(path: Path, settings: RunSettings) -> None:
 
 
 def _refuse_other(path: Path, found: RunSettings, wanted: RunSettings) -> None:
-    # Where the task's file lies may change; what it trains on is checked by the stores.
-    pairs: Sequence[tuple[str, Any]] = [p for p in asdict(wanted).items() if p[0] != "task"]
+    # Where the task's file lies may change; what it trains on is checked by the stores. Gradients
+    # of more checkpoints are added to those that are there.
+    more = wanted.checkpoints >= found.checkpoints and not wanted.files
+    free = {"task", "checkpoints"} if more else {"task"}
+    pairs: Sequence[tuple[str, Any]] = [p for p in asdict(wanted).items() if p[0] not in free]
     for name, value in pairs:
         if getattr(found, name) != value:
             raise ValueError(

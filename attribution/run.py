@@ -42,6 +42,7 @@ class RunSettings:
             calibration bank seed + 4.
         checkpoints: full models that group Newton averages over; 0 for none.
         files: checkpoints of the user's own that stand in for trained models, by file name.
+        damping: lambda of group Newton and TRAK for these; None: rows x the recipe's weight decay.
     """
 
     task: str
@@ -51,6 +52,7 @@ class RunSettings:
     seed: int = 0
     checkpoints: int = 8
     files: tuple[str, ...] = ()
+    damping: float | None = None
 
     @property
     def subsets(self) -> str:
@@ -124,16 +126,29 @@ class Run:
     def newton(self) -> GroupNewton:
         """Group Newton from the features, calibrated where there is a bank."""
         told = self.calibration
-        return GroupNewton(self.task, self.features, calibration=told.newton if told else None)
+        return GroupNewton(
+            self.task,
+            self.features,
+            damping=self.settings.damping,
+            calibration=told.newton if told else None,
+        )
 
     @cached_property
     def trak(self) -> LinearDatamodel:
         """TRAK scores as a linear datamodel; computed from the features the first time."""
-        told, recipe = self.calibration, self.task.recipe
-        natural = recipe is not None and recipe.weight_decay > 0
-        damping = None if natural or told is None else told.newton.damping
-        scores = fit_trak(self.features, self.path / "trak", damping=damping)
+        scores = fit_trak(self.features, self.path / "trak", damping=self.trak_damping)
         return LinearDatamodel.from_scores(scores)
+
+    @property
+    def trak_damping(self) -> float | None:
+        """Lambda of TRAK: what was given, rows x weight decay (None), or group Newton's."""
+        if self.settings.damping is not None or self._decays:
+            return self.settings.damping
+        return self.calibration.newton.damping if self.calibration else None
+
+    @property
+    def _decays(self) -> bool:
+        return self.task.recipe is not None and self.task.recipe.weight_decay > 0
 
     @cached_property
     def combined(self) -> Combined:
@@ -145,11 +160,14 @@ class Run:
     @property
     def predictors(self) -> tuple[str, ...]:
         """Names of the predictors that the run has, or can make from what it has."""
+        gradients = (self.path / "features").exists() and (
+            self._decays or self.settings.damping is not None or self.calibration is not None
+        )
         has = {
             "datamodel": (self.path / f"datamodel-{self.settings.subsets}").exists(),
-            "newton": (self.path / "features").exists(),
+            "newton": gradients,
             "combined": self.calibration is not None and bool(self.calibration.weights),
-            "trak": (self.path / "features").exists(),
+            "trak": gradients,
         }
         return tuple(name for name in PREDICTORS if has.get(name))
 
@@ -253,6 +271,8 @@ def read_settings(path: Path) -> RunSettings:
         told = json.loads((path / "run.json").read_text())
         schema = told.pop("schema")
         files = tuple(told.pop("files", ()))
+        # Runs made before there was group Newton have no gradients.
+        told.setdefault("checkpoints", 0)
         settings = RunSettings(**told, files=files) if schema == SCHEMA else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

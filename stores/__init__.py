@@ -4,7 +4,7 @@ from stores.jobs import BlocksFailed, pickle_by_value, run_blocks
 from stores.provenance import Provenance, check_provenance, digest, versions
 from stores.rows import gather, mapped, total
 from stores.schema import ArraySpec, StoreSpec
-from stores.store import Store
+from stores.store import BlockDone, Store
 
 __all__ = [
     # What a store holds, and what made it
@@ -16,6 +16,7 @@ __all__ = [
     "versions",
     # Arrays on disk
     "Store",
+    "BlockDone",
     "gather",
     "mapped",
     "total",

@@ -155,7 +155,12 @@ class Store:
             TypeError: As for `create`.
         """
         if not os.path.lexists(path):
-            return Store.create(path, spec, provenance, constants, ids, attributes)
+            try:
+                return Store.create(path, spec, provenance, constants, ids, attributes)
+            except ValueError:
+                # Another process may have created it in between.
+                if not os.path.lexists(path):
+                    raise
         store = Store.open(path, spec.kind)
         refuse_differences(store.spec.to_json(), spec.to_json(), store.path)
         check_provenance(store.provenance, provenance, store.path)

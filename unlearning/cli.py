@@ -79,6 +79,8 @@ def _warn(message: Warning | str, *_: Any) -> None:
 def _precompute(options: argparse.Namespace) -> tuple[Any, str]:
     if options.checkpoint:
         return _precompute_checkpoints(options)
+    if options.damping is not None:
+        raise ValueError("--damping goes with --checkpoint: otherwise the calibration finds it")
     run = precompute(
         options.task,
         options.run,
@@ -102,7 +104,12 @@ def _precompute(options: argparse.Namespace) -> tuple[Any, str]:
 
 def _precompute_checkpoints(options: argparse.Namespace) -> tuple[Any, str]:
     run = precompute_checkpoints(
-        options.task, options.run, options.checkpoint, seed=options.seed, **_where(options)
+        options.task,
+        options.run,
+        options.checkpoint,
+        damping=options.damping,
+        seed=options.seed,
+        **_where(options),
     )
     told = {"run": str(run.path), "stores": [s.path for s in run.stores()]}
     told |= {"predictors": run.predictors, "best": run.best}
@@ -121,13 +128,16 @@ def _predict(options: argparse.Namespace) -> tuple[Any, str]:
     forget = parse_forget(run.task, options.forget)
     targets = parse_targets(run.task, options.targets or "forget", forget)
     model = _model(run, options.checkpoint)
-    prediction = run.predictor(options.predictor).predict(model, forget, targets)
+    chosen = options.predictor or run.best
+    prediction = run.predictor(chosen).predict(model, forget, targets)
     if options.out:
         write_prediction(prediction, options.out, forget)
     columns = ("before", "mean", "std", "noise")
-    told = {"forget": list(forget.ids), "targets": list(prediction.targets)}
+    told: dict[str, Any] = {"predictor": chosen, "calibrated": run.calibration is not None}
+    told |= {"forget": list(forget.ids), "targets": list(prediction.targets)}
     told |= {name: getattr(prediction, name).tolist() for name in columns}
-    return told, prediction_table(run.task, prediction, targets)
+    bare = " (uncalibrated)" if chosen != "datamodel" and run.calibration is None else ""
+    return told, f"{prediction_table(run.task, prediction, targets)}\npredicted by {chosen}{bare}"
 
 
 def _explain(options: argparse.Namespace) -> tuple[Any, str]:
@@ -330,6 +340,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="use these trained models and train none",
     )
+    text = "lambda of group Newton with --checkpoint; else rows x the recipe's weight decay"
+    make.add_argument("--damping", type=float, metavar="LAMBDA", help=text)
     predict = _verb(verbs, "predict", _predict, "predict outputs without a forget set")
     _forget(predict)
     _predictor(predict)

@@ -126,6 +126,27 @@ def evaluate_methods(
 def _check(
     run: Run, forget_sets: Sequence[ForgetSet], methods: Sequence[str], n_models: int
 ) -> None:
+    check_names(forget_sets, methods)
+    if not 2 <= n_models <= len(run.full):
+        raise ValueError(
+            f"the run has {len(run.full)} full models: n_models must lie between 2 and that,"
+            f" got {n_models}"
+        )
+
+
+def check_names(forget_sets: Sequence[ForgetSet], methods: Sequence[str]) -> None:
+    """Refuses unknown and repeated names.
+
+    Args:
+        forget_sets: whose names must differ.
+        methods: names of the table, each once.
+
+    Raises:
+        ValueError: names the first that is wrong.
+
+    Example:
+        >>> check_names([], ["dmm", "pgu"])
+    """
     for name in methods:
         check_method(name)
     twice = [name for name in methods if methods.count(name) > 1]
@@ -136,11 +157,6 @@ def _check(
     if repeated:
         raise ValueError(
             f"two forget sets are called {repeated[0]!r}: name them, as in a=SPEC b=SPEC"
-        )
-    if not 2 <= n_models <= len(run.full):
-        raise ValueError(
-            f"the run has {len(run.full)} full models: n_models must lie between 2 and that,"
-            f" got {n_models}"
         )
 
 
@@ -195,7 +211,7 @@ def _predicted(judged: Mapping[str, Judged], predictor: str) -> Json:
 def _accuracy(audit: Audit, outputs: np.ndarray[Any, Any]) -> Json:
     _, labels = audit.task.targets()
     values = torch.from_numpy(outputs)
-    quality = audit.task.loss.quality(values, labels.expand(values.shape[:-1])).numpy()
+    quality = audit.task.loss.quality(values, labels.expand(len(values), *labels.shape)).numpy()
     return {split: _mean(quality[:, rows]) for split, rows in audit.splits.items()}
 
 

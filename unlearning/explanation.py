@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -118,12 +119,11 @@ def _datamodel_effects(run: Run) -> Callable[[int], Array] | None:
 
 
 def _trak_effects(run: Run) -> Callable[[int], Array] | None:
-    if (run.path / "trak").exists():
+    with suppress(ValueError):  # none are stored, or not all of them yet
         return TrakScores.open(run.path / "trak").margins
     if not (run.path / "features").exists():
         return None
-    damping = run.calibration.newton.damping if run.calibration else None
-    return lambda target: margin_effects(run.features, target, damping=damping)
+    return lambda target: margin_effects(run.features, target, damping=run.trak_damping)
 
 
 def explain(scores: MarginEffects, task: Task, target_id: str, top: int = 20) -> Explanation:

@@ -12,6 +12,7 @@ from attribution import Counterfactual, ForgetSet, Model, Oracle, Run
 from attribution.task import Rows
 from stores import versions
 from unlearning.cost import hardware, measure_request
+from unlearning.evaluation import check_names
 from unlearning.method import told_settings
 from unlearning.methods import Evidence, build_method
 from unlearning.runner import Unlearned
@@ -57,7 +58,9 @@ def evaluate_checkpoints(
     Raises:
         ValueError: a method that needs retrained models or input moments.
     """
+    check_names(forget_sets, methods)
     chosen = run.best if predictor is None else predictor
+    built = {name: build_method(name, _evidence(run, chosen), None) for name in methods}
     model, counterfactual = run.model(0), run.predictor(chosen)
     blocks: Json = {}
     for forget in forget_sets:
@@ -65,8 +68,7 @@ def evaluate_checkpoints(
         nothing = {split: {"mean": None, "p95": None} for split in found}
         block: Json = {"size": len(forget), "kind": forget.kind, "methods": {}, "predictions": {}}
         block["null"] = {"klom": nothing, "gaussian_kl": nothing, "shift": found, "spread": found}
-        for name in methods:
-            method = build_method(name, _evidence(run, chosen), None)
+        for name, method in built.items():
             result = method(model, run.task, forget, seed=seed, device=device)
             told = _told(model, result, forget, counterfactual)
             told |= measure_request(method, model, forget, device, repeats=1)

@@ -1,5 +1,6 @@
 """The Gauss-Newton matrix of the training loss in the space of the features."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from attribution.gradients.feature_store import BLOCK_BYTES, block_features, blo
 from attribution.losses import Loss
 from attribution.task import Task
 from attribution.training import threads
-from stores import ArraySpec, Provenance, Store, StoreSpec
+from stores import ArraySpec, BlockDone, Provenance, Store, StoreSpec
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -54,7 +55,8 @@ def stored_curvature(task: Task, store: Store, temperature: float = 1.0) -> Matr
     if kept.pending():
         found = train_curvature(task, store, temperature)
         try:
-            kept.write_block(0, {"curvature": found})
+            with suppress(BlockDone):  # by another process, with the same bits
+                kept.write_block(0, {"curvature": found})
         except OSError as error:
             raise ValueError(f"cannot write the curvature to {kept.path}: {error}") from error
         kept.finalize()

@@ -12,6 +12,7 @@ from attribution.calibration_bank import KINDS, Case, cases_of, joined, variance
 from attribution.counterfactual import Change
 from attribution.ensemble import Ensemble
 from attribution.gradients import Features
+from attribution.losses import SquaredError
 from attribution.newton.calibration import Calibration
 from attribution.newton.group import GroupNewton
 from attribution.outputs import Array
@@ -145,6 +146,8 @@ def _chosen(
     dampings: Sequence[float],
     where: dict[str, Any],
 ) -> GroupNewton:
+    if isinstance(newton.task.loss, SquaredError):
+        temperatures = (1.0,)  # there are no probabilities that could be too sharp
     unit = _unit_of_damping(newton)
     grid = [(t, unit * t**2 * damping) for t in temperatures for damping in dampings]
     plain = replace(newton, calibration=None)

@@ -1,7 +1,7 @@
 """Group Newton: what retraining without a forget set does, from gradients of a few checkpoints."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from attribution.counterfactual import Change, Counterfactual, check_ids
 from attribution.forget import ForgetSet
 from attribution.gradients import Features
+from attribution.losses import SquaredError
 from attribution.newton.calibration import Calibration
 from attribution.newton.inverse import Factor, factorise, without
 from attribution.newton.linearised import Linearised, retrain
@@ -74,6 +75,8 @@ class GroupNewton(Counterfactual):
                 raise ValueError(f"GroupNewton.{name} must be above 0 and finite, got {value}")
         if self.steps < 1:
             raise ValueError(f"GroupNewton.steps must be 1 or more, got {self.steps}")
+        if self.temperature not in (None, 1.0) and isinstance(self.task.loss, SquaredError):
+            raise ValueError("GroupNewton.temperature must be 1 for the squared error")
         recipe = self.task.recipe
         known = self.damping is not None or self.calibration is not None
         if not known and (recipe is None or not recipe.weight_decay):
@@ -106,15 +109,23 @@ class GroupNewton(Counterfactual):
             ValueError: a forget set of other data, or too little damping.
         """
         places = np.arange(len(self.task.target_ids)) if targets is None else targets
-        each = self.changes(forget, places)
+        wanted, gone = self.changes(forget, places), None
         if already is not None:
-            each = each - self.changes(already, places)
+            gone = self.changes(already, places)
+        each = wanted if gone is None else wanted - gone
         plain = Change(
-            each.mean(0),
+            wanted.mean(0),
             spread_over_checkpoints(each),
             spread_over_checkpoints(self._outputs(places)),
         )
-        return self.calibration.applied(plain, forget, places) if self.calibration else plain
+        if self.calibration is None:
+            return plain if gone is None else replace(plain, mean=each.mean(0))
+        found = self.calibration.applied(plain, forget, places)
+        if already is None or gone is None:
+            return found
+        # Its rows are of the kind that they were when they were removed.
+        before = self.calibration.applied(replace(plain, mean=gone.mean(0)), already, places)
+        return replace(found, mean=found.mean - before.mean)
 
     def changes(self, forget: ForgetSet, targets: Rows) -> Array:
         """Change that each checkpoint predicts, as it is without calibrated factors.

@@ -370,3 +370,17 @@ def test_store_against_dict(tmp_path, monkeypatch):
         max_examples=15, stateful_step_count=12, derandomize=True, deadline=None, database=None
     )
     machine.runTest()
+
+
+def test_a_store_that_another_process_creates_meanwhile_is_opened(tmp_path, monkeypatch):
+    spec = StoreSpec("outputs", "model", 2, {"a": ArraySpec(("model",), (3,), "float32")})
+    path, looked = tmp_path / "outputs", []
+    Store.create(path, spec, Provenance({"seed": 0}))
+    exists = os.path.lexists
+
+    def not_yet(where):
+        looked.append(where)
+        return len(looked) > 1 and exists(where)
+
+    monkeypatch.setattr(os.path, "lexists", not_yet)
+    assert Store.open_or_create(path, spec, Provenance({"seed": 0})).pending() == [0, 1]

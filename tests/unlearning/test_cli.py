@@ -159,12 +159,13 @@ class TestPredict:
                 assert float(shown) == pytest.approx(exact, abs=0.0051)
             changes.append(abs(float(change)))
         assert changes == sorted(changes, reverse=True)
-        assert lines[-1] == "std and noise: the largest of the target's outputs"
+        assert lines[-2] == "std and noise: the largest of the target's outputs"
+        assert lines[-1] == f"predicted by {found['predictor']}"
 
     def test_a_long_table_says_what_it_leaves_out(self, dmm, run):
         lines = dmm("predict", "--run", run, *FEW, "--targets", "train").splitlines()
-        assert lines[-1] == "17 further targets: --json or --out give all"
-        assert len(lines) == 2 + 20 + 2
+        assert lines[-2] == "17 further targets: --json or --out give all"
+        assert len(lines) == 2 + 20 + 3
 
     def test_a_csv_file_holds_every_number(self, told, run, tmp_path):
         out = tmp_path / "predicted.csv"

@@ -32,7 +32,7 @@ def gradients(path, tmp_path):
     features = featurize(run.task, [run.full.model(i) for i in (0, 1)], tmp_path / "features")
     settings = SimpleNamespace(subsets="none")
     return SimpleNamespace(
-        path=tmp_path, task=run.task, features=features, calibration=None, settings=settings
+        path=tmp_path, task=run.task, features=features, trak_damping=None, settings=settings
     )
 
 
@@ -96,8 +96,8 @@ class TestRunScores:
         found = run_scores(gradients, "trak").of(4)
         np.testing.assert_array_equal(found, margin_effects(gradients.features, 4))
 
-    def test_lambda_is_the_calibrated_one(self, gradients):
-        gradients.calibration = SimpleNamespace(newton=SimpleNamespace(damping=0.7))
+    def test_lambda_is_that_of_the_run(self, gradients):
+        gradients.trak_damping = 0.7
         found = run_scores(gradients).of(4)
         expected = margin_effects(gradients.features, 4, damping=0.7)
         np.testing.assert_array_equal(found, expected)

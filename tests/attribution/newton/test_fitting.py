@@ -10,7 +10,7 @@ from attribution.newton.fitting import mean_before
 from stores import Store
 from stores.workers import stop_local_workers
 from tests.attribution.newton.cases import newton_of
-from tests.tasks import binary, blobs, line, write_ensemble
+from tests.tasks import binary, blobs, write_ensemble
 
 ROWS, ALL, SETS = 37, 48, 12
 ONE = {"temperatures": (1.0,), "dampings": (1.0,)}
@@ -103,7 +103,7 @@ class TestFactors:
 
 
 class TestChoice:
-    @pytest.mark.parametrize("make", [blobs, binary, line])
+    @pytest.mark.parametrize("make", [blobs, binary])
     def test_the_candidate_that_made_the_bank_is_chosen(self, make, tmp_path):
         newton = newton_of(make(), tmp_path / "f")
         maker = replace(newton, temperature=2.0, damping=0.7 * 4 * UNIT, steps=2)
