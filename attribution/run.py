@@ -136,8 +136,13 @@ class Run:
     @cached_property
     def trak(self) -> LinearDatamodel:
         """TRAK scores as a linear datamodel; computed from the features the first time."""
-        scores = fit_trak(self.features, self.path / "trak", damping=self.trak_damping)
+        scores = fit_trak(self.features, self.trak_path, damping=self.trak_damping)
         return LinearDatamodel.from_scores(scores)
+
+    @property
+    def trak_path(self) -> Path:
+        """Folder of the TRAK scores of as many checkpoints as there are."""
+        return self.path / f"trak-{len(self.features)}"
 
     @property
     def trak_damping(self) -> float | None:

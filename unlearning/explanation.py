@@ -2,7 +2,6 @@
 
 import pathlib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from attribution.outputs import Array
 from attribution.run import Run
 from attribution.task import Task
 from attribution.trak import TrakScores, margin_effects
+from stores import Store
 from unlearning.figures import thumbnail
 
 PREDICTORS = ("datamodel", "trak")
@@ -119,10 +119,11 @@ def _datamodel_effects(run: Run) -> Callable[[int], Array] | None:
 
 
 def _trak_effects(run: Run) -> Callable[[int], Array] | None:
-    with suppress(ValueError):  # none are stored, or not all of them yet
-        return TrakScores.open(run.path / "trak").margins
     if not (run.path / "features").exists():
         return None
+    stored = run.trak_path / "scores"
+    if stored.exists() and Store.open(stored).complete:
+        return TrakScores.open(run.trak_path).margins
     return lambda target: margin_effects(run.features, target, damping=run.trak_damping)
 
 

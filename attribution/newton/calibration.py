@@ -1,10 +1,6 @@
 """Calibration: what a few models really retrained tell about predictions."""
 
-import json
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,8 +8,6 @@ from attribution.calibration_bank import KINDS, row_kinds
 from attribution.counterfactual import Change
 from attribution.forget import ForgetSet
 from attribution.task import Rows
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -30,13 +24,10 @@ class Calibration:
         forget_sets: how many sets it was fitted on, one retrained model each.
 
     Example:
-        >>> import tempfile
         >>> factors = {"forget": 1.1, "retain": 0.8, "test": 0.9}
         >>> found = Calibration(0.72, 1.4, factors, factors, factors, forget_sets=20)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     found.save(f"{folder}/calibration.json")
-        ...     Calibration.load(f"{folder}/calibration.json") == found
-        True
+        >>> found.scale["retain"]
+        0.8
     """
 
     damping: float
@@ -63,38 +54,3 @@ class Calibration:
             for table in (self.scale, self.spread, self.noise)
         )
         return Change(change.mean * scale, change.std * spread, change.noise * noise)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes it as JSON.
-
-        Args:
-            path: the file; it is replaced as a whole.
-        """
-        partial = Path(f"{os.fspath(path)}.partial")
-        partial.write_text(json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
-        partial.replace(path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Calibration":
-        """Reads what `save` wrote.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The calibration.
-
-        Raises:
-            ValueError: it cannot be read, or is of a later schema.
-        """
-        try:
-            told: dict[str, Any] = json.loads(Path(path).read_text())
-            schema = told.pop("schema")
-            found = cls(**told) if schema == SCHEMA else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"cannot read the calibration {os.fspath(path)!r}: {error}") from error
-        if found is None:
-            raise ValueError(
-                f"{os.fspath(path)!r} has schema {schema}, this version reads {SCHEMA}"
-            )
-        return found

@@ -44,7 +44,7 @@ def calibrate(
 
         change = s x predicted,    (change - s x predicted)^2 = x spread^2 + y noise^2,
 
-    every forget set weighing the same, whatever the size of its change.
+    where a forget set weighs one over the squared change of its rows of that kind.
 
     Args:
         newton: gives features and number of steps; how it is calibrated now is not used.

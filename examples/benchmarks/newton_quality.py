@@ -4,7 +4,8 @@ python examples/benchmarks/newton_quality.py takes 5 seeded draws each of 50 and
 and one coherent set of 60 of each class that has one, none of them in the calibration bank, and
 prints for each kind of set: R2 on the forget rows (margins; logits over their ceiling), slope,
 coverage and width of the 80 % intervals; and KLOM after matching with 5 and 10 % of a
-retraining's gradients, with the share of do-nothing's excess that it removes. It uses the run of
+retraining's gradients, with the share of do-nothing's excess that it removes. "One step" is the
+first Newton step with the damping, temperature and factors fitted for three. It uses the run of
 `make demo` and stores its banks there (about twelve minutes on two cores).
 """
 

@@ -1,8 +1,11 @@
-"""Models of three blobs, trained once for all tests that need real ones."""
+"""Models of three blobs, trained once for all tests that need real ones; verbs to run."""
+
+import json
 
 import pytest
 
 from tests.unlearning.cases import branching, lay_ground, mlp, normalised, three_blobs
+from unlearning.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +21,26 @@ def normalised_ground(tmp_path_factory):
 @pytest.fixture(scope="session")
 def branching_ground(tmp_path_factory):
     return lay_ground(three_blobs(branching), tmp_path_factory.mktemp("branching"))
+
+
+@pytest.fixture
+def dmm(capsys):
+    """Runs a verb that must succeed without a word on stderr; gives what it printed."""
+
+    def call(*words):
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert (code, err) == (0, "")
+        return out
+
+    return call
+
+
+@pytest.fixture
+def told(dmm):
+    """What a verb prints as JSON, read strictly: NaN and infinities are no JSON."""
+
+    def call(*words):
+        return json.loads(dmm(*words, "--json"), parse_constant=pytest.fail)
+
+    return call

@@ -36,29 +36,6 @@ def run(tmp_path_factory):
     return finished_run(tmp_path_factory.getbasetemp())
 
 
-@pytest.fixture
-def dmm(capsys):
-    """Runs a verb that must succeed without a word on stderr; gives what it printed."""
-
-    def call(*words):
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert (code, err) == (0, "")
-        return out
-
-    return call
-
-
-@pytest.fixture
-def told(dmm):
-    """What a verb prints as JSON, read strictly: NaN and infinities are no JSON."""
-
-    def call(*words):
-        return json.loads(dmm(*words, "--json"), parse_constant=pytest.fail)
-
-    return call
-
-
 def margin_of(values, label):
     others = np.delete(values.astype(np.float64), label)
     return values[label] - np.log(np.exp(others).sum())

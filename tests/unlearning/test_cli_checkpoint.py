@@ -35,29 +35,6 @@ def files(run):
 
 
 @pytest.fixture
-def dmm(capsys):
-    """Runs a verb that must succeed without a word on stderr; gives what it printed."""
-
-    def call(*words):
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert (code, err) == (0, "")
-        return out
-
-    return call
-
-
-@pytest.fixture
-def told(dmm):
-    """What a verb prints as JSON, read strictly."""
-
-    def call(*words):
-        return json.loads(dmm(*words, "--json"), parse_constant=pytest.fail)
-
-    return call
-
-
-@pytest.fixture
 def refused(capsys):
     """The one line that refuses a command for bad input."""
 

@@ -32,7 +32,12 @@ def gradients(path, tmp_path):
     features = featurize(run.task, [run.full.model(i) for i in (0, 1)], tmp_path / "features")
     settings = SimpleNamespace(subsets="none")
     return SimpleNamespace(
-        path=tmp_path, task=run.task, features=features, trak_damping=None, settings=settings
+        path=tmp_path,
+        trak_path=tmp_path / "trak-2",
+        task=run.task,
+        features=features,
+        trak_damping=None,
+        settings=settings,
     )
 
 
@@ -86,8 +91,8 @@ class TestRunScores:
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
     def test_trak_scores_are_read_where_they_are_stored(self, gradients):
-        fit_trak(gradients.features, gradients.path / "trak", damping=0.5)
-        stored = TrakScores.open(gradients.path / "trak")
+        fit_trak(gradients.features, gradients.trak_path, damping=0.5)
+        stored = TrakScores.open(gradients.trak_path)
         found = run_scores(gradients)
         assert found.predictor == "trak"
         np.testing.assert_array_equal(found.of(4), stored.margins(4))

@@ -1,6 +1,3 @@
-import json
-from dataclasses import asdict
-
 import numpy as np
 import pytest
 
@@ -41,28 +38,3 @@ def test_unknown_spreads_stay_unknown(calibration):
     found = calibration.applied(change, ForgetSet.at(blobs(), [3]), np.array([3]))
     assert np.isnan(found.std).all()
     assert np.isfinite(found.mean).all()
-
-
-def test_it_is_read_as_it_was_written(calibration, tmp_path):
-    calibration.save(tmp_path / "a.json")
-    assert Calibration.load(tmp_path / "a.json") == calibration
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    assert json.loads((tmp_path / "a.json").read_text()) == {"schema": 1} | asdict(calibration)
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        (None, "cannot read the calibration '.*a.json': .*No such file"),
-        ("", "cannot read the calibration"),
-        ("[]", "cannot read the calibration"),
-        ("{}", "cannot read the calibration '.*a.json': 'schema'"),
-        ('{"schema": 1, "tusk": 2}', "cannot read the calibration .*tusk"),
-        ('{"schema": 2}', "a.json' has schema 2, this version reads 1"),
-    ],
-)
-def test_what_is_no_calibration_is_refused(tmp_path, content, text):
-    if content is not None:
-        (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match=text):
-        Calibration.load(tmp_path / "a.json")
