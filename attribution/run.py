@@ -141,8 +141,8 @@ class Run:
 
     @property
     def trak_path(self) -> Path:
-        """Folder of the TRAK scores of as many checkpoints as there are."""
-        return self.path / f"trak-{len(self.features)}"
+        """Folder of the TRAK scores."""
+        return self.path / "trak"
 
     @property
     def trak_damping(self) -> float | None:

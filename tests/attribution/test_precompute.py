@@ -313,9 +313,7 @@ def test_gradients_of_more_checkpoints_are_added_to_a_run(tmp_path):
     spec, path = write_task(tmp_path), tmp_path / "run"
     sizes = {"full_models": 3, "subset_models": 12, "workers": 0}
     two = precompute(spec, path, checkpoints=2, **sizes)
-    first = two.trak.store.path
     three = precompute(spec, path, checkpoints=3, **sizes)
     assert (len(two.features), len(three.features)) == (2, 3)
-    assert three.trak.store.path != first
     with pytest.raises(ValueError, match="made with checkpoints = 3, this call asks for 2"):
         precompute(spec, path, checkpoints=2, **sizes)

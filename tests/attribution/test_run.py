@@ -76,7 +76,7 @@ def test_stores_are_listed_finished_or_not(run, tmp_path):
     (copy / "moments.0123.tmp" / "zarr.json").write_text("{}")
     listed = Run(copy, run.settings, run.task).stores()
     names = [store.path.removeprefix(f"{copy}/") for store in listed]
-    assert {name.split("/")[0] for name in names} - {"oracles", "trak-2"} == {
+    assert {name.split("/")[0] for name in names} - {"oracles", "trak"} == {
         "calibration",
         "datamodel-mixed-24",
         "ensemble-mixed-24",
