@@ -1,6 +1,7 @@
 """Arrays on disk: blocks written once, read lazily or row by row, computed by workers."""
 
 from stores.jobs import BlocksFailed, pickle_by_value, run_blocks
+from stores.places import Place, Where, place
 from stores.provenance import Provenance, check_provenance, digest, versions
 from stores.rows import gather, mapped, total
 from stores.schema import ArraySpec, StoreSpec
@@ -14,6 +15,10 @@ __all__ = [
     "check_provenance",
     "digest",
     "versions",
+    # Where it lies
+    "Place",
+    "Where",
+    "place",
     # Arrays on disk
     "Store",
     "BlockDone",

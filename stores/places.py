@@ -51,7 +51,7 @@ class Place(ABC):
 
     @abstractmethod
     def taken(self) -> bool:
-        """Whether there is anything at this place, so that a store cannot be created here."""
+        """Whether a store cannot be created here: a folder exists, or a bucket has zarr.json."""
 
     @abstractmethod
     def size(self, name: str) -> int:
@@ -125,10 +125,10 @@ class Place(ABC):
     def move(self, to: Place) -> None:
         """Move everything to a free place of the same kind; a folder moves at once.
 
-        In a bucket the root zarr.json is copied last, so that a store appears as a whole.
+        In a bucket the root zarr.json is written last, so that a store appears as a whole.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: It cannot be written, or files that differ are there already.
         """
 
     @abstractmethod
@@ -150,7 +150,8 @@ def place(where: Where) -> Place:
         The place; nothing need be there.
 
     Raises:
-        ValueError: The address is of a kind that is not supported.
+        ValueError: The address is of a kind that is not supported, or its bucket is out of reach.
+        ImportError: The address needs a package that is not installed.
 
     Example:
         >>> place("runs/digits").name
