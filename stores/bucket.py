@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, TypeVar, final
 
 import numpy as np
 
 from stores.bucket_client import BucketStore, check_bucket, client, plain_errors
-from stores.places import Place
+from stores.places import Place, Range, check_size
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -19,7 +20,10 @@ _ADDRESS = re.compile(r"s3://([^/]+)((?:/[^/]+)*)")
 # Ranges nearer than this are read as one: what a connection carries in the time of one request.
 _GAP_BYTES = 128 * 2**10
 _MOST_BYTES = 4 * 2**20  # of one request, so that several share the line
+_REQUESTS = 32  # at a time
 _ROOT = "zarr.json"
+
+_Item = TypeVar("_Item")
 
 
 @final
@@ -89,18 +93,23 @@ class Bucket(Place):
         with plain_errors(f"reading {self.url}/{name}"):
             return bytes(self._client.get(self._key(name)).bytes())
 
-    def read_ranges(self, name: str, starts: Sequence[int], into: np.ndarray) -> None:
-        """Read ranges of equal length from a file, several at a time."""
-        length = into.shape[1]
-        groups = _near(starts, length)
-        firsts = [starts[group[0]] for group in groups]
-        ends = [starts[group[-1]] + length for group in groups]
-        for group, first, content in zip(
-            groups, firsts, self._parts_of(name, firsts, ends), strict=True
-        ):
+    @property
+    def at_once(self) -> int:
+        """Bytes that are best asked for at once: enough to share among many requests."""
+        return 64 * 2**20
+
+    def read_ranges(self, ranges: Sequence[Range], size: int, into: np.ndarray) -> None:
+        """Read ranges of equal length from files of equal size, many at a time."""
+
+        def read(group: list[int]) -> None:
+            name, first = ranges[group[0]]
+            end = ranges[group[-1]][1] + into.shape[1]
+            content = self._part(name, first, end, size)
             for number in group:
-                at = starts[number] - first
-                into[number] = content[at : at + length]
+                at = ranges[number][1] - first
+                into[number] = content[at : at + into.shape[1]]
+
+        _each(read, _near(ranges, into.shape[1]))
 
     def mapped(self, name: str) -> np.ndarray:
         """Content of a file, read as a whole."""
@@ -140,7 +149,8 @@ class Bucket(Place):
         """Write all files anew, the root zarr.json last, then remove the old ones."""
         names = sorted(self.walk(), key=lambda name: name == _ROOT)
         target = Bucket(to.url)
-        for name in names:
+        _each(lambda name: target._write_once(name, self.read(name)), names[:-1])
+        for name in names[-1:]:
             target._write_once(name, self.read(name))
         self.clear()
 
@@ -168,27 +178,19 @@ class Bucket(Place):
                     "left over from a killed creation, or give another address"
                 ) from error
 
-    def _parts_of(self, name: str, firsts: list[int], ends: list[int]) -> list[np.ndarray]:
+    def _part(self, name: str, first: int, end: int, size: int) -> np.ndarray:
+        file = f"{self.url}/{name}"
         try:
-            with plain_errors(f"reading {self.url}/{name}"):
-                found = self._client.get_ranges(
-                    self._key(name), starts=firsts, ends=ends, coalesce=0
-                )
+            with plain_errors(f"reading {file}"):
+                found = self._client.get(self._key(name), options={"range": (first, end)})
+                content = found.bytes()
         except OSError as error:
             if "416 Range" not in str(error.__cause__):
                 raise
-            raise ValueError(self._short(name)) from error
-        parts = [np.frombuffer(memoryview(part), np.uint8) for part in found]
-        # A range over the end is cut without a word.
-        if any(len(p) != end - first for p, first, end in zip(parts, firsts, ends, strict=True)):
-            raise ValueError(self._short(name))
-        return parts
-
-    def _short(self, name: str) -> str:
-        return (
-            f"expected more bytes in {self.url}/{name}, got its end; "
-            "find the damaged blocks with verify() and discard() them"
-        )
+            check_size(file, self.size(name), size)
+            raise
+        check_size(file, found.meta["size"], size)
+        return np.frombuffer(memoryview(content), np.uint8)
 
     def _keys(self) -> list[str]:
         with plain_errors(f"listing {self.url}"):
@@ -214,16 +216,21 @@ def _parts(url: str) -> tuple[str, str]:
     return found[1], found[2].lstrip("/")
 
 
-def _near(starts: Sequence[int], length: int) -> list[list[int]]:
+def _near(ranges: Sequence[Range], length: int) -> list[list[int]]:
     groups: list[list[int]] = []
-    for number in sorted(range(len(starts)), key=starts.__getitem__):
-        start = starts[number]
-        if (
-            groups
-            and start - starts[groups[-1][-1]] <= length + _GAP_BYTES
-            and start - starts[groups[-1][0]] <= _MOST_BYTES
-        ):
-            groups[-1].append(number)
-        else:
-            groups.append([number])
+    first = last = ("", 0)
+    for number in sorted(range(len(ranges)), key=ranges.__getitem__):
+        name, start = ranges[number]
+        far = start - last[1] > length + _GAP_BYTES or start - first[1] > _MOST_BYTES
+        if name != last[0] or far:
+            groups.append([])
+            first = name, start
+        groups[-1].append(number)
+        last = name, start
     return groups
+
+
+def _each(work: Callable[[_Item], None], items: Sequence[_Item]) -> None:
+    with ThreadPoolExecutor(max(1, min(_REQUESTS, len(items)))) as threads:
+        for _ in threads.map(work, items):
+            pass

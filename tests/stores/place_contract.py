@@ -57,31 +57,36 @@ class PlaceTests:
             with pytest.raises(FileNotFoundError):
                 use(missing)
         with pytest.raises(FileNotFoundError):
-            empty.read_ranges(missing, [0], into)
+            empty.read_ranges([("folder/b", 0), (missing, 0)], 3, np.vstack([into, into]))
 
-    def test_ranges_in_any_order(self, empty):
-        content = np.random.default_rng(0).integers(0, 256, 500_000, dtype=np.uint8)
-        empty.write("a", content.tobytes())
-        # Neighbours, overlaps, duplicates, far ones and the end.
+    def test_ranges_of_several_files(self, empty):
+        content = np.random.default_rng(0).integers(0, 256, (2, 500_000), dtype=np.uint8)
+        for number in (0, 1):
+            empty.write(f"c/{number}", content[number].tobytes())
+        # Neighbours, overlaps, duplicates, far ones and the end, in any order.
         starts = [7, 14, 10, 499_993, 7, 0, 300_000]
-        into = np.zeros((len(starts), 7), np.uint8)
-        empty.read_ranges("a", starts, into)
-        assert np.array_equal(into, [content[start : start + 7] for start in starts])
+        ranges = [(f"c/{number}", start) for number in (1, 0) for start in starts]
+        into = np.zeros((len(ranges), 7), np.uint8)
+        empty.read_ranges(ranges, 500_000, into)
+        wanted = [content[int(name[2:]), start : start + 7] for name, start in ranges]
+        assert np.array_equal(into, wanted)
 
     def test_no_ranges(self, empty):
-        empty.write("a", b"123")
-        empty.read_ranges("a", [], np.empty((0, 7), np.uint8))
+        empty.read_ranges([], 3, np.empty((0, 7), np.uint8))
 
-    @pytest.mark.parametrize("start", [1, 3, 40])
-    def test_a_range_over_the_end_is_refused(self, empty, start):
+    @pytest.mark.parametrize("start", [0, 1, 3, 400_000])
+    @pytest.mark.parametrize("size", [2, 400_003])
+    def test_a_file_of_another_size_is_refused(self, empty, start, size):
         empty.write("folder/a", b"123")
-        with pytest.raises(ValueError, match=r"folder/a.*its end"):
-            empty.read_ranges("folder/a", [0, start], np.empty((2, 3), np.uint8))
+        with pytest.raises(ValueError, match=rf"expected {size} bytes in .*folder/a, got 3"):
+            empty.read_ranges([("folder/a", start)], size, np.empty((1, 3), np.uint8))
 
     def test_a_mapped_file_can_be_changed_without_effect(self, empty):
         empty.write("a", b"123")
         mapped = empty.mapped("a")
         mapped[0] = 0
+        empty.write("none", b"")
+        assert empty.mapped("none").size == 0
         assert mapped.dtype == np.uint8
         assert empty.read("a") == b"123"
 
