@@ -169,7 +169,7 @@ class Bucket(Place):
         try:
             with plain_errors(f"writing {self.url}/{name}"):
                 self._client.put(self._key(name), content, mode="create")
-        except OSError as error:
+        except ConnectionError as error:
             if not isinstance(error.__cause__, AlreadyExistsError):
                 raise
             if name == _ROOT or self.read(name) != content:
@@ -184,7 +184,7 @@ class Bucket(Place):
             with plain_errors(f"reading {file}"):
                 found = self._client.get(self._key(name), options={"range": (first, end)})
                 content = found.bytes()
-        except OSError as error:
+        except ConnectionError as error:
             if "416 Range" not in str(error.__cause__):
                 raise
             check_size(file, self.size(name), size)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _TIMEOUT = timedelta(minutes=5)  # of one request: a block on a slow line
+_RETRIES: RetryConfig = {}  # obstore's own: ten, within three minutes
 _FIRST_TRY: RetryConfig = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 # What the service says, and what to do about it; the first that occurs counts.
 _CURES = {
@@ -70,14 +71,14 @@ def check_bucket(bucket: str, prefix: str) -> None:
 
 @contextmanager
 def plain_errors(what: str) -> Iterator[None]:
-    """Turn errors of the service into OSError with one line that says what failed and why.
+    """Turn errors of the service into ConnectionError: one line on what failed and why.
 
     Args:
         what: What is done to which file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        OSError: The service refused, or cannot be reached.
+        ConnectionError: The service refused, or cannot be reached; the file may be sound.
 
     Example:
         >>> from obstore.exceptions import GenericError
@@ -85,7 +86,7 @@ def plain_errors(what: str) -> Iterator[None]:
         ...     raise GenericError("Generic S3 error: 503 Slow Down")
         Traceback (most recent call last):
             ...
-        OSError: reading s3://bucket/a failed: Generic S3 error: 503 Slow Down
+        ConnectionError: reading s3://bucket/a failed: Generic S3 error: 503 Slow Down
     """
     from obstore.exceptions import BaseError
 
@@ -94,7 +95,7 @@ def plain_errors(what: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{what} failed: there is no such file") from error
     except BaseError as error:
-        raise OSError(f"{what} failed: {_reason(error)}") from error
+        raise ConnectionError(f"{what} failed: {_reason(error)}") from error
 
 
 class BucketStore(ObjectStore[Any]):
@@ -128,7 +129,7 @@ def _settings() -> tuple[tuple[str, str], ...]:
 
 @lru_cache
 def _client(bucket: str, prefix: str, settings: tuple[tuple[str, str], ...]) -> S3Store:
-    return _connected(bucket, prefix, settings, {})
+    return _connected(bucket, prefix, settings, _RETRIES)
 
 
 @lru_cache

@@ -22,7 +22,8 @@ Range: TypeAlias = tuple[str, int]
 class Place(ABC):
     """A folder, or a prefix in a bucket, that holds files by name.
 
-    A name is relative, with "/" between its parts. A file is there as a whole or not at all.
+    A name is relative, with "/" between its parts. A file is there as a whole or not at all. Where
+    a service does not answer, or refuses, every method raises ConnectionError.
 
     Args:
         url: Absolute path of the folder, or address of the prefix; it names the place in messages.

@@ -92,5 +92,5 @@ def test_a_missing_package_is_named(monkeypatch):
 
 def test_errors_of_the_service_are_plain(bucket):
     # An address that is not looked at first.
-    with pytest.raises(OSError, match=r"listing s3://gone.* failed: NoSuchBucket"):
+    with pytest.raises(ConnectionError, match=r"listing s3://gone.* failed: NoSuchBucket"):
         Bucket("s3://gone/run").walk()
