@@ -11,9 +11,6 @@ from typing import TypeAlias
 import numpy as np
 from zarr.abc.store import Store as ZarrStore
 
-Where: TypeAlias = "str | os.PathLike[str] | Place"
-"""What names a place: a path, an address such as s3://bucket/prefix, or a place itself."""
-
 Range: TypeAlias = tuple[str, int]
 """Name of a file and number of a byte in it."""
 
@@ -149,6 +146,10 @@ class Place(ABC):
         """The place as zarr sees it."""
 
 
+Where: TypeAlias = str | os.PathLike[str] | Place
+"""What names a place: a path, an address such as s3://bucket/prefix, or a place itself."""
+
+
 def place(where: Where) -> Place:
     """Give the place that a path or an address names.
 
@@ -182,6 +183,49 @@ def place(where: Where) -> Place:
     from stores.folder import Folder
 
     return Folder(os.path.abspath(text))
+
+
+def read_file(where: Where) -> bytes:
+    """Read one file.
+
+    Args:
+        where: Path or address of the file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: As for `place`.
+
+    Example:
+        >>> import tempfile
+        >>> file = tempfile.mkdtemp() + "/run.json"
+        >>> write_file(file, b"{}")
+        >>> read_file(file)
+        b'{}'
+    """
+    at = place(where)
+    return at.parent.read(at.name)
+
+
+def write_file(where: Where, content: bytes) -> None:
+    """Write one file as a whole; one of the same name is replaced at once.
+
+    Args:
+        where: Path or address of the file.
+        content: What to write.
+
+    Raises:
+        OSError: It cannot be written.
+        ValueError: As for `place`.
+
+    Example:
+        >>> import tempfile
+        >>> write_file(tempfile.mkdtemp() + "/run.json", b"{}")
+    """
+    at = place(where)
+    at.parent.write(at.name, content)
 
 
 def check_size(where: str, found: int, expected: int) -> None:
