@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
+from stores.bucket_memory import forget
+
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Store
     from zarr.abc.store import ByteRequest
@@ -114,6 +116,7 @@ class BucketStore(ObjectStore[Any]):
 
     async def set(self, key: str, value: Buffer) -> None:
         """Write an object."""
+        forget(f"s3://{self.store.config['bucket']}/{self.store.prefix or ''}".rstrip("/"))
         with plain_errors(f"writing {key}"):
             # An upload in parts that is killed leaves parts that nobody sees and somebody pays.
             await self.store.put_async(key, value.as_buffer_like(), use_multipart=False)

@@ -52,12 +52,11 @@ class PlaceTests:
     @pytest.mark.parametrize("missing", ["a", "nowhere/a"])
     def test_a_missing_file_is_named(self, empty, missing):
         empty.write("folder/b", b"123")
-        into = np.empty((1, 1), np.uint8)
         for use in (empty.read, empty.size, empty.remove, empty.mapped):
             with pytest.raises(FileNotFoundError):
                 use(missing)
         with pytest.raises(FileNotFoundError):
-            empty.read_ranges([("folder/b", 0), (missing, 0)], 3, np.vstack([into, into]))
+            list(empty.read_batches([{"folder/b": [0]}, {missing: [0]}], 3, 1))
 
     def test_ranges_of_several_files(self, empty):
         content = np.random.default_rng(0).integers(0, 256, (2, 500_000), dtype=np.uint8)
@@ -65,30 +64,50 @@ class PlaceTests:
             empty.write(f"c/{number}", content[number].tobytes())
         # Neighbours, overlaps, duplicates, far ones and the end, in any order.
         starts = [7, 14, 10, 499_993, 7, 0, 300_000]
-        ranges = [(f"c/{number}", start) for number in (1, 0) for start in starts]
-        into = np.zeros((len(ranges), 7), np.uint8)
-        empty.read_ranges(ranges, 500_000, into)
-        wanted = [content[int(name[2:]), start : start + 7] for name, start in ranges]
-        assert np.array_equal(into, wanted)
+        batches = [{"c/1": starts, "c/0": starts[3:]}, {"c/0": starts}]
+        found = empty.read_batches(batches, 500_000, 7)
+        for ranges, batch in zip(batches, found, strict=True):
+            wanted = [
+                content[int(name[2:]), start : start + 7]
+                for name, starts in ranges.items()
+                for start in starts
+            ]
+            assert np.array_equal(batch, wanted)
 
     def test_no_ranges(self, empty):
-        empty.read_ranges([], 3, np.empty((0, 7), np.uint8))
+        assert list(empty.read_batches([], 3, 7)) == []
 
     @pytest.mark.parametrize("start", [0, 1, 3, 400_000])
     @pytest.mark.parametrize("size", [2, 400_003])
     def test_a_file_of_another_size_is_refused(self, empty, start, size):
         empty.write("folder/a", b"123")
         with pytest.raises(ValueError, match=rf"expected {size} bytes in .*folder/a, got 3"):
-            empty.read_ranges([("folder/a", start)], size, np.empty((1, 3), np.uint8))
+            list(empty.read_batches([{"folder/a": [start]}], size, 3))
 
     def test_a_mapped_file_can_be_changed_without_effect(self, empty):
         empty.write("a", b"123")
         mapped = empty.mapped("a")
         mapped[0] = 0
+        assert empty.mapped("a").tobytes() == b"123"
         empty.write("none", b"")
         assert empty.mapped("none").size == 0
         assert mapped.dtype == np.uint8
         assert empty.read("a") == b"123"
+
+    def test_a_generation_ends_when_the_root_is_written(self, empty):
+        assert empty.generation() is None
+        empty.write("zarr.json", b"1")
+        first = empty.generation()
+        assert first is not None
+        empty.write("a/c/0", b"1")
+        assert empty.generation() == first
+        assert empty.mapped("a/c/0").tobytes() == b"1"
+        empty.write("a/c/0", b"2")
+        empty.write("zarr.json", b"2")
+        assert empty.generation() != first
+        assert empty.mapped("a/c/0").tobytes() == b"2"
+        empty.clear()
+        assert empty.generation() is None
 
     def test_names_and_walk(self, empty):
         for name in ("zarr.json", "full/zarr.json", "full/c/0", "full/c/1", "full-2/zarr.json"):
