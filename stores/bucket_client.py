@@ -137,11 +137,12 @@ def _client(bucket: str, prefix: str, settings: tuple[tuple[str, str], ...]) -> 
 
 @lru_cache
 def _check(bucket: str, prefix: str, settings: tuple[tuple[str, str], ...]) -> None:
+    store = _connected(bucket, prefix, settings, _FIRST_TRY)
     from obstore.exceptions import BaseError
 
     try:
         # A wrong address should fail at once, not after the minutes that a long run may wait.
-        next(iter(_connected(bucket, prefix, settings, _FIRST_TRY).list(chunk_size=1)), None)
+        next(iter(store.list(chunk_size=1)), None)
     except BaseError as error:
         endpoint = next((dict(settings)[name] for name in _ENDPOINTS if name in dict(settings)), "")
         raise ValueError(

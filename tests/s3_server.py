@@ -90,7 +90,8 @@ def _run(*command: object) -> None:
     words = list(map(str, command))
     done = subprocess.run(words, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise OSError(f"cannot make the environment of the S3 server: {done.stderr[-500:]}")
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise OSError(f"cannot make the environment of the S3 server: {last}")
 
 
 if __name__ == "__main__":
