@@ -34,6 +34,10 @@ class Folder(Place):
         (b'123', ['b'], ['a/b'])
     """
 
+    def __fspath__(self) -> str:
+        """Give the path, so that the folder can stand wherever Python takes one."""
+        return self.url
+
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name."""
         return os.path.isfile(self._path(name))
