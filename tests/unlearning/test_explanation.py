@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from unlearning.cli import main
 from unlearning.explanation import (
     MarginEffects,
     explain,
+    explained_rows,
     explanation_table,
     render_explanation,
     run_scores,
@@ -175,3 +177,15 @@ class TestVerb:
         datamodel.discard(0)
         assert main(["explain", "--run", str(run), "--target", "test-1"]) == 2
         assert "is not finished" in capsys.readouterr().err
+
+
+def test_the_test_row_that_a_forget_set_moves_most_is_explained(tmp_path_factory):
+    run = Run.open(finished_run(tmp_path_factory.getbasetemp()))
+    affected = [
+        {"id": "train-2", "split": "forget"},
+        {"id": "test-3", "split": "test"},
+        {"id": "test-4", "split": "test"},
+    ]
+    (found,) = explained_rows(run, {"few": {"affected": affected}, "none": {"affected": []}})
+    expected = explain(run_scores(run), run.task, "test-3", 5)
+    assert found == {"forget_set": "few"} | asdict(expected)
