@@ -9,6 +9,7 @@ import torch
 from attribution.gradients import featurize
 from attribution.run import Run
 from attribution.trak import TrakScores, fit_trak, margin_effects
+from stores import place
 from tests.small_runs import TRAIN_ROWS, copied, finished_run
 from tests.tasks import blobs, line
 from unlearning.cli import main
@@ -34,8 +35,8 @@ def gradients(path, tmp_path):
     features = featurize(run.task, [run.full.model(i) for i in (0, 1)], tmp_path / "features")
     settings = SimpleNamespace(subsets="none")
     return SimpleNamespace(
-        path=tmp_path,
-        trak_path=tmp_path / "trak-2",
+        path=place(tmp_path),
+        trak_path=place(tmp_path / "trak-2"),
         task=run.task,
         features=features,
         trak_damping=None,
