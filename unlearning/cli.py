@@ -28,7 +28,7 @@ from unlearning.methods import METHODS, Evidence, build_method, check_method
 from unlearning.report import render_report
 from unlearning.run_files import EVALUATION, REPORT, beside, read_evaluation, write_text
 from unlearning.tables import evaluation_table, prediction_table, status_table
-from unlearning.thumbnails import forgotten_thumbnails, row_thumbnails
+from unlearning.thumbnails import report_thumbnails, row_thumbnails
 from unlearning.unaudited import evaluate_checkpoints
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
@@ -246,7 +246,7 @@ def _report(options: argparse.Namespace) -> tuple[Any, str]:
     evaluation, out = read_evaluation(options.run), options.out or beside(options.run, REPORT)
     check_writable(out)
     images = (
-        forgotten_thumbnails(Run.open(options.run).task, evaluation) if options.thumbnails else None
+        report_thumbnails(Run.open(options.run).task, evaluation) if options.thumbnails else None
     )
     title = f"Unlearning on {evaluation.get('task', 'a task')}"
     missing = evaluation.get("missing", ())

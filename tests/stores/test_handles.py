@@ -44,6 +44,7 @@ def test_a_rewritten_block_is_read_anew(tmp_path):
 def test_files_are_closed_when_too_many_or_told(tmp_path, monkeypatch):
     monkeypatch.setattr(handles, "_MOST", 3)
     store, values = make(tmp_path / "s")
+    handles._kept.clear()
     before = len(os.listdir("/proc/self/fd"))
     np.testing.assert_array_equal(gather(store, "a", np.arange(9)), values)
     assert len(os.listdir("/proc/self/fd")) == before + 3
