@@ -18,12 +18,14 @@ from attribution.model import Model
 from attribution.moments import Moments
 from attribution.newton import GroupNewton
 from attribution.oracle import Oracle
+from attribution.purging.journal import refuse_unfinished
+from attribution.purging.tombstones import task_left
 from attribution.run_calibration import RunCalibration
 from attribution.subsets import draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task
-from attribution.trak import fit_trak
-from stores import Provenance, Store, check_provenance, digest
+from attribution.trak import TrakScores, fit_trak
+from stores import Provenance, Store, check_provenance, digest, taken_out
 
 SCHEMA = 1
 PREDICTORS = ("datamodel", "newton", "combined", "trak")
@@ -89,7 +91,8 @@ class Run:
                 what the run's models were trained on.
         """
         settings = read_settings(Path(path))
-        run = cls(Path(path), settings, load_task(settings.task, outside=Path(path)))
+        task = task_left(load_task(settings.task, outside=Path(path)), path)
+        run = cls(Path(path), settings, task)
         _refuse_changed_task(run)
         return run
 
@@ -136,6 +139,8 @@ class Run:
     @cached_property
     def trak(self) -> LinearDatamodel:
         """TRAK scores as a linear datamodel; computed from the features the first time."""
+        if taken_out(self.trak_path / "scores"):  # they were made before rows were purged
+            return LinearDatamodel.from_scores(TrakScores.open(self.trak_path))
         scores = fit_trak(self.features, self.trak_path, damping=self.trak_damping)
         return LinearDatamodel.from_scores(scores)
 
@@ -260,18 +265,21 @@ class Run:
         return [Store.open(p) for p in roots if not p.name.endswith(".tmp")]
 
 
-def read_settings(path: Path) -> RunSettings:
+def read_settings(path: Path, *, finishing: bool = False) -> RunSettings:
     """Settings of a run, without loading its task.
 
     Args:
         path: the run's folder.
+        finishing: whether the caller finishes an interrupted purge, which is refused otherwise.
 
     Returns:
         The settings.
 
     Raises:
-        ValueError: no run there, or one of a later schema.
+        ValueError: no run there, one of a later schema, or one that is purged in part.
     """
+    if not finishing:
+        refuse_unfinished(path)
     try:
         told = json.loads((path / "run.json").read_text())
         schema = told.pop("schema")

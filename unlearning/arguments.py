@@ -112,6 +112,8 @@ def make_parser() -> argparse.ArgumentParser:
     status = _verb(verbs, "status", "what a run holds and what is pending")
     status.add_argument("--verify", action="store_true", help="recompute all checksums")
     status.add_argument("--discard", action="store_true", help="make damaged blocks pending")
+    purge = _verb(verbs, "purge", "take rows out of everything that a run holds of them")
+    _forget(purge, required=False)
     report = _verb(verbs, "report", "write the report of an evaluation")
     report.add_argument("--thumbnails", action="store_true", help="show the forgotten images")
     report.add_argument("--out", metavar="FILE.html")
@@ -130,9 +132,10 @@ def _verb(verbs: Any, name: str, text: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _forget(parser: argparse.ArgumentParser) -> None:
+def _forget(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     text = "ids, @file, rows:10:20, random:50:seed or cluster:60:seed"
-    parser.add_argument("--forget", required=True, metavar="SPEC", help=text)
+    text += "" if required else "; without it, an interrupted purge is finished"
+    parser.add_argument("--forget", required=required, metavar="SPEC", help=text)
 
 
 def _predictor(parser: argparse.ArgumentParser) -> None:

@@ -16,12 +16,13 @@ from attribution.prediction_files import (
     check_writable,
     write_prediction,
 )
+from attribution.purging.purge import purge
 from attribution.run import Run, read_settings
 from unlearning.evaluation import evaluate_methods, plain
 from unlearning.explanation import explain, explanation_table, render_explanation, run_scores
 from unlearning.methods import METHODS, Evidence, build_method, check_method
 from unlearning.report import render_report
-from unlearning.tables import evaluation_table, prediction_table, status_table
+from unlearning.tables import evaluation_table, prediction_table, purge_text, status_table
 from unlearning.thumbnails import forgotten_thumbnails, row_thumbnails
 from unlearning.unaudited import evaluate_checkpoints
 
@@ -192,6 +193,11 @@ def _status(options: argparse.Namespace) -> Told:
     )
 
 
+def _purge(options: argparse.Namespace) -> Told:
+    done = purge(options.run, options.forget)
+    return asdict(done), purge_text(options.run, done)
+
+
 def _report(options: argparse.Namespace) -> Told:
     path = Path(options.run)
     source, out = path / "evaluation.json", options.out or str(path / "report.html")
@@ -246,5 +252,6 @@ VERBS: dict[str, Callable[[argparse.Namespace], Told]] = {
     "unlearn": _unlearn,
     "evaluate": _evaluate,
     "status": _status,
+    "purge": _purge,
     "report": _report,
 }

@@ -162,5 +162,3 @@ def purged_rows(task: Task, stones: Tombstones) -> ForgetSet | None:
     """
     gone = stones.matching(task.train_ids)
     return ForgetSet.at(task, gone, "purged") if gone else None
-
-

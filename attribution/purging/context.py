@@ -1,0 +1,99 @@
+"""What every step of a purge knows: the rows, before and after, and how digests change."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from attribution.forget import ForgetSet
+from attribution.purging.tombstones import Tombstones
+from attribution.task import Rows, Task
+from stores import Place, Provenance, Store
+
+
+@dataclass(frozen=True)
+class Context:
+    """A purge in progress.
+
+    Args:
+        run: the run's folder.
+        task: the task with the rows.
+        gone: the rows.
+        stones: their tombstones.
+        digests: old digest to new one, of data, masks and lists of ids.
+    """
+
+    run: Place
+    task: Task
+    gone: ForgetSet
+    stones: Tombstones
+    digests: Mapping[str, str]
+
+    @cached_property
+    def kept(self) -> dict[str, Rows]:
+        """Positions that stay among the training rows and among the targets."""
+        tests = np.arange(self.gone.total, len(self.task.target_ids))
+        return {"train": self.gone.retained, "target": np.append(self.gone.retained, tests)}
+
+    def left(self, ids: Sequence[str]) -> Rows:
+        """Positions of the ids that stay."""
+        return np.setdiff1d(np.arange(len(ids)), self.stones.matching(ids))
+
+    def ids_left(self, ids: Sequence[str]) -> list[str]:
+        """The ids that stay."""
+        return [ids[i] for i in self.left(ids)]
+
+    def provenance(self, store: Store) -> Provenance:
+        """What a store says it was made from, as if the rows had not been there."""
+        made = store.provenance
+        return Provenance(self._replaced(made.settings), made.recorded)
+
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self._replaced(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._replaced(item) for item in value]
+        return self.digests.get(value, value) if isinstance(value, str) else value
+
+
+def store_places(run: Place) -> list[str]:
+    """Names of the stores below a folder; what killed creations left is none.
+
+    Args:
+        run: the folder.
+
+    Returns:
+        Names below it, in order.
+
+    Example:
+        >>> from stores import place
+        >>> store_places(place("nowhere"))
+        []
+    """
+    found = sorted(n.rpartition("/")[0] for n in run.walk() if n.rpartition("/")[2] == "zarr.json")
+    roots: list[str] = []
+    for name in found:
+        # A store's own arrays have a zarr.json too, and stand behind it.
+        if name and not any(name.startswith(f"{root}/") for root in roots):
+            roots.append(name)
+    return [name for name in roots if not name.endswith(".tmp")]
+
+
+def find_store(run: Place, kind: str, settings: Mapping[str, Any]) -> Store | None:
+    """The finished store of a kind that was made with some settings, if the run has it.
+
+    Args:
+        run: the run's folder.
+        kind: kind of the store.
+        settings: of its provenance.
+
+    Returns:
+        The store.
+    """
+    for name in store_places(run):
+        store = Store.open(run / name)
+        if store.spec.kind == kind and store.provenance.settings == settings:
+            return store
+    return None
