@@ -19,7 +19,7 @@ from attribution.moments import Moments
 from attribution.newton import GroupNewton
 from attribution.oracle import Oracle
 from attribution.purging.journal import refuse_unfinished
-from attribution.purging.tombstones import task_left
+from attribution.purging.tombstones import read_tombstones, task_left
 from attribution.run_calibration import RunCalibration
 from attribution.subsets import draw_subsets
 from attribution.task import Task
@@ -257,6 +257,11 @@ class Run:
                 f"{self.path} was made from checkpoints and holds no {what}: precompute another run"
                 " without --checkpoint"
             )
+
+    @property
+    def purged(self) -> int:
+        """Rows that were purged from the run; models trained before have seen them."""
+        return len(read_tombstones(self.path))
 
     def stores(self) -> list[Store]:
         """All stores of the run that exist, finished or not."""

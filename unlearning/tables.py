@@ -173,6 +173,29 @@ def status_table(stores: Sequence[Mapping[str, Any]], *, verified: bool) -> str:
     return text + ("\nall checksums hold" if verified else "")
 
 
+def purge_notes(evaluation: Mapping[str, Any]) -> list[str]:
+    """What an evaluation must say of rows that were purged from its run.
+
+    Args:
+        evaluation: what `evaluate_methods` returned.
+
+    Returns:
+        A sentence, or none where nothing was purged.
+
+    Example:
+        >>> purge_notes({"purged": 0})
+        []
+    """
+    rows = evaluation.get("purged")
+    if not rows:
+        return []
+    return [
+        f"{rows} rows were purged from the run. Models trained before that, and so those that every"
+        " method starts from, have seen them; models retrained since have not, and the distance"
+        " between the two is in part the effect of these rows."
+    ]
+
+
 def purge_text(run: str, done: Purged) -> str:
     """What a purge did, and what it leaves to other steps.
 

@@ -16,13 +16,20 @@ from attribution.prediction_files import (
     check_writable,
     write_prediction,
 )
+from attribution.purging.journal import refuse_unfinished
 from attribution.purging.purge import purge
 from attribution.run import Run, read_settings
 from unlearning.evaluation import evaluate_methods, plain
 from unlearning.explanation import explain, explanation_table, render_explanation, run_scores
 from unlearning.methods import METHODS, Evidence, build_method, check_method
 from unlearning.report import render_report
-from unlearning.tables import evaluation_table, prediction_table, purge_text, status_table
+from unlearning.tables import (
+    evaluation_table,
+    prediction_table,
+    purge_notes,
+    purge_text,
+    status_table,
+)
 from unlearning.thumbnails import forgotten_thumbnails, row_thumbnails
 from unlearning.unaudited import evaluate_checkpoints
 
@@ -160,15 +167,15 @@ def _evaluate(options: argparse.Namespace) -> Told:
         told = evaluate_methods(run, forgets, methods, **shared, **more)
     told = plain(told)
     _write(out, json.dumps(told, indent=1) + "\n")
-    parts = [evaluation_table(told), *told.get("missing", ())]
+    parts = [evaluation_table(told), *told.get("missing", ()), *purge_notes(told)]
     return told, "\n\n".join(parts) + f"\nwritten to {out}"
 
 
 def _status(options: argparse.Namespace) -> Told:
     path = Path(options.run)
-    settings = read_settings(path)
+    run = Run(path, read_settings(path), task=None)  # type: ignore[arg-type]
     found = []
-    for store in Run(path, settings, task=None).stores():  # type: ignore[arg-type]
+    for store in run.stores():
         bad = store.verify() if options.verify or options.discard else []
         for block in bad if options.discard else []:
             store.discard(block)
@@ -188,9 +195,10 @@ def _status(options: argparse.Namespace) -> Told:
             f"damaged: {'; '.join(damaged)}; dmm status --run {path} --discard makes these blocks"
             " pending, and the command that made them computes them again"
         )
-    return {"run": str(path), "stores": found}, status_table(
-        found, verified=options.verify and not damaged
-    )
+    text = status_table(found, verified=options.verify and not damaged)
+    purged = run.purged
+    text += f"\n{purged} rows were purged" if purged else ""
+    return {"run": str(path), "stores": found, "purged": purged}, text
 
 
 def _purge(options: argparse.Namespace) -> Told:
@@ -200,6 +208,7 @@ def _purge(options: argparse.Namespace) -> Told:
 
 def _report(options: argparse.Namespace) -> Told:
     path = Path(options.run)
+    refuse_unfinished(path)
     source, out = path / "evaluation.json", options.out or str(path / "report.html")
     try:
         evaluation = json.loads(source.read_text())
@@ -212,7 +221,7 @@ def _report(options: argparse.Namespace) -> Told:
     check_writable(out)
     images = forgotten_thumbnails(Run.open(path).task, evaluation) if options.thumbnails else None
     title = f"Unlearning on {evaluation.get('task', 'a task')}"
-    missing = evaluation.get("missing", ())
+    missing = [*evaluation.get("missing", ()), *purge_notes(evaluation)]
     _write(out, render_report(evaluation, title=title, thumbnails=images, missing=missing))
     return {"out": out}, f"written to {out}"
 
@@ -226,7 +235,9 @@ def _where(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _model(run: Run, checkpoint: str | None) -> Model:
-    return load_model(run.task, checkpoint) if checkpoint else run.model(0)
+    if not checkpoint:
+        return run.model(0)
+    return load_model(run.task, checkpoint, purged=run.purged)
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, str]:
