@@ -1,0 +1,37 @@
+"""Kills at the moments that matter: after each change of what lies on the disk."""
+
+import os
+
+from stores import BlockWriter
+from stores.folder import Folder
+
+CHANGES = ("write", "remove", "clear", "move")
+
+
+class Killed(BaseException):
+    """What no code under test catches."""
+
+
+def kill_after(monkeypatch, changes):
+    """The process seems to be killed after so many changes, or amid one that clears a folder."""
+    left = [changes]
+    for name in CHANGES:
+        monkeypatch.setattr(Folder, name, _counted(getattr(Folder, name), left))
+    monkeypatch.setattr(BlockWriter, "append", _counted(BlockWriter.append, left))
+
+
+def _counted(change, left):
+    def call(self, *arguments):
+        clearing = change.__name__ == "clear"
+        if clearing and not self.taken():
+            return
+        left[0] -= 1
+        if clearing and not left[0]:
+            for name in self.walk()[::2]:
+                os.remove(f"{self.url}/{name}")
+        else:
+            change(self, *arguments)
+        if not left[0]:
+            raise Killed
+
+    return call
