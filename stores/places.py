@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,8 +14,8 @@ from zarr.abc.store import Store as ZarrStore
 Where: TypeAlias = "str | os.PathLike[str] | Place"
 """What names a place: a path, an address such as s3://bucket/prefix, or a place itself."""
 
-Range: TypeAlias = tuple[str, int]
-"""Name of a file and number of a byte in it."""
+Ranges: TypeAlias = Mapping[str, Sequence[int]]
+"""Numbers of the first bytes by name of the file."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,29 @@ class Place(ABC):
     @property
     @abstractmethod
     def at_once(self) -> int:
-        """Bytes that are best asked for in one call of `read_ranges`."""
+        """Bytes that are best read as one batch."""
 
     @abstractmethod
-    def read_ranges(self, ranges: Sequence[Range], size: int, into: np.ndarray) -> None:
-        """Read ranges of equal length from files of equal size.
+    def generation(self) -> object:
+        """What changes whenever the root zarr.json is written anew; None where asking is costly.
+
+        While it stays the same, no file that was read has been replaced.
+        """
+
+    @abstractmethod
+    def read_batches(
+        self, batches: Sequence[Ranges], size: int, length: int
+    ) -> Iterator[np.ndarray]:
+        """Read ranges of equal length from files of equal size, batch by batch.
 
         Args:
-            ranges: Name of the file and first byte of each range; those of one file stand together.
+            batches: First byte of each range by name of the file, some ranges a batch.
             size: Bytes that each of the files must have.
-            into: Bytes, uint8 [range, length], C-contiguous; filled in the order of the ranges.
+            length: Bytes of a range.
+
+        Returns:
+            Bytes of each batch in the order of its ranges, uint8 [range, length]; good until the
+            next batch is asked for.
 
         Raises:
             FileNotFoundError: There is no such file.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from stores.blocks import object_files, refuse_pending, refuse_unreadable
+from stores.blocks import object_files, refuse_unreadable
 from stores.halves import sum_halves, widen
 from stores.pieces import is_raw, pieces
 from stores.places import check_size
@@ -200,7 +200,7 @@ def _checked(store: Store, name: str, rows: np.ndarray) -> np.ndarray:
     blocks = _blocks(store, name, rows)
     if is_raw(store, name):
         # Reading a lost object raises by itself.
-        refuse_pending(store.place, range(store.spec.blocks) if blocks is None else blocks)
+        store.refuse_pending(range(store.spec.blocks) if blocks is None else blocks)
     else:
         refuse_unreadable(store.place, store.spec, name, blocks)
     return rows.astype(np.int64)
