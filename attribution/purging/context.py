@@ -58,6 +58,22 @@ class Context:
         return self.digests.get(value, value) if isinstance(value, str) else value
 
 
+def leftover(name: str) -> bool:
+    """Whether a killed writer left a file of this name.
+
+    Args:
+        name: name of a file.
+
+    Returns:
+        True below a folder .tmp, and for files .partial.
+
+    Example:
+        >>> leftover("full.0123.tmp/zarr.json"), leftover("full/zarr.json")
+        (True, False)
+    """
+    return name.endswith(".partial") or any(p.endswith(".tmp") for p in name.split("/")[:-1])
+
+
 def store_places(run: Place) -> list[str]:
     """Names of the stores below a folder; what killed creations left is none.
 
@@ -72,13 +88,17 @@ def store_places(run: Place) -> list[str]:
         >>> store_places(place("nowhere"))
         []
     """
-    found = sorted(n.rpartition("/")[0] for n in run.walk() if n.rpartition("/")[2] == "zarr.json")
+    found = sorted(
+        name.removesuffix("/zarr.json")
+        for name in run.walk()
+        if name.endswith("/zarr.json") and not leftover(name)
+    )
     roots: list[str] = []
     for name in found:
         # A store's own arrays have a zarr.json too, and stand behind it.
-        if name and not any(name.startswith(f"{root}/") for root in roots):
+        if not any(name.startswith(f"{root}/") for root in roots):
             roots.append(name)
-    return [name for name in roots if not name.endswith(".tmp")]
+    return roots
 
 
 def find_store(run: Place, kind: str, settings: Mapping[str, Any]) -> Store | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from attribution.model import TORCH_FILES
-from attribution.purging.context import store_places
+from attribution.purging.context import leftover, store_places
 from attribution.purging.journal import FILE as JOURNAL
 from attribution.purging.tombstones import FILE as TOMBSTONES
 from stores import Place
@@ -73,22 +73,6 @@ def leftovers(run: Place) -> tuple[list[str], list[str]]:
     folders = {match[1] for name in names if (match := re.match(r"((?:.*?/)?[^/]*\.tmp)/", name))}
     files = [name for name in names if not name.startswith(tuple(f"{f}/" for f in folders))]
     return sorted(folders), files
-
-
-def leftover(name: str) -> bool:
-    """Whether a killed writer left a file of this name.
-
-    Args:
-        name: name of a file.
-
-    Returns:
-        True below a folder .tmp, and for files .partial.
-
-    Example:
-        >>> leftover("full.0123.tmp/zarr.json"), leftover("full/zarr.json")
-        (True, False)
-    """
-    return name.endswith(".partial") or any(p.endswith(".tmp") for p in name.split("/")[:-1])
 
 
 def _spellings(row: str) -> set[bytes]:

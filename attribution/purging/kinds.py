@@ -120,6 +120,11 @@ def _trak_package(context: Context, store: Store, plain: Remains) -> Remains:
     return replace(plain, shapes=shorter, revise=ranked)
 
 
+def _calibration(context: Context, store: Store, plain: Remains) -> Remains | None:
+    # Not fitted yet: it would be fitted with another damping, which the rows' number tells.
+    return plain if context.run.exists("calibration.json") else None
+
+
 def _shorter(store: Store, plain: Remains) -> dict[str, tuple[int, ...]]:
     """Shapes of the lists of strongest rows, which are not longer than there are rows."""
     _, signs, count = store.spec.array("top_rows").shape
@@ -149,8 +154,8 @@ KINDS = {
     "trak-rows": Kind({}, named=(), change=_trak_rows),
     "features": Kind({}, ("forgotten",), derived=False),
     "datamodel": Kind({"masks": (None, "train")}, change=_datamodel),
-    "calibration-choice": Kind({}, named=()),
-    "calibration-changes": Kind({}, named=()),
+    "calibration-choice": Kind({}, named=(), change=_calibration),
+    "calibration-changes": Kind({}, named=(), change=_calibration),
     "in-run-scores": Kind({}, ("targets",), change=_in_run),
     "trak-package-scores": Kind({}, change=_trak_package),
     "prediction": Kind({}, named=("target",)),

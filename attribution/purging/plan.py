@@ -47,7 +47,8 @@ def plan_purge(run: Place, task: Task, gone: ForgetSet) -> tuple[Context, Journa
     # Solved rows serve the scores beside them alone.
     rewrite = [name for name in rewrite if _scores_of(name, stores[name]) in (None, *rewrite)]
     folders, files = leftovers(run)
-    clear = [*(name for name in stores if name not in rewrite), *folders]
+    gone_stores = [name for name in stores if name not in rewrite]
+    clear = [*dict.fromkeys(map(_with_its_set, gone_stores)), *folders]
     files += telling_files(run, gone.ids)
     size = sum(run.size(name) for name in run.walk())
     token = secrets.token_hex(8)
@@ -66,6 +67,11 @@ def _is_bank_of(context: Context, name: str, store: Store) -> bool:
         return False
     without = store.attributes["without"]
     return len(context.left(without)) < len(without)
+
+
+def _with_its_set(name: str) -> str:
+    # The folder of a set's banks bears a digest of its ids.
+    return "/".join(name.split("/")[:2]) if name.startswith(_ORACLES) else name
 
 
 def _scores_of(name: str, store: Store) -> str | None:
