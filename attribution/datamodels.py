@@ -20,7 +20,7 @@ from attribution.ridge import Design, Fit, decompose, own_masks, solve
 from attribution.seeds import generator
 from attribution.task import Rows
 from attribution.training import threads
-from stores import ArraySpec, Provenance, Store, StoreSpec, run_blocks, versions
+from stores import ArraySpec, Provenance, Store, StoreSpec, Where, place, run_blocks, versions
 
 # Candidates for lambda, in units of the mean eigenvalue of the Gram matrix.
 LAMBDAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -127,7 +127,7 @@ def fit_datamodels(
     ensemble: Ensemble,
     *,
     anchor: Ensemble,
-    to: str | os.PathLike[str],
+    to: Where,
     lambdas: Sequence[float] = LAMBDAS,
     seed: int = 0,
     dtype: str = "float32",
@@ -175,7 +175,7 @@ def fit_datamodels(
     _check_ensembles(ensemble, anchor)
     chosen = _Settings(tuple(lambdas), seed, dtype)
     # The decomposition is costly, and an existing store holds what it needs of it.
-    final = None if os.path.lexists(to) else _final_design(ensemble, anchor, chosen.number)
+    final = None if place(to).taken() else _final_design(ensemble, anchor, chosen.number)
     store = _datamodel_store(ensemble, anchor, to, final, chosen)
     if store.pending():
         final = final or _final_design(ensemble, anchor, chosen.number)
@@ -206,7 +206,7 @@ def _check_ensembles(ensemble: Ensemble, anchor: Ensemble) -> None:
 def _datamodel_store(
     ensemble: Ensemble,
     anchor: Ensemble,
-    to: str | os.PathLike[str],
+    to: Where,
     design: Design | None,
     chosen: _Settings,
 ) -> Store:

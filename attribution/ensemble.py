@@ -23,6 +23,7 @@ from stores import (
     Provenance,
     Store,
     StoreSpec,
+    Where,
     digest,
     run_blocks,
     taken_out,
@@ -56,7 +57,7 @@ class Ensemble:
     store: Store = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], task: Task) -> "Ensemble":
+    def open(cls, path: Where, task: Task) -> "Ensemble":
         """Opens an ensemble made from this task.
 
         Args:
@@ -196,7 +197,7 @@ class _TrainBlock:
 def train_models(
     task: Task,
     subsets: Subsets,
-    to: str | os.PathLike[str],
+    to: Where,
     *,
     keep: Literal["outputs", "weights"] = "outputs",
     device: str | torch.device = "cpu",
@@ -261,7 +262,7 @@ def train_models(
     return Ensemble.open(store.finalize().path, task)
 
 
-def subsets_left(path: str | os.PathLike[str]) -> Subsets | None:
+def subsets_left(path: Where) -> Subsets | None:
     """The subsets of an ensemble from which rows were purged, without these rows.
 
     They were drawn from more rows, and the same draw from those that are left would be another.
@@ -314,7 +315,7 @@ def why_not_many(task: Task) -> str | None:
 def _store(
     task: Task,
     subsets: Subsets,
-    to: str | os.PathLike[str],
+    to: Where,
     *,
     keep: str,
     device: str,

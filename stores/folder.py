@@ -14,7 +14,7 @@ from typing import final
 import numpy as np
 from zarr.storage import LocalStore
 
-from stores.handles import opened_files
+from stores.handles import close_files, opened_files
 from stores.places import Place, Ranges
 
 
@@ -33,6 +33,10 @@ class Folder(Place):
         >>> folder.read("a/b"), folder.names("a"), folder.walk()
         (b'123', ['b'], ['a/b'])
     """
+
+    def __fspath__(self) -> str:
+        """Give the path, so that the folder can stand wherever Python takes one."""
+        return self.url
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name."""
@@ -110,11 +114,13 @@ class Folder(Place):
 
     def clear(self) -> None:
         """Remove the folder and everything in it."""
+        close_files(self.url)
         if self.taken():
             shutil.rmtree(self.url)
 
     def move(self, to: Place) -> None:
         """Rename the folder."""
+        close_files(self.url)
         os.makedirs(os.path.dirname(to.url), exist_ok=True)
         os.rename(self.url, to.url)
 

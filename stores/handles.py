@@ -6,7 +6,6 @@ import errno
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import final
 
 import numpy as np
@@ -142,9 +141,7 @@ class OpenFiles:
         return file
 
 
-@lru_cache(maxsize=_FOLDERS)
-def _kept(folder: str, generation: object) -> OpenFiles:
-    return OpenFiles(folder)
+_kept: OrderedDict[str, tuple[object, OpenFiles]] = OrderedDict()
 
 
 def opened_files(folder: str, generation: object) -> OpenFiles:
@@ -163,4 +160,26 @@ def opened_files(folder: str, generation: object) -> OpenFiles:
         >>> opened_files("a", 1) is first, opened_files("a", 2) is first
         (True, False)
     """
-    return OpenFiles(folder) if generation is None else _kept(folder, generation)
+    known, files = _kept.pop(folder, (None, OpenFiles(folder)))
+    if generation is None:
+        return OpenFiles(folder)
+    if known != generation:
+        files = OpenFiles(folder)
+    _kept[folder] = generation, files
+    if len(_kept) > _FOLDERS:
+        _kept.popitem(last=False)
+    return files
+
+
+def close_files(folder: str) -> None:
+    """Close the files of a folder and of the folders below it.
+
+    Args:
+        folder: Its path.
+
+    Example:
+        >>> close_files("a")
+    """
+    for path in list(_kept):
+        if path == folder or path.startswith(f"{folder}/"):
+            _kept.pop(path, None)

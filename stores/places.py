@@ -11,9 +11,6 @@ from typing import TypeAlias
 import numpy as np
 from zarr.abc.store import Store as ZarrStore
 
-Where: TypeAlias = "str | os.PathLike[str] | Place"
-"""What names a place: a path, an address such as s3://bucket/prefix, or a place itself."""
-
 Ranges: TypeAlias = Mapping[str, Sequence[int]]
 """Numbers of the first bytes by name of the file."""
 
@@ -22,7 +19,8 @@ Ranges: TypeAlias = Mapping[str, Sequence[int]]
 class Place(ABC):
     """A folder, or a prefix in a bucket, that holds files by name.
 
-    A name is relative, with "/" between its parts. A file is there as a whole or not at all.
+    A name is relative, with "/" between its parts. A file is there as a whole or not at all. Where
+    a service does not answer, or refuses, every method raises ConnectionError.
 
     Args:
         url: Absolute path of the folder, or address of the prefix; it names the place in messages.
@@ -54,7 +52,7 @@ class Place(ABC):
 
     @abstractmethod
     def taken(self) -> bool:
-        """Whether there is anything at this place, so that a store cannot be created here."""
+        """Whether a store cannot be created here: a folder exists, or a bucket has zarr.json."""
 
     @abstractmethod
     def size(self, name: str) -> int:
@@ -146,10 +144,10 @@ class Place(ABC):
     def move(self, to: Place) -> None:
         """Move everything to a free place of the same kind; a folder moves at once.
 
-        In a bucket the root zarr.json is copied last, so that a store appears as a whole.
+        In a bucket the root zarr.json is written last, so that a store appears as a whole.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: It cannot be written, or files that differ are there already.
         """
 
     @abstractmethod
@@ -159,6 +157,10 @@ class Place(ABC):
     @abstractmethod
     def zarr(self) -> ZarrStore:
         """The place as zarr sees it."""
+
+
+Where: TypeAlias = str | os.PathLike[str] | Place
+"""What names a place: a path, an address such as s3://bucket/prefix, or a place itself."""
 
 
 def place(where: Where) -> Place:
@@ -171,7 +173,8 @@ def place(where: Where) -> Place:
         The place; nothing need be there.
 
     Raises:
-        ValueError: The address is of a kind that is not supported.
+        ValueError: The address is of a kind that is not supported, or its bucket is out of reach.
+        ImportError: The address needs a package that is not installed.
 
     Example:
         >>> place("runs/digits").name
@@ -193,6 +196,49 @@ def place(where: Where) -> Place:
     from stores.folder import Folder
 
     return Folder(os.path.abspath(text))
+
+
+def read_file(where: Where) -> bytes:
+    """Read one file.
+
+    Args:
+        where: Path or address of the file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: As for `place`.
+
+    Example:
+        >>> import tempfile
+        >>> file = tempfile.mkdtemp() + "/run.json"
+        >>> write_file(file, b"{}")
+        >>> read_file(file)
+        b'{}'
+    """
+    at = place(where)
+    return at.parent.read(at.name)
+
+
+def write_file(where: Where, content: bytes) -> None:
+    """Write one file as a whole; one of the same name is replaced at once.
+
+    Args:
+        where: Path or address of the file.
+        content: What to write.
+
+    Raises:
+        OSError: It cannot be written.
+        ValueError: As for `place`.
+
+    Example:
+        >>> import tempfile
+        >>> write_file(tempfile.mkdtemp() + "/run.json", b"{}")
+    """
+    at = place(where)
+    at.parent.write(at.name, content)
 
 
 def check_size(where: str, found: int, expected: int) -> None:

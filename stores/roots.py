@@ -22,6 +22,7 @@ def read_root(where: Place) -> dict[str, Json]:
 
     Raises:
         ValueError: There is no store.
+        OSError: It cannot be read.
 
     Example:
         >>> from stores.folder import Folder
@@ -32,7 +33,7 @@ def read_root(where: Place) -> dict[str, Json]:
     """
     try:
         content = json.loads(where.read("zarr.json"))
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise ValueError(
             f"expected a store at {where}, found none; create it, or correct the path"
         ) from error

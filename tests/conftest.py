@@ -1,10 +1,13 @@
 """One thread, one seed and no deadlines: the same numbers on a busy machine as on an idle one."""
 
+import itertools
 import os
 
 import hypothesis
 import pytest
 import torch
+
+from tests import s3_server
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
@@ -12,7 +15,32 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("shared_machine", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("shared_machine")
 
+NUMBERS = itertools.count()
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    """Address of an S3 server that runs as long as the tests."""
+    try:
+        s3_server.environment()
+    except OSError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    with s3_server.serving() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3_endpoint, monkeypatch):
+    """Address of a bucket of its own; the environment tells how to reach it."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.settings(s3_endpoint).items():
+        monkeypatch.setenv(name, value)
+    return s3_server.make_bucket(s3_endpoint, f"bucket-{next(NUMBERS)}")

@@ -123,7 +123,9 @@ def make_parser() -> argparse.ArgumentParser:
 def _verb(verbs: Any, name: str, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
     parser.set_defaults(verb=name)
-    parser.add_argument("--run", required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument(
+        "--run", required=True, metavar="DIR", help="folder of the run, or s3://bucket/prefix"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

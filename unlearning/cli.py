@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_options(options)
         told, text = VERBS[options.verb](options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         return _fail(error, BAD_INPUT)
     except KeyboardInterrupt:
         return _fail("stopped; what is finished is kept, the same command resumes", INTERRUPTED)

@@ -105,7 +105,7 @@ def run_scores(run: Run, predictor: str | None = None) -> MarginEffects:
 
 
 def _datamodel_effects(run: Run) -> Callable[[int], Array] | None:
-    if not (run.path / f"datamodel-{run.settings.subsets}").exists():
+    if not (run.path / f"datamodel-{run.settings.subsets}").taken():
         return None
     datamodel, outputs = run.datamodel, run.full.store.array("outputs")
 
@@ -119,10 +119,10 @@ def _datamodel_effects(run: Run) -> Callable[[int], Array] | None:
 
 
 def _trak_effects(run: Run) -> Callable[[int], Array] | None:
-    if not (run.path / "features").exists():
+    if not (run.path / "features/checkpoint-0").taken():
         return None
     stored = run.trak_path / "scores"
-    if stored.exists() and Store.open(stored).complete:
+    if stored.taken() and Store.open(stored).complete:
         return TrakScores.open(run.trak_path).margins
     return lambda target: margin_effects(run.features, target, damping=run.trak_damping)
 

@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from attribution import Model, load_model, parse_forget
@@ -19,10 +17,12 @@ from attribution.prediction_files import (
 from attribution.purging.journal import refuse_unfinished
 from attribution.purging.purge import purge
 from attribution.run import Run, read_settings
+from stores import place
 from unlearning.evaluation import evaluate_methods, plain
 from unlearning.explanation import explain, explanation_table, render_explanation, run_scores
 from unlearning.methods import METHODS, Evidence, build_method, check_method
 from unlearning.report import render_report
+from unlearning.run_files import EVALUATION, REPORT, beside, read_evaluation, write_text
 from unlearning.tables import (
     evaluation_table,
     prediction_table,
@@ -53,12 +53,12 @@ def _precompute(options: argparse.Namespace) -> Told:
         **_where(options),
     )
     own, other = run.datamodel.shrink
-    told = {"run": str(run.path), "stores": [s.path for s in run.stores()], "shrink": [own, other]}
+    told = {"run": options.run, "stores": [s.path for s in run.stores()], "shrink": [own, other]}
     told |= {"predictors": run.predictors, "best": run.best}
     text = (
-        f"{run.path}: {len(run.full)} full models, {options.subset_models} models on"
+        f"{options.run}: {len(run.full)} full models, {options.subset_models} models on"
         f" {options.design} subsets, datamodels of {len(run.task.target_ids)} targets\n"
-        f"next: dmm predict --run {run.path} --forget random:50:0"
+        f"next: dmm predict --run {options.run} --forget random:50:0"
     )
     return told, text
 
@@ -72,12 +72,12 @@ def _precompute_checkpoints(options: argparse.Namespace) -> Told:
         seed=options.seed,
         **_where(options),
     )
-    told = {"run": str(run.path), "stores": [s.path for s in run.stores()]}
+    told = {"run": options.run, "stores": [s.path for s in run.stores()]}
     told |= {"predictors": run.predictors, "best": run.best}
     text = (
-        f"{run.path}: gradients of {len(run.features)} checkpoints, {run.features.width} features;"
-        " group Newton predicts from them, uncalibrated, because nothing was retrained\n"
-        f"next: dmm predict --run {run.path} --forget random:50:0"
+        f"{options.run}: gradients of {len(run.features)} checkpoints, {run.features.width}"
+        " features; group Newton predicts from them, uncalibrated, because nothing was retrained\n"
+        f"next: dmm predict --run {options.run} --forget random:50:0"
     )
     return told, text
 
@@ -112,7 +112,7 @@ def _explain(options: argparse.Namespace) -> Told:
     if options.out:
         ids = [found.target, *(row.id for row in found.rows)]
         images = row_thumbnails(run.task, ids) if options.thumbnails else None
-        _write(options.out, render_explanation(found, thumbnails=images))
+        write_text(options.out, render_explanation(found, thumbnails=images))
         text += f"\n\nwritten to {options.out}"
     return asdict(found), text
 
@@ -121,6 +121,8 @@ def _unlearn(options: argparse.Namespace) -> Told:
     check_method(options.method)
     if not options.out.endswith(".safetensors"):
         raise ValueError(f"models are written as .safetensors, got {options.out!r}")
+    if "://" in options.out:
+        raise ValueError(f"models are written to files, got {options.out!r}")
     check_writable(options.out)
     run = Run.open(options.run)
     forget = parse_forget(run.task, options.forget)
@@ -155,7 +157,7 @@ def _evaluate(options: argparse.Namespace) -> Told:
         raise ValueError(f"name at least one method: {', '.join(METHODS)}")
     for name in methods:
         check_method(name)
-    out = options.out or str(Path(options.run) / "evaluation.json")
+    out = options.out or beside(options.run, EVALUATION)
     check_writable(out)
     run = Run.open(options.run)
     forgets = [parse_forget(run.task, spec) for spec in options.forget]
@@ -166,14 +168,14 @@ def _evaluate(options: argparse.Namespace) -> Told:
         more = _where(options) | {"n_models": options.n_models}
         told = evaluate_methods(run, forgets, methods, **shared, **more)
     told = plain(told)
-    _write(out, json.dumps(told, indent=1) + "\n")
+    write_text(out, json.dumps(told, indent=1) + "\n")
     parts = [evaluation_table(told), *told.get("missing", ()), *purge_notes(told)]
     return told, "\n\n".join(parts) + f"\nwritten to {out}"
 
 
 def _status(options: argparse.Namespace) -> Told:
-    path = Path(options.run)
-    run = Run(path, read_settings(path), task=None)  # type: ignore[arg-type]
+    settings = read_settings(options.run)
+    run = Run(place(options.run), settings, task=None)  # type: ignore[arg-type]
     found = []
     for store in run.stores():
         bad = store.verify() if options.verify or options.discard else []
@@ -181,7 +183,7 @@ def _status(options: argparse.Namespace) -> Told:
             store.discard(block)
         found.append(
             {
-                "store": os.path.relpath(store.path, path),
+                "store": store.path.removeprefix(f"{run.path}/"),
                 "kind": store.spec.kind,
                 "blocks": store.spec.blocks,
                 "done": len(store.done()),
@@ -192,13 +194,12 @@ def _status(options: argparse.Namespace) -> Told:
     damaged = [f"{row['store']} blocks {row['bad']}" for row in found if row["bad"]]
     if damaged and not options.discard:
         raise RuntimeError(
-            f"damaged: {'; '.join(damaged)}; dmm status --run {path} --discard makes these blocks"
-            " pending, and the command that made them computes them again"
+            f"damaged: {'; '.join(damaged)}; dmm status --run {options.run} --discard makes these"
+            " blocks pending, and the command that made them computes them again"
         )
     text = status_table(found, verified=options.verify and not damaged)
-    purged = run.purged
-    text += f"\n{purged} rows were purged" if purged else ""
-    return {"run": str(path), "stores": found, "purged": purged}, text
+    text += f"\n{run.purged} rows were purged" if run.purged else ""
+    return {"run": options.run, "stores": found, "purged": run.purged}, text
 
 
 def _purge(options: argparse.Namespace) -> Told:
@@ -207,22 +208,15 @@ def _purge(options: argparse.Namespace) -> Told:
 
 
 def _report(options: argparse.Namespace) -> Told:
-    path = Path(options.run)
-    refuse_unfinished(path)
-    source, out = path / "evaluation.json", options.out or str(path / "report.html")
-    try:
-        evaluation = json.loads(source.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot read {str(source)!r}: run dmm evaluate --run {path} first"
-        ) from error
-    if not isinstance(evaluation, dict):
-        raise ValueError(f"{str(source)!r} holds no evaluation: run dmm evaluate again")
+    refuse_unfinished(options.run)
+    evaluation, out = read_evaluation(options.run), options.out or beside(options.run, REPORT)
     check_writable(out)
-    images = forgotten_thumbnails(Run.open(path).task, evaluation) if options.thumbnails else None
+    images = (
+        forgotten_thumbnails(Run.open(options.run).task, evaluation) if options.thumbnails else None
+    )
     title = f"Unlearning on {evaluation.get('task', 'a task')}"
     missing = [*evaluation.get("missing", ()), *purge_notes(evaluation)]
-    _write(out, render_report(evaluation, title=title, thumbnails=images, missing=missing))
+    write_text(out, render_report(evaluation, title=title, thumbnails=images, missing=missing))
     return {"out": out}, f"written to {out}"
 
 
@@ -245,15 +239,6 @@ def _settings(pairs: Sequence[str]) -> dict[str, str]:
     if wrong:
         raise ValueError(f"--set takes field=value, got {wrong[0]!r}")
     return dict(pair.split("=", 1) for pair in pairs)
-
-
-def _write(out: str, text: str) -> None:
-    partial = Path(f"{out}.partial")
-    try:
-        partial.write_text(text)
-        partial.replace(out)
-    except OSError as error:
-        raise ValueError(f"cannot write {out!r}: {error.strerror}") from error
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], Told]] = {

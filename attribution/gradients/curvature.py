@@ -1,7 +1,6 @@
 """The Gauss-Newton matrix of the training loss in the space of the features."""
 
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ def stored_curvature(task: Task, store: Store, temperature: float = 1.0) -> Matr
         store.provenance.settings["checkpoint"],
     )
     kept = Store.open_or_create(
-        Path(store.path).parent / _folder(checkpoint, temperature),
+        store.place.parent / _folder(checkpoint, temperature),
         StoreSpec(
             "curvature",
             "feature",

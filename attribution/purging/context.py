@@ -1,5 +1,6 @@
 """What every step of a purge knows: the rows, before and after, and how digests change."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,8 @@ from attribution.forget import ForgetSet
 from attribution.purging.tombstones import Tombstones
 from attribution.task import Rows, Task
 from stores import Place, Provenance, Store
+
+_ROOT = "zarr.json"
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,31 @@ def store_places(run: Place) -> list[str]:
         >>> store_places(place("nowhere"))
         []
     """
+    return [name for name in _roots(run) if _is_group(run, name)]
+
+
+def lone_arrays(run: Place) -> list[str]:
+    """Names of the arrays that belong to no store: a creation in a bucket was killed.
+
+    Args:
+        run: the folder.
+
+    Returns:
+        Names below it, in order.
+
+    Example:
+        >>> from stores import place
+        >>> lone_arrays(place("nowhere"))
+        []
+    """
+    return [name for name in _roots(run) if not _is_group(run, name)]
+
+
+def _roots(run: Place) -> list[str]:
     found = sorted(
-        name.removesuffix("/zarr.json")
+        name.removesuffix(f"/{_ROOT}")
         for name in run.walk()
-        if name.endswith("/zarr.json") and not leftover(name)
+        if name.endswith(f"/{_ROOT}") and not leftover(name)
     )
     roots: list[str] = []
     for name in found:
@@ -99,6 +123,10 @@ def store_places(run: Place) -> list[str]:
         if not any(name.startswith(f"{root}/") for root in roots):
             roots.append(name)
     return roots
+
+
+def _is_group(run: Place, name: str) -> bool:
+    return bool(json.loads(run.read(f"{name}/{_ROOT}"))["node_type"] == "group")
 
 
 def find_store(run: Place, kind: str, settings: Mapping[str, Any]) -> Store | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from attribution.model import TORCH_FILES
-from attribution.purging.context import leftover, store_places
+from attribution.purging.context import leftover, lone_arrays, store_places
 from attribution.purging.journal import FILE as JOURNAL
 from attribution.purging.tombstones import FILE as TOMBSTONES
 from stores import Place
@@ -39,7 +39,7 @@ def telling_files(run: Place, ids: Sequence[str]) -> list[str]:
         >>> telling_files(run, ["train-3"])
         ['page.html']
     """
-    stores = tuple(f"{name}/" for name in store_places(run))
+    stores = tuple(f"{name}/" for name in (*store_places(run), *lone_arrays(run)))
     loose = [name for name in run.walk() if not name.startswith(stores) and name not in _KEPT]
     texts = [text for row in ids for text in _spellings(row)]
     return [
@@ -72,7 +72,7 @@ def leftovers(run: Place) -> tuple[list[str], list[str]]:
     names = [name for name in run.walk() if leftover(name)]
     folders = {match[1] for name in names if (match := re.match(r"((?:.*?/)?[^/]*\.tmp)/", name))}
     files = [name for name in names if not name.startswith(tuple(f"{f}/" for f in folders))]
-    return sorted(folders), files
+    return sorted([*folders, *lone_arrays(run)]), files
 
 
 def _spellings(row: str) -> set[bytes]:

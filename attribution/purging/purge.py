@@ -1,8 +1,6 @@
 """Purge: takes rows out of everything a run holds, and finishes where it was interrupted."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from attribution.forget import ForgetSet, named_ids, parse_forget
 from attribution.purging.context import Context
@@ -20,7 +18,7 @@ from attribution.retained import retained_task
 from attribution.run import Run, read_settings
 from attribution.task import Task
 from attribution.task_file import load_task
-from stores import Place, Remains, Store, place, take_rows_out
+from stores import Place, Remains, Store, Where, place, take_rows_out
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Purged:
     tombstones: int
 
 
-def purge(path: str | os.PathLike[str], forget: str | None = None) -> Purged:
+def purge(path: Where, forget: str | None = None) -> Purged:
     """Removes rows from all that a run holds of them; killed at any moment, the same call finishes.
 
     Rows, columns, masks, features, lists of strongest rows and ids lose them; sums over the
@@ -97,8 +95,8 @@ def _wanted(task: Task, spec: str, stones: Tombstones) -> tuple[ForgetSet | None
 
 
 def _interrupted(run: Place, journal: Journal, spec: str | None) -> Context:
-    settings = read_settings(Path(run.url), finishing=True)
-    task = load_task(settings.task, outside=Path(run.url))
+    settings = read_settings(run, finishing=True)
+    task = load_task(settings.task, outside=run)
     earlier = purged_rows(task, journal.before)
     task = task if earlier is None else retained_task(task, earlier)
     if task.digests["train"] not in journal.digests:

@@ -1,11 +1,9 @@
 """Fits TRAK scores: one solve for each training row, then products with every target's features."""
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,18 @@ from attribution.trak.curvature import (
 from attribution.trak.scores import KIND, TrakScores
 from attribution.trak.selection import strongest
 from attribution.trak.tally import Tally
-from stores import ArraySpec, Provenance, Store, StoreSpec, mapped, run_blocks, versions
+from stores import (
+    ArraySpec,
+    Place,
+    Provenance,
+    Store,
+    StoreSpec,
+    Where,
+    mapped,
+    place,
+    run_blocks,
+    versions,
+)
 
 ROWS_KIND = "trak-rows"
 BLOCK_BYTES = 2**25  # of the effects on the targets of one block
@@ -52,7 +61,7 @@ class _Settings:
 
 def fit_trak(
     features: Features,
-    to: str | os.PathLike[str],
+    to: Where,
     *,
     damping: float | None = None,
     weighting: bool = True,
@@ -115,12 +124,12 @@ def fit_trak(
         min(top, train),
     )
     features = replace(features)  # without caches, which would travel to the workers
-    store = _score_store(features, Path(to) / "scores", chosen)
+    store = _score_store(features, place(to) / "scores", chosen)
     if store.pending():
         at = None if scheduler else workers
         run = partial(run_blocks, workers=at, scheduler=scheduler)
         rows = tuple(
-            _solved_rows(features, checkpoint, Path(to) / f"rows-{checkpoint}", chosen, run)
+            _solved_rows(features, checkpoint, place(to) / f"rows-{checkpoint}", chosen, run)
             for checkpoint in range(len(features))
         )
         work = _ScoreBlock(features, rows, store.path, chosen.top)
@@ -148,14 +157,14 @@ def _provenance(features: Features, chosen: _Settings, checkpoints: range) -> Pr
 
 
 def _solved_rows(
-    features: Features, checkpoint: int, path: Path, chosen: _Settings, run: Callable[..., None]
+    features: Features, checkpoint: int, path: Place, chosen: _Settings, run: Callable[..., None]
 ) -> Store:
     train, width = len(features.task.train_ids), features.width
     outputs = features.stores[checkpoint].spec.array("features").shape[1]
     block = min(train, max(1, ROWS_BYTES // (outputs * width * 4)))
     array = ArraySpec(("train", "feature"), (train, width), chosen.dtype, width)
     # The factor is costly, and an existing store holds it.
-    factor = None if os.path.lexists(path) else _factor(features, checkpoint, chosen)
+    factor = None if path.taken() else _factor(features, checkpoint, chosen)
     store = Store.open_or_create(
         path,
         StoreSpec(ROWS_KIND, "train", block, {"rows": array}),
@@ -202,7 +211,7 @@ class _RowsBlock:
 # -- targets: products with their features -----------------------------------------------------
 
 
-def _score_store(features: Features, path: Path, chosen: _Settings) -> Store:
+def _score_store(features: Features, path: Place, chosen: _Settings) -> Store:
     train, dtype = len(features.task.train_ids), chosen.dtype
     targets, outputs = features.stores[0].spec.array("outputs").shape
     most = max(1, BLOCK_BYTES // (train * outputs * np.dtype(dtype).itemsize))

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from pathlib import Path
 
 from attribution import ForgetSet, record_run
 from attribution.precompute import precompute
@@ -33,28 +34,30 @@ def whole_run(base):
     """Made once for all tests; whoever changes it makes a copy."""
     folder = base / "named_run"
     folder.mkdir()
-    run = precompute(write_task(folder, NAMED), folder / "run", **SIZES)
+    path = folder / "run"
+    run = precompute(write_task(folder, NAMED), path, **SIZES)
     run.predictor("trak")
     for positions in [(1, 5), (5, 8)]:
         run.bank(ForgetSet.at(run.task, positions), 0, 4, workers=0)
     ids = [run.task.train_ids[i] for i in (1, 3, 4)]
-    record_run(run.task, run.path / "in-run", targets=ids, per_target=True)
+    record_run(run.task, path / "in-run", targets=ids, per_target=True)
     predicted = run.datamodel.predict(run.model(0), ForgetSet.of(run.task, ids), ids)
-    write_prediction(predicted, str(run.path / "few.zarr"), ForgetSet.of(run.task, ids))
+    write_prediction(predicted, str(path / "few.zarr"), ForgetSet.of(run.task, ids))
     one = run.datamodel.predict(run.model(0), ForgetSet.of(run.task, ids), ids[1:2])
-    write_prediction(one, str(run.path / "gone.zarr"), ForgetSet.of(run.task, ids))
-    write_prediction(predicted, str(run.path / "predicted.csv"), ForgetSet.of(run.task, ids))
-    (run.path / "pages").mkdir()
-    (run.path / "evaluation.json").write_text("{}")
-    (run.path / "pages" / "why.html").write_text("<td>person-030</td>")
-    (run.path / "pages" / "other.html").write_text("<td>person-031</td> person-0301")
-    (run.path / "kept.json.partial").write_text("person-001")
-    shutil.copytree(run.path / "full" / "mask", run.path / "full.0a.tmp" / "mask")
-    return run.path
+    write_prediction(one, str(path / "gone.zarr"), ForgetSet.of(run.task, ids))
+    write_prediction(predicted, str(path / "predicted.csv"), ForgetSet.of(run.task, ids))
+    (path / "pages").mkdir()
+    (path / "evaluation.json").write_text("{}")
+    (path / "pages" / "why.html").write_text("<td>person-030</td>")
+    (path / "pages" / "other.html").write_text("<td>person-031</td> person-0301")
+    (path / "kept.json.partial").write_text("person-001")
+    shutil.copytree(path / "full" / "mask", path / "full.0a.tmp" / "mask")
+    return path
 
 
 def copied(path, folder, text=NAMED):
     """A copy of the run, with a task file of its own beside it."""
+    path = Path(path)
     spec = write_task(folder, text)
     shutil.copytree(path, folder / "run")
     found = (folder / "run" / "run.json").read_text()
