@@ -40,6 +40,16 @@ class Context:
         tests = np.arange(self.gone.total, len(self.task.target_ids))
         return {"train": self.gone.retained, "target": np.append(self.gone.retained, tests)}
 
+    @cached_property
+    def stores(self) -> dict[str, Store]:
+        """The stores of the run by their names below its folder, as they are found at first."""
+        return {name: Store.open(self.run / name) for name in store_places(self.run)}
+
+    def find(self, kind: str, settings: Mapping[str, Any]) -> Store | None:
+        """The store of a kind that was made with some settings, if the run has it."""
+        found = (s for s in self.stores.values() if s.spec.kind == kind)
+        return next((s for s in found if s.provenance.settings == settings), None)
+
     def left(self, ids: Sequence[str]) -> Rows:
         """Positions of the ids that stay."""
         return np.setdiff1d(np.arange(len(ids)), self.stones.matching(ids))
@@ -127,21 +137,3 @@ def _roots(run: Place) -> list[str]:
 
 def _is_group(run: Place, name: str) -> bool:
     return bool(json.loads(run.read(f"{name}/{_ROOT}"))["node_type"] == "group")
-
-
-def find_store(run: Place, kind: str, settings: Mapping[str, Any]) -> Store | None:
-    """The finished store of a kind that was made with some settings, if the run has it.
-
-    Args:
-        run: the run's folder.
-        kind: kind of the store.
-        settings: of its provenance.
-
-    Returns:
-        The store.
-    """
-    for name in store_places(run):
-        store = Store.open(run / name)
-        if store.spec.kind == kind and store.provenance.settings == settings:
-            return store
-    return None

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from attribution.purging.context import Context, find_store
+from attribution.purging.context import Context
 from attribution.purging.scores import FewerScores, Ranked, trak_sources
 from attribution.purging.sums import LessCurvature, LessMoments
 from attribution.uncertainty import uncertainty_of
@@ -88,13 +88,13 @@ def _datamodel(context: Context, store: Store, plain: Remains) -> Remains:
 
 
 def _moments(context: Context, store: Store, plain: Remains) -> Remains | None:
-    models = find_store(context.run, "ensemble", store.provenance.settings["ensemble"])
+    models = context.find("ensemble", store.provenance.settings["ensemble"])
     return replace(plain, revise=LessMoments(context, store, models)) if models else None
 
 
 def _curvature(context: Context, store: Store, plain: Remains) -> Remains | None:
     settings = store.provenance.settings
-    features = find_store(context.run, "features", settings["features"])
+    features = context.find("features", settings["features"])
     if features is None:
         return None
     block = min(settings["block"], len(context.kept["target"]))
@@ -103,7 +103,7 @@ def _curvature(context: Context, store: Store, plain: Remains) -> Remains | None
 
 
 def _trak(context: Context, store: Store, plain: Remains) -> Remains | None:
-    sources = trak_sources(context.run, store)
+    sources = trak_sources(context, store)
     shorter = _shorter(store, plain)
     ranked = Ranked(context, store, "margins", shorter["top_rows"][2])
     return replace(plain, shapes=shorter, revise=FewerScores(ranked, sources)) if sources else None

@@ -1,11 +1,11 @@
 """What a purge will do, decided before anything changes."""
 
 import secrets
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from attribution.forget import ForgetSet
-from attribution.purging.context import Context, store_places
+from attribution.purging.context import Context
 from attribution.purging.files import leftovers, telling_files
 from attribution.purging.journal import Journal
 from attribution.purging.kinds import KINDS, remains_of
@@ -35,25 +35,35 @@ def plan_purge(run: Place, task: Task, gone: ForgetSet) -> tuple[Context, Journa
     before = read_tombstones(run)
     stones = before.adding(gone.ids)
     own = Tombstones(stones.salt, stones.digests[len(before) :])
-    stores = {name: Store.open(run / name) for name in store_places(run)}
-    _refuse_damaged(stores)
-    digests = _digests(task, gone, own, list(stores.values()))
-    context = Context(run, task, gone, own, digests)
-    rewrite = [
+    context = Context(run, task, gone, own, {})
+    _refuse_damaged(context.stores)
+    context = replace(context, digests=_digests(context))
+    rewrite = _rewritten(context)
+    removed = [_with_its_set(name) for name in context.stores if name not in rewrite]
+    folders, files = leftovers(run)
+    return context, Journal(
+        token=secrets.token_hex(8),
+        stones=stones,
+        earlier=len(before),
+        positions=gone.positions,
+        digests=context.digests,
+        rewrite=tuple(rewrite),
+        clear=tuple(dict.fromkeys([*removed, *folders])),
+        files=(*files, *telling_files(run, gone.ids)),
+        bytes_before=sum(run.size(name) for name in run.walk()),
+    )
+
+
+def _rewritten(context: Context) -> list[str]:
+    """Names of the stores that stay without the rows, sums over the rows first."""
+    stores = context.stores
+    found = [
         name
         for name, store in sorted(stores.items(), key=lambda pair: _order(pair[1]))
         if not _is_bank_of(context, name, store) and remains_of(context, store) is not None
     ]
     # Solved rows serve the scores beside them alone.
-    rewrite = [name for name in rewrite if _scores_of(name, stores[name]) in (None, *rewrite)]
-    folders, files = leftovers(run)
-    gone_stores = [name for name in stores if name not in rewrite]
-    clear = [*dict.fromkeys(map(_with_its_set, gone_stores)), *folders]
-    files += telling_files(run, gone.ids)
-    size = sum(run.size(name) for name in run.walk())
-    token = secrets.token_hex(8)
-    lists = (tuple(rewrite), tuple(clear), tuple(files))
-    return context, Journal(token, stones, len(before), gone.positions, digests, *lists, size)
+    return [name for name in found if _scores_of(name, stores[name]) in (None, *found)]
 
 
 def _order(store: Store) -> int:
@@ -80,7 +90,7 @@ def _scores_of(name: str, store: Store) -> str | None:
     return f"{name.rpartition('/')[0]}/scores".removeprefix("/")
 
 
-def _refuse_damaged(stores: dict[str, Store]) -> None:
+def _refuse_damaged(stores: Mapping[str, Store]) -> None:
     # The blocks that are read are removed afterwards: nothing would tell that they were damaged.
     bad = {name: store.verify() for name, store in stores.items()}
     damaged = [f"{name} blocks {blocks}" for name, blocks in bad.items() if blocks]
@@ -91,21 +101,19 @@ def _refuse_damaged(stores: dict[str, Store]) -> None:
         )
 
 
-def _digests(
-    task: Task, gone: ForgetSet, stones: Tombstones, stores: Sequence[Store]
-) -> dict[str, str]:
+def _digests(context: Context) -> dict[str, str]:
     """Digests that stores bear of data, masks and lists of ids, and what they become."""
+    task, gone = context.task, context.gone
     found = {task.digests["train"]: retained_task(task, gone).digests["train"]}
-    for store in stores:
-        settings: Any = store.provenance.settings
+    for store in context.stores.values():
         if store.spec.kind == "ensemble":
             mask = store.constant("mask")
-            found[settings["masks"]] = digest(mask[:, gone.retained])
-            found |= _list_digest(store.attributes["without"], stones)
+            found[store.provenance.settings["masks"]] = digest(mask[:, gone.retained])
+            found |= _list_digest(context, store.attributes["without"])
         if store.spec.kind == "features":
-            found |= _list_digest(store.attributes["forgotten"], stones)
+            found |= _list_digest(context, store.attributes["forgotten"])
     return {old: new for old, new in found.items() if old != new}
 
 
-def _list_digest(ids: Sequence[str], stones: Tombstones) -> dict[str, str]:
-    return {digest(*ids): digest(*(row for row in ids if row not in stones))}
+def _list_digest(context: Context, ids: Sequence[str]) -> dict[str, str]:
+    return {digest(*ids): digest(*context.ids_left(ids))}

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from attribution.gradients import Features
-from attribution.purging.context import Context, find_store
+from attribution.purging.context import Context
 from attribution.task import Rows
 from attribution.trak.selection import strongest
-from stores import Place, Store, gather, mapped
+from stores import Store, gather, mapped
 
 Numbers = np.ndarray[Any, Any]
 
@@ -95,11 +95,11 @@ class FewerScores:
         return found
 
 
-def trak_sources(run: Place, store: Store) -> list[tuple[Store, Store]] | None:
+def trak_sources(context: Context, store: Store) -> list[tuple[Store, Store]] | None:
     """What TRAK scores were made from: solved rows and features of each checkpoint.
 
     Args:
-        run: the run's folder.
+        context: the purge.
         store: of the scores.
 
     Returns:
@@ -107,7 +107,7 @@ def trak_sources(run: Place, store: Store) -> list[tuple[Store, Store]] | None:
     """
     found = []
     for checkpoint, settings in enumerate(store.provenance.settings["features"]):
-        features = find_store(run, "features", settings)
+        features = context.find("features", settings)
         solved = store.place.parent / f"rows-{checkpoint}"
         if features is None or not solved.exists("zarr.json"):
             return None
