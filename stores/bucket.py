@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, final
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, final
 
 import numpy as np
 
 from stores.bucket_client import BucketStore, check_bucket, client, plain_errors
+from stores.bucket_memory import forget, remembered_file, remembered_tag
 from stores.places import Place, Ranges, check_size
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ _REQUESTS = 32  # at a time
 _ROOT = "zarr.json"
 
 _Item = TypeVar("_Item")
+_Range: TypeAlias = tuple[str, int]
 
 
 @final
@@ -95,40 +98,40 @@ class Bucket(Place):
 
     @property
     def at_once(self) -> int:
-        """Bytes that are best asked for at once: enough to share among many requests."""
+        """Bytes that are best read as one batch: enough to share among many requests."""
         return 64 * 2**20
 
     def generation(self) -> object:
-        """Nothing: to ask would cost as much as to list the marks."""
-        return None
+        """Tag of the root zarr.json, asked for every few seconds."""
+        return remembered_tag(self.url, self._tag)
 
     def read_batches(
         self, batches: Sequence[Ranges], size: int, length: int
     ) -> Iterator[np.ndarray]:
         """Read ranges of equal length from files of equal size, many at a time."""
         for ranges in batches:
-            yield self._batch(ranges, size, length)
+            numbered = [(name, start) for name, starts in ranges.items() for start in starts]
+            found = np.empty((len(numbered), length), np.uint8)
 
-    def _batch(self, ranges: Ranges, size: int, length: int) -> np.ndarray:
-        pieces = [(name, start) for name, starts in ranges.items() for start in starts]
-        found = np.empty((len(pieces), length), np.uint8)
+            def read(group: list[int], numbered: list[_Range], found: np.ndarray) -> None:
+                (name, first), (_, last) = numbered[group[0]], numbered[group[-1]]
+                content = self._part(name, first, last + length, size)
+                for number in group:
+                    at = numbered[number][1] - first
+                    found[number] = content[at : at + length]
 
-        def read(group: list[int]) -> None:
-            name, first = pieces[group[0]]
-            content = self._part(name, first, pieces[group[-1]][1] + length, size)
-            for number in group:
-                at = pieces[number][1] - first
-                found[number] = content[at : at + length]
-
-        _each(read, _near(pieces, length))
-        return found
+            _each(partial(read, numbered=numbered, found=found), _near(numbered, length))
+            yield found
 
     def mapped(self, name: str) -> np.ndarray:
-        """Content of a file, read as a whole."""
-        return np.frombuffer(bytearray(self.read(name)), np.uint8)
+        """Content of a file, read as a whole and kept as long as the generation stays the same."""
+        return remembered_file(
+            self.url, name, self.generation(), lambda: np.frombuffer(self.read(name), np.uint8)
+        )
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file in one request, which the service does as a whole or not at all."""
+        forget(self.url)
         with plain_errors(f"writing {self.url}/{name}"):
             self._client.put(self._key(name), content, use_multipart=False)
 
@@ -136,6 +139,7 @@ class Bucket(Place):
         """Remove a file."""
         # The service does not tell whether there was one.
         self.size(name)
+        forget(self.url)
         with plain_errors(f"removing {self.url}/{name}"):
             self._client.delete(self._key(name))
 
@@ -152,6 +156,7 @@ class Bucket(Place):
 
     def clear(self) -> None:
         """Remove all files below."""
+        forget(self.url)
         keys = self._keys()
         if keys:
             with plain_errors(f"removing {self.url}"):
@@ -189,6 +194,13 @@ class Bucket(Place):
                     f"{self.url}/{name} is there already and differs; remove {self.url} if it is "
                     "left over from a killed creation, or give another address"
                 ) from error
+
+    def _tag(self) -> str | None:
+        try:
+            with plain_errors(f"looking for {self.url}/{_ROOT}"):
+                return self._client.head(self._key(_ROOT))["e_tag"]
+        except FileNotFoundError:
+            return None
 
     def _part(self, name: str, first: int, end: int, size: int) -> np.ndarray:
         file = f"{self.url}/{name}"
@@ -228,7 +240,7 @@ def _parts(url: str) -> tuple[str, str]:
     return found[1], found[2].lstrip("/")
 
 
-def _near(ranges: Sequence[tuple[str, int]], length: int) -> list[list[int]]:
+def _near(ranges: Sequence[_Range], length: int) -> list[list[int]]:
     groups: list[list[int]] = []
     first = last = ("", 0)
     for number in sorted(range(len(ranges)), key=ranges.__getitem__):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
+from stores.bucket_memory import forget
+
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Store
     from zarr.abc.store import ByteRequest
@@ -114,6 +116,7 @@ class BucketStore(ObjectStore[Any]):
 
     async def set(self, key: str, value: Buffer) -> None:
         """Write an object."""
+        forget(f"s3://{self.store.config['bucket']}/{self.store.prefix or ''}".rstrip("/"))
         with plain_errors(f"writing {key}"):
             # An upload in parts that is killed leaves parts that nobody sees and somebody pays.
             await self.store.put_async(key, value.as_buffer_like(), use_multipart=False)
@@ -134,11 +137,12 @@ def _client(bucket: str, prefix: str, settings: tuple[tuple[str, str], ...]) -> 
 
 @lru_cache
 def _check(bucket: str, prefix: str, settings: tuple[tuple[str, str], ...]) -> None:
+    store = _connected(bucket, prefix, settings, _FIRST_TRY)
     from obstore.exceptions import BaseError
 
     try:
         # A wrong address should fail at once, not after the minutes that a long run may wait.
-        next(iter(_connected(bucket, prefix, settings, _FIRST_TRY).list(chunk_size=1)), None)
+        next(iter(store.list(chunk_size=1)), None)
     except BaseError as error:
         endpoint = next((dict(settings)[name] for name in _ENDPOINTS if name in dict(settings)), "")
         raise ValueError(

@@ -77,9 +77,10 @@ class Place(ABC):
 
     @abstractmethod
     def generation(self) -> object:
-        """What changes whenever the root zarr.json is written anew; None where asking is costly.
+        """What changes whenever the root zarr.json is written anew; None where there is none.
 
-        While it stays the same, no file that was read has been replaced.
+        While it stays the same, no file that was read has been replaced. Where asking is costly,
+        what another process writes may show some seconds later.
         """
 
     @abstractmethod

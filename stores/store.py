@@ -12,7 +12,14 @@ import dask.array
 import numpy as np
 import zarr
 
-from stores.blocks import mark_file, marked, refuse_pending, refuse_unreadable, region
+from stores.blocks import (
+    mark_file,
+    marked,
+    refuse_pending,
+    refuse_unmarked,
+    refuse_unreadable,
+    region,
+)
 from stores.creation import create_group
 from stores.places import Place, Where, place
 from stores.provenance import Provenance, check_provenance, plain_json, refuse_differences
@@ -199,11 +206,12 @@ class Store:
             ValueError: A block is pending.
         """
         generation = self.place.generation()
+        known, done = self._memory.get("marks", (None, set()))
         # A done block becomes pending by `discard` alone, which writes the root first.
-        if generation is None or self._memory.get("complete") != generation:
-            refuse_pending(self.place, blocks)
-            if generation is not None and self.complete:
-                self._memory["complete"] = generation
+        if generation is None or known != generation or not done.issuperset(blocks):
+            done = marked(self.place)
+            self._memory["marks"] = generation, done
+            refuse_unmarked(self.place, blocks, done)
 
     def write_block(self, block: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write one block of every array, then mark it done.
@@ -394,7 +402,7 @@ class Store:
         return {}
 
     @cached_property
-    def _memory(self) -> dict[str, object]:
+    def _memory(self) -> dict[str, tuple[object, set[int]]]:
         return {}
 
     @cached_property

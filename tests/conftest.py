@@ -1,6 +1,5 @@
 """One thread, one seed and no deadlines: the same numbers on a busy machine as on an idle one."""
 
-import itertools
 import os
 
 import hypothesis
@@ -14,8 +13,6 @@ torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("shared_machine", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("shared_machine")
-
-NUMBERS = itertools.count()
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +36,5 @@ def s3_endpoint():
 @pytest.fixture
 def bucket(s3_endpoint, monkeypatch):
     """Address of a bucket of its own; the environment tells how to reach it."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in s3_server.settings(s3_endpoint).items():
-        monkeypatch.setenv(name, value)
-    return s3_server.make_bucket(s3_endpoint, f"bucket-{next(NUMBERS)}")
+    s3_server.use(s3_endpoint, monkeypatch)
+    return s3_server.make_bucket(s3_endpoint)

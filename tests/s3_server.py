@@ -3,6 +3,8 @@
 Run as a script, it makes the environment: the server's packages do not go with ours.
 """
 
+import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 PINS = Path(__file__).with_name("s3_server.txt")
 ENVIRONMENT = PINS.parent.parent / ".cache" / "s3-server"
+_NUMBERS = itertools.count()
 # It ends with its standard input, so when the tests are killed too.
 SERVE = """
 import sys
@@ -58,19 +63,24 @@ def serving() -> Iterator[str]:
             server.stdin.close()
 
 
-def settings(endpoint: str) -> dict[str, str]:
-    """The variables that a process needs to reach the server."""
-    return {
+def use(endpoint: str, patch: pytest.MonkeyPatch) -> None:
+    """Set the variables that a process needs to reach the server, and no others."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        patch.delenv(name)
+    settings = {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "somebody",
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_REGION": "us-east-1",
         "NO_PROXY": "127.0.0.1",
     }
+    for name, value in settings.items():
+        patch.setenv(name, value)
 
 
-def make_bucket(endpoint: str, name: str) -> str:
+def make_bucket(endpoint: str) -> str:
     """Make a bucket; gives its address."""
+    name = f"bucket-{next(_NUMBERS)}"
     request = urllib.request.Request(f"{endpoint}/{name}", method="PUT")
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request):
         return f"s3://{name}"
@@ -80,7 +90,8 @@ def _run(*command: object) -> None:
     words = list(map(str, command))
     done = subprocess.run(words, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise OSError(f"cannot make the environment of the S3 server: {done.stderr[-500:]}")
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise OSError(f"cannot make the environment of the S3 server: {last}")
 
 
 if __name__ == "__main__":

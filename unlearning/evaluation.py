@@ -14,6 +14,7 @@ from attribution.run import Run
 from stores import versions
 from unlearning.audit import Audit
 from unlearning.cost import hardware, measure_request, measure_retraining
+from unlearning.explanation import explained_rows
 from unlearning.klom import (
     FEWEST_MODELS,
     FEWEST_ROWS_FOR_P95,
@@ -125,6 +126,7 @@ def evaluate_methods(
             "pooled": pooled_predictions(compared),
         }
         | ({"lds": ranked} if ranked else {})
+        | {"explained": explained_rows(run, blocks)}
     )
     return evaluation
 

@@ -30,7 +30,7 @@ from unlearning.tables import (
     purge_text,
     status_table,
 )
-from unlearning.thumbnails import forgotten_thumbnails, row_thumbnails
+from unlearning.thumbnails import report_thumbnails, row_thumbnails
 from unlearning.unaudited import evaluate_checkpoints
 
 Told: TypeAlias = tuple[Any, str]
@@ -212,7 +212,7 @@ def _report(options: argparse.Namespace) -> Told:
     evaluation, out = read_evaluation(options.run), options.out or beside(options.run, REPORT)
     check_writable(out)
     images = (
-        forgotten_thumbnails(Run.open(options.run).task, evaluation) if options.thumbnails else None
+        report_thumbnails(Run.open(options.run).task, evaluation) if options.thumbnails else None
     )
     title = f"Unlearning on {evaluation.get('task', 'a task')}"
     missing = [*evaluation.get("missing", ()), *purge_notes(evaluation)]

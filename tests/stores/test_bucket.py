@@ -85,7 +85,8 @@ def test_a_bad_setting_is_refused(bucket, monkeypatch):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    for name in ("obstore", "obstore.exceptions", "obstore.store"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"pip install 'datamodel-matching\[s3\]'"):
         place("s3://bucket-without-package/run")
 
