@@ -1,7 +1,5 @@
 """Kills at the moments that matter: after each change of what lies on the disk."""
 
-import os
-
 from stores import BlockWriter
 from stores.folder import Folder
 
@@ -12,23 +10,24 @@ class Killed(BaseException):
     """What no code under test catches."""
 
 
-def kill_after(monkeypatch, changes):
-    """The process seems to be killed after so many changes, or amid one that clears a folder."""
+def kill_after(monkeypatch, changes, kind=Folder):
+    """The process seems to be killed after so many changes, or amid one that clears a place."""
     left = [changes]
     for name in CHANGES:
-        monkeypatch.setattr(Folder, name, _counted(getattr(Folder, name), left))
+        monkeypatch.setattr(kind, name, _counted(getattr(kind, name), left))
     monkeypatch.setattr(BlockWriter, "append", _counted(BlockWriter.append, left))
 
 
 def _counted(change, left):
     def call(self, *arguments):
         clearing = change.__name__ == "clear"
-        if clearing and not self.taken():
+        names = self.walk() if clearing else []
+        if clearing and not (names or self.taken()):
             return
         left[0] -= 1
         if clearing and not left[0]:
-            for name in self.walk()[::2]:
-                os.remove(f"{self.url}/{name}")
+            for name in names[::2]:
+                self.remove(name)
         else:
             change(self, *arguments)
         if not left[0]:
