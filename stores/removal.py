@@ -14,7 +14,7 @@ from stores.places import Place, Where, place
 from stores.provenance import Provenance
 from stores.schema import ArraySpec, Json, StoreSpec
 from stores.store import Store
-from stores.writing import BlockWriter
+from stores.writing import BlockWriter, durable
 
 ASIDE = ".purged"
 _ROOT, _STAMP = "zarr.json", "purge"
@@ -79,6 +79,8 @@ def take_rows_out(where: Where, token: str, remains: Callable[[Store], Remains])
             store = Store.open(old)
             _write_anew(store, aside, remains(store))
             _stamp(aside, token)
+            if durable():
+                aside.sync(aside.walk())
         old.clear()
         aside.move(old)
     aside.clear()

@@ -55,6 +55,14 @@ def write_journal(where: Where, journal: Journal) -> None:
     Args:
         where: the run's folder.
         journal: what is to be done.
+
+    Example:
+        >>> import tempfile
+        >>> folder, stones = tempfile.mkdtemp(), Tombstones("5a17").adding(["train-3"])
+        >>> journal = Journal("0b", stones, 0, (3,), {}, ("full",), (), ("report.html",), 120)
+        >>> write_journal(folder, journal)
+        >>> read_journal(folder) == journal
+        True
     """
     text = json.dumps({"schema": SCHEMA} | asdict(journal), indent=2) + "\n"
     place(where).write(FILE, text.encode())

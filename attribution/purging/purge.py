@@ -68,6 +68,12 @@ def purge(path: Where, forget: str | None = None) -> Purged:
             changed then.
         RuntimeError: a damaged block; nothing has changed then.
         OSError: something cannot be written; the same call goes on where it stopped.
+
+    Example:
+        >>> purge("nowhere")
+        Traceback (most recent call last):
+            ...
+        ValueError: no purge of ...nowhere was interrupted: name the rows with --forget
     """
     run, journal = place(path), read_journal(path)
     if journal is not None:

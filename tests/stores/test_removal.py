@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from stores import ArraySpec, Provenance, Remains, Store, StoreSpec, take_rows_out, taken_out
+from stores.folder import Folder
 from stores.removal import remaining_spec
 from tests.interruptions import Killed, kill_after
 from tests.small_runs import contents
@@ -232,3 +233,23 @@ def test_blocks_and_objects_are_not_longer_than_what_stays():
     assert spec.array("seen").rows == 2
     with pytest.raises(ValueError, match="expected lengths of at least 1"):
         remaining_spec(SCORES, kept(positions={"train": np.array([], int)}))
+
+
+def test_a_durable_store_reaches_the_disk_before_the_old_one_goes(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATAMODEL_MATCHING_DURABLE", "1")
+    write(tmp_path / "s", OUTPUTS)
+    calls = []
+    for name in ("sync", "clear"):
+        change = getattr(Folder, name)
+        monkeypatch.setattr(Folder, name, recorded(change, calls))
+    take_rows_out(tmp_path / "s", "token", lambda _: kept())
+    synced = max(i for i, (name, _, count) in enumerate(calls) if name == "sync" and count > 9)
+    assert synced < calls.index(("clear", "s", 0))
+
+
+def recorded(change, calls):
+    def call(self, names=()):
+        calls.append((change.__name__, self.name, len(names)))
+        return change(self, names) if names else change(self)
+
+    return call
