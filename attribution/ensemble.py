@@ -18,7 +18,17 @@ from attribution.products import products_by
 from attribution.subsets import Subsets
 from attribution.task import State, Task
 from attribution.training import threads, train_many, train_one
-from stores import ArraySpec, Provenance, Store, StoreSpec, Where, digest, run_blocks, versions
+from stores import (
+    ArraySpec,
+    Provenance,
+    Store,
+    StoreSpec,
+    Where,
+    digest,
+    run_blocks,
+    taken_out,
+    versions,
+)
 
 # Models trained together; more of them no longer run faster and would not fit the cache.
 MODELS_AT_ONCE = 50
@@ -250,6 +260,29 @@ def train_models(
         title = f"training {os.path.basename(store.path)}"
         run_blocks(work, store.pending(), title=title, workers=workers, scheduler=scheduler)
     return Ensemble.open(store.finalize().path, task)
+
+
+def subsets_left(path: Where) -> Subsets | None:
+    """The subsets of an ensemble from which rows were purged, without these rows.
+
+    They were drawn from more rows, and the same draw from those that are left would be another.
+
+    Args:
+        path: folder of the ensemble.
+
+    Returns:
+        The subsets; None where there is no ensemble, or no row was purged from it.
+
+    Example:
+        >>> subsets_left("nowhere")
+    """
+    if not taken_out(path):
+        return None
+    store = Store.open(path, "ensemble")
+    told = store.attributes
+    without = tuple(str(row) for row in told["without"])
+    masks, judges = store.constant("mask"), store.constant("judge")
+    return Subsets(masks, str(told["design"]), int(told["seed"]), judges, without)
 
 
 def why_not_many(task: Task) -> str | None:

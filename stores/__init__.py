@@ -4,6 +4,7 @@ from stores.jobs import BlocksFailed, pickle_by_value, run_blocks
 from stores.layout import score_block
 from stores.places import Place, Where, place, read_file, write_file
 from stores.provenance import Provenance, check_provenance, digest, versions
+from stores.removal import Remains, take_rows_out, taken_out
 from stores.rows import column, gather, mapped, total
 from stores.schema import ArraySpec, StoreSpec
 from stores.store import Store
@@ -32,6 +33,10 @@ __all__ = [
     "gather",
     "mapped",
     "total",
+    # Stores without some of their rows
+    "Remains",
+    "take_rows_out",
+    "taken_out",
     # Blocks as tasks
     "run_blocks",
     "BlocksFailed",
