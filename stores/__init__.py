@@ -1,10 +1,12 @@
 """Arrays on disk: blocks written once, read lazily or row by row, computed by workers."""
 
+from stores.advance import BlockCancelled, advance
 from stores.jobs import BlocksFailed, pickle_by_value, run_blocks
 from stores.provenance import Provenance, check_provenance, digest, versions
 from stores.rows import gather, mapped, total
 from stores.schema import ArraySpec, StoreSpec
 from stores.store import BlockDone, Store
+from stores.turns import in_turns
 
 __all__ = [
     # What a store holds, and what made it
@@ -22,6 +24,9 @@ __all__ = [
     "total",
     # Blocks as tasks
     "run_blocks",
+    "in_turns",
+    "advance",
+    "BlockCancelled",
     "BlocksFailed",
     "pickle_by_value",
 ]

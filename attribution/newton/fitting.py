@@ -17,7 +17,7 @@ from attribution.newton.calibration import Calibration
 from attribution.newton.group import GroupNewton
 from attribution.outputs import Array
 from attribution.training import threads
-from stores import ArraySpec, Provenance, Store, StoreSpec, run_blocks
+from stores import ArraySpec, Provenance, Store, StoreSpec, in_turns, run_blocks
 
 # Candidates for T, and for lambda in units of T^2 x (number of rows) x weight decay.
 TEMPERATURES = (1.0, 1.4, 2.0)
@@ -210,6 +210,7 @@ def _run(
     scheduler: str | None,
 ) -> None:
     if store.pending():
+        work = in_turns(work, store)
         run_blocks(work, store.pending(), title=title, workers=workers, scheduler=scheduler)
     store.finalize()
 
