@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeAlias, final
 
 from distributed import Client, Future, KilledWorker, Worker, as_completed
@@ -15,6 +17,7 @@ from stores.sent import TOPIC, Report, SentWork, Work, attempt_sent
 Outcome: TypeAlias = tuple[int, BaseException | None]
 """A block and its last error, if it failed."""
 
+_PAUSES = (0.2, 0.5, 1.0)  # seconds
 GPU = "GPU"  # the dask resource that a worker with a GPU declares, as dask-cuda's users do
 
 
@@ -117,7 +120,7 @@ def sent(client: Client, work: Work, progress: Progress, *, gpu: bool) -> Iterat
         What starts its tasks.
     """
     name = f"work-{uuid.uuid4().hex}"
-    client.register_plugin(SentWork(name, work))
+    _insisting(partial(client.register_plugin, SentWork(name, work)))
     tasks = Tasks(client, name, progress, gpu=gpu)
     client.subscribe_topic(TOPIC, tasks.hear)
     try:
@@ -129,8 +132,18 @@ def sent(client: Client, work: Work, progress: Progress, *, gpu: bool) -> Iterat
             client.unregister_worker_plugin(name)
 
 
+def _insisting(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    # It speaks to every worker, and fails where one of them dies meanwhile.
+    for pause in _PAUSES:
+        try:
+            return call()
+        except OSError:
+            time.sleep(pause)
+    return call()
+
+
 def _declared(client: Client, resource: str) -> bool:
-    return any(client.run(_resource, resource).values())
+    return any(_insisting(partial(client.run, _resource, resource)).values())
 
 
 def _resource(name: str, dask_worker: Worker) -> float:
