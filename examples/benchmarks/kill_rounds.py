@@ -25,7 +25,8 @@ import numpy as np
 from stores import ArraySpec, Provenance, Store, StoreSpec, in_turns, run_blocks, versions
 from stores.blocks import object_files
 
-BLOCKS, COLUMNS, ROWS = 24, 64, 16_000  # a block of "scores" is 8 objects of 512 kB
+BLOCKS, COLUMNS, ROWS = 40, 64, 16_000  # a block of "scores" is 8 objects of 512 kB
+DRAWS = 8  # random draws added up for a block: as long as a small model takes
 KINDS = ("driver", "workers", "both")
 ARRAYS = {
     "scores": ArraySpec(("train", "target"), (ROWS, BLOCKS * COLUMNS), "float32", rows=2_000),
@@ -42,9 +43,10 @@ def drive(folder: Path, workers: int) -> None:
     def work(block: int) -> None:
         random = np.random.default_rng([0, block])
         arrays = {
-            name: random.normal(size=SPEC.block_shape(name, block)).astype(array.dtype)
-            for name, array in ARRAYS.items()
+            name: random.normal(size=(DRAWS, *SPEC.block_shape(name, block))).sum(0)
+            for name in ARRAYS
         }
+        arrays = {name: value.astype(ARRAYS[name].dtype) for name, value in arrays.items()}
         store.write_block(block, arrays)
 
     run_blocks(in_turns(work, store), store.pending(), title="filling", workers=workers)

@@ -51,8 +51,8 @@ def seconds(task: Task, models: int, seed: int, workers: int, folder: str) -> fl
 def main() -> None:
     """Prints models per second of one and of two workers, and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--models", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=4)
     options = parser.parse_args()
     task = Task("digits, own loop", train, test, mlp, train=plain_loop, version="1")
     speeds: dict[int, list[float]] = {1: [], 2: []}
