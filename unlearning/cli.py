@@ -386,7 +386,9 @@ def _verb(
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, metavar="W", help="processes; 0: this one")
-    parser.add_argument("--scheduler", metavar="ADDRESS", help="an existing dask scheduler")
+    parser.add_argument(
+        "--scheduler", metavar="ADDRESS", help="a dask scheduler; 1 thread a worker"
+    )
     return parser
 
 

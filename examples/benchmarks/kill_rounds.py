@@ -23,30 +23,34 @@ from pathlib import Path
 import numpy as np
 
 from stores import ArraySpec, Provenance, Store, StoreSpec, in_turns, run_blocks, versions
-from stores.blocks import object_files
 
-BLOCKS, COLUMNS, ROWS = 40, 64, 16_000  # a block of "scores" is 8 objects of 512 kB
-DRAWS = 8  # random draws added up for a block: as long as a small model takes
+COLUMNS, ROWS = 64, 16_000  # a block of "scores" is 8 objects of 512 kB
+DRAWS = 3  # random draws added up for a block: more work
 KINDS = ("driver", "workers", "both")
-ARRAYS = {
-    "scores": ArraySpec(("train", "target"), (ROWS, BLOCKS * COLUMNS), "float32", rows=2_000),
-    "bias": ArraySpec(("target",), (BLOCKS * COLUMNS,), "float64"),
-}
-SPEC = StoreSpec("scores", "target", COLUMNS, ARRAYS)
 PATIENCE = 120.0  # seconds after which a run counts as hanging
 
 
-def drive(folder: Path, workers: int) -> None:
+def layout(blocks: int) -> StoreSpec:
+    """A store of so many blocks of two arrays."""
+    arrays = {
+        "scores": ArraySpec(("train", "target"), (ROWS, blocks * COLUMNS), "float32", rows=2_000),
+        "bias": ArraySpec(("target",), (blocks * COLUMNS,), "float64"),
+    }
+    return StoreSpec("scores", "target", COLUMNS, arrays)
+
+
+def drive(folder: Path, blocks: int, workers: int) -> None:
     """The driver: fills the store, or what is left of it."""
-    store = Store.open_or_create(folder / "store", SPEC, Provenance({"seed": 0}))
+    spec = layout(blocks)
+    store = Store.open_or_create(folder / "store", spec, Provenance({"seed": 0}))
 
     def work(block: int) -> None:
         random = np.random.default_rng([0, block])
         arrays = {
-            name: random.normal(size=(DRAWS, *SPEC.block_shape(name, block))).sum(0)
-            for name in ARRAYS
+            name: random.normal(size=(DRAWS, *spec.block_shape(name, block))).sum(0)
+            for name in spec.arrays
         }
-        arrays = {name: value.astype(ARRAYS[name].dtype) for name, value in arrays.items()}
+        arrays = {name: value.astype(spec.arrays[name].dtype) for name, value in arrays.items()}
         store.write_block(block, arrays)
 
     run_blocks(in_turns(work, store), store.pending(), title="filling", workers=workers)
@@ -68,19 +72,20 @@ class Round:
     inside: bool
 
 
-def one_round(folder: Path, kind: str, moment: float, *, aimed: bool) -> Round:
+def one_round(folder: Path, kind: str, moment: float, blocks: int, *, aimed: bool) -> Round:
     """Kills once and lets the same call finish.
 
     Args:
         folder: An empty folder.
         kind: Whom to kill.
         moment: When, in seconds after the start.
+        blocks: Of the store.
         aimed: Wait from then on for a block that is being written.
 
     Returns:
         What was hit. Whatever is wrong afterwards is raised as a RuntimeError.
     """
-    driver = _start(folder)
+    driver = _start(folder, blocks)
     try:
         end = time.monotonic() + moment
         while driver.poll() is None and not _due(folder, driver.pid, kind, end, aimed=aimed):
@@ -95,7 +100,7 @@ def one_round(folder: Path, kind: str, moment: float, *, aimed: bool) -> Round:
             driver.wait()
             _wait_for_all(killed)
             _check_marks(folder)
-            driver = _start(folder)
+            driver = _start(folder, blocks)
         _require(driver.wait(PATIENCE) == 0, "the run failed")
     finally:
         driver.kill()
@@ -110,18 +115,19 @@ def compare(folder: Path, whole: Path) -> None:
     store, reference = (Store.open(path / "store") for path in (folder, whole))
     _require(store.pending() == [], f"pending blocks {store.pending()}")
     _require(store.verify() == [], f"damaged blocks {store.verify()}")
-    for name in ARRAYS:
+    for name in store.spec.arrays:
         same = store.numpy(name).tobytes() == reference.numpy(name).tobytes()
         _require(same, f"other bits in {name}")
     left = [*Path(store.path).rglob("*.partial"), *Path(store.path).rglob("*.lock")]
     _require(not left, f"left over: {left}")
 
 
-def rounds(count: int, seed: int, folder: Path) -> tuple[float, list[Round]]:
+def rounds(count: int, blocks: int, seed: int, folder: Path) -> tuple[float, list[Round]]:
     """Runs an uninterrupted reference and then the rounds.
 
     Args:
         count: Number of rounds.
+        blocks: Of each store.
         seed: Seed of the moments.
         folder: Where to.
 
@@ -131,14 +137,14 @@ def rounds(count: int, seed: int, folder: Path) -> tuple[float, list[Round]]:
     whole = folder / "whole"
     whole.mkdir()
     start = time.monotonic()
-    _require(_start(whole).wait(PATIENCE) == 0, "the uninterrupted run failed")
+    _require(_start(whole, blocks).wait(PATIENCE) == 0, "the uninterrupted run failed")
     wall = time.monotonic() - start
     found, random = [], np.random.default_rng(seed)
     for number in range(count):
         here = folder / str(number)
         here.mkdir()
         kind, moment = KINDS[number % len(KINDS)], random.uniform(0, wall)
-        found.append(one_round(here, kind, moment, aimed=number % 2 == 1))
+        found.append(one_round(here, kind, moment, blocks, aimed=number % 2 == 1))
         compare(here, whole)
         for path in sorted(here.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
@@ -149,16 +155,17 @@ def main() -> None:
     """Prints the rounds, by kind."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--blocks", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--drive", type=Path, help="be the driver of a round in this folder")
     options = parser.parse_args()
     if options.drive is not None:
-        drive(options.drive, workers=2)
+        drive(options.drive, options.blocks, workers=2)
         return
     with tempfile.TemporaryDirectory() as folder:
-        wall, found = rounds(options.rounds, options.seed, Path(folder))
+        wall, found = rounds(options.rounds, options.blocks, options.seed, Path(folder))
     print(f"{os.cpu_count()} cores; {versions('zarr', 'numpy', 'distributed')}")
-    print(f"{len(found)} rounds, {BLOCKS} blocks; uninterrupted run {wall:.1f} s")
+    print(f"{len(found)} rounds, {options.blocks} blocks; uninterrupted run {wall:.1f} s")
     for kind, number in Counter(round.kind for round in found).items():
         hit = sum(round.inside for round in found if round.kind == kind)
         print(f"{kind} killed: {number} rounds, {hit} of them inside a write")
@@ -168,8 +175,8 @@ def main() -> None:
     print("no block lost, half-written or falsely marked; all bits equal")
 
 
-def _start(folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, __file__, "--drive", str(folder)]
+def _start(folder: Path, blocks: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, __file__, "--drive", str(folder), "--blocks", str(blocks)]
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
@@ -216,20 +223,9 @@ def _marks(folder: Path) -> dict[int, int]:
 
 def _inside(folder: Path) -> bool:
     """Whether a block has objects and no mark, or an object is half-written."""
-    try:
-        names = os.listdir(folder / "store/bias/c")
-    except FileNotFoundError:
-        names = []
-    marked = _marks(folder)
-    for block in range(BLOCKS):
-        if block not in marked:
-            if str(block) in names:
-                return True
-            if any(
-                (folder / "store" / file).exists() for file in object_files(SPEC, "scores", block)
-            ):
-                return block not in _marks(folder)
-    return any(True for _ in (folder / "store").rglob("*.partial"))
+    arrays = [folder / "store/bias/c", folder / "store/scores/c/0"]
+    blocks = {path.name.split(".")[0] for array in arrays for path in array.glob("*")}
+    return bool({int(block) for block in blocks} - _marks(folder).keys())
 
 
 def _check_marks(folder: Path) -> None:
