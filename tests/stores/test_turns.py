@@ -88,7 +88,7 @@ def store(tmp_path):
 
 
 def locks(store):
-    return sorted(path.name for path in Path(store.path, "done").glob("*.lock"))
+    return sorted(path.name for path in Path(store.path, "done").glob("*.lock.partial"))
 
 
 def test_the_turn_of_a_failed_block_is_given_on(store):
@@ -97,7 +97,7 @@ def test_the_turn_of_a_failed_block_is_given_on(store):
     with turn(store.path, 1) as pending:
         assert pending
         store.write_block(1, {"mask": np.ones(1, bool)})
-        assert locks(store) == ["1.lock"]
+        assert locks(store) == ["1.lock.partial"]
     assert locks(store) == []
     with turn(store.path, 1) as pending:
         assert not pending
