@@ -1,5 +1,6 @@
 """Arrays on disk: blocks written once, read lazily or row by row, computed by workers."""
 
+from stores.advance import BlockCancelled, advance
 from stores.jobs import BlocksFailed, pickle_by_value, run_blocks
 from stores.layout import score_block
 from stores.places import Place, Where, place, read_file, write_file
@@ -8,6 +9,7 @@ from stores.removal import Remains, take_rows_out, taken_out
 from stores.rows import column, gather, mapped, total
 from stores.schema import ArraySpec, StoreSpec
 from stores.store import Store
+from stores.turns import in_turns
 from stores.writing import BlockDone, BlockWriter
 
 __all__ = [
@@ -39,6 +41,9 @@ __all__ = [
     "taken_out",
     # Blocks as tasks
     "run_blocks",
+    "in_turns",
+    "advance",
+    "BlockCancelled",
     "BlocksFailed",
     "pickle_by_value",
 ]

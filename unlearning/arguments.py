@@ -107,6 +107,8 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--forget", nargs="+", required=True, metavar="SPEC")
     evaluate.add_argument("--methods", nargs="+", required=True, metavar="NAME,NAME")
     evaluate.add_argument("--n-models", type=int, default=100)
+    text = "also score how predictors rank subsets (LDS), on so many models"
+    evaluate.add_argument("--lds-models", type=int, default=0, metavar="M", help=text)
     _predictor(evaluate)
     evaluate.add_argument("--out", metavar="FILE.json")
     status = _verb(verbs, "status", "what a run holds and what is pending")
@@ -115,7 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
     purge = _verb(verbs, "purge", "take rows out of everything that a run holds of them")
     _forget(purge, required=False)
     report = _verb(verbs, "report", "write the report of an evaluation")
-    report.add_argument("--thumbnails", action="store_true", help="show the forgotten images")
+    report.add_argument("--thumbnails", action="store_true", help="show images of rows")
     report.add_argument("--out", metavar="FILE.html")
     return parser
 
@@ -130,7 +132,9 @@ def _verb(verbs: Any, name: str, text: str) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, metavar="W", help="processes; 0: this one")
-    parser.add_argument("--scheduler", metavar="ADDRESS", help="an existing dask scheduler")
+    parser.add_argument(
+        "--scheduler", metavar="ADDRESS", help="a dask scheduler; 1 thread a worker"
+    )
     return parser
 
 
