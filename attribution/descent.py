@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.optim.sgd import sgd
 
 from attribution.task import State
 from attribution.tracing import trace
@@ -19,6 +21,7 @@ from attribution.tracing import trace
 Cotangent = Callable[[Tensor, Tensor, Tensor], Tensor]
 Gradients = Callable[["Batch"], Sequence[Tensor]]
 Project = Callable[[State], State]
+Update = Callable[[Sequence[Tensor], float], None]
 
 
 @dataclass(frozen=True)
@@ -50,24 +53,45 @@ class SGD:
     momentum: float = 0.0
     weight_decay: float = 0.0
 
-    def bind(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """The optimiser of these tensors."""
-        return torch.optim.SGD(
-            parameters,
-            lr=0.0,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            fused=_fusible(parameters),
-        )
+    def bind(self, parameters: Sequence[Tensor]) -> Update:
+        """The update of these tensors, which keeps their momentum."""
+        held = list(parameters)
+        velocity = [torch.zeros_like(tensor) for tensor in held] if self.momentum else []
+        settings: dict[str, Any] = {
+            "weight_decay": self.weight_decay,
+            "momentum": self.momentum,
+            "dampening": 0.0,
+            "nesterov": False,
+            "maximize": False,
+            "fused": _fusible(held),
+        }
+
+        def update(gradients: Sequence[Tensor], rate: float) -> None:
+            # The function inside torch.optim.SGD: the class takes longer than the kernel.
+            sgd(held, _laid_out(gradients, held), velocity, lr=rate, **settings)
+
+        return update
 
 
 @dataclass(frozen=True)
 class Adam:
     """Adam with its usual constants (.9, .999, 1e-8) and no weight decay."""
 
-    def bind(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """The optimiser of these tensors."""
-        return torch.optim.Adam(parameters, lr=0.0, fused=_fusible(parameters))
+    def bind(self, parameters: Sequence[Tensor]) -> Update:
+        """The update of these tensors, which keeps their moments."""
+        optimizer = torch.optim.Adam(parameters, lr=0.0, fused=_fusible(parameters))
+        (group,) = optimizer.param_groups
+
+        def update(gradients: Sequence[Tensor], rate: float) -> None:
+            group["lr"] = rate
+            laid_out = _laid_out(gradients, parameters)
+            for tensor, gradient in zip(parameters, laid_out, strict=True):
+                tensor.grad = gradient
+            optimizer.step()
+            # The next gradients then take the same memory, still in the cache.
+            optimizer.zero_grad()
+
+        return update
 
 
 Optimizer = SGD | Adam
@@ -75,6 +99,16 @@ Optimizer = SGD | Adam
 
 def _fusible(parameters: Sequence[Tensor]) -> bool:
     return parameters[0].device.type in ("cpu", "cuda")
+
+
+def _laid_out(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    # Fused kernels walk through memory and would take a transposed gradient as it lies.
+    return [
+        gradient
+        if gradient.stride() == tensor.stride()
+        else torch.empty_like(tensor).copy_(gradient)
+        for gradient, tensor in zip(gradients, parameters, strict=True)
+    ]
 
 
 def stack(states: Sequence[Mapping[str, Tensor]]) -> State:
@@ -182,11 +216,16 @@ def _many_gradients(
         return gradients  # type: ignore[no-any-return]
 
     held = {name: tensor.detach() for name, tensor in parameters.items()}
+
     # Held, not given: the recording then makes views of the parameters only once.
-    traced = trace(partial(vmap(one), held, rest), first.tensors)
+    def all_of(*rows: Tensor) -> list[Tensor]:
+        return list(vmap(one)(held, rest, rows).values())
+
+    replay = trace(all_of, *first.tensors).forward
 
     def gradients(batch: Batch) -> list[Tensor]:
-        return list(traced(batch.tensors).values())
+        taken: list[Tensor] = replay(*batch.tensors)
+        return taken
 
     return gradients
 
@@ -232,7 +271,8 @@ class Descent:
         self.module = deepcopy(module).train(training)
         self.parameters, self.rest = split_state(self.module, self._held(state, many))
         self.cotangent, self.project, self.many = cotangent, project, many
-        self.optimizer = optimizer.bind(list(self.parameters.values()))
+        self.optimizer = optimizer
+        self.update = optimizer.bind(list(self.parameters.values()))
         self.gradients: Gradients | None = None
 
     def _held(self, state: State, many: bool) -> State:
@@ -254,22 +294,15 @@ class Descent:
         """One step at this learning rate."""
         if self.gradients is None:
             self.gradients = self._bind(batch)
-        tensors = list(self.parameters.values())
-        before = [tensor.clone() for tensor in tensors] if self.project else []
-        for tensor, gradient in zip(tensors, self._allowed(self.gradients(batch)), strict=True):
-            tensor.grad = gradient
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        # The next gradients then take the same memory, still in the cache.
-        self.optimizer.zero_grad()
+        before = [each.clone() for each in self.parameters.values()] if self.project else []
+        self.update(self._allowed(self.gradients(batch)), rate)
         if self.project:
             self._apply_projected(before, self.project)
 
     def _allowed(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
         # Adam rescales each number, so that the projection of its step may lead uphill unless
         # its gradient was projected too.
-        if self.project is None or not isinstance(self.optimizer, torch.optim.Adam):
+        if self.project is None or not isinstance(self.optimizer, Adam):
             return gradients
         named = dict(zip(self.parameters, gradients, strict=True))
         return list(self.project(named).values())

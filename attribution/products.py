@@ -106,9 +106,6 @@ def can_multiply(a: Tensor, b: Tensor) -> bool:
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """Products of pairs of matrices, out_m = a_m b_m, on one thread.
 
-    Narrow products lie transposed in memory: they are computed faster so, and so is what is done
-    to each of their rows afterwards.
-
     Args:
         a: left matrices, [model, row, inner], float32.
         b: right matrices, [model, inner, column], float32.
@@ -124,6 +121,31 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return _product(a.shape, a.stride(), b.shape, b.stride())(a, b)
 
 
+def is_narrow(a: Tensor, b: Tensor) -> bool:
+    """Whether the products of these have so few columns that `multiply_narrow` is faster."""
+    return b.shape[2] < NARROW <= a.shape[1]
+
+
+def multiply_narrow(a: Tensor, b: Tensor) -> Tensor:
+    """Products of pairs of matrices like `multiply`, that lie transposed in memory.
+
+    Few columns leave vector registers half empty, here and wherever a kernel goes along the rows
+    of the product afterwards; many rows fill them.
+
+    Args:
+        a: left matrices, [model, row, inner], float32.
+        b: right matrices, [model, inner, column], float32.
+
+    Returns:
+        Products, [model, row, column], the rows beside each other.
+
+    Example:
+        >>> multiply_narrow(torch.ones(2, 30, 4), torch.ones(2, 4, 5)).shape
+        torch.Size([2, 30, 5])
+    """
+    return multiply(b.mT, a.mT).mT
+
+
 @lru_cache(maxsize=1024)
 def _product(
     shape: _Shape, stride: _Shape, right_shape: _Shape, right_stride: _Shape
@@ -134,11 +156,9 @@ def _product(
         return torch.bmm
     models, rows, inner = shape
     columns = right_shape[2]
-    if columns < NARROW <= rows:
-        turned = _strided(library, (models, columns, rows, inner), _flip(right), _flip(left))
-        return lambda a, b: turned(b, a).mT
-    if left[0] == PLAIN and right[0] == TRANSPOSED and stride == (rows * inner, inner, 1):
-        # OpenBLAS is slow where both sides lie along the inner axis.
+    along = left[0] == PLAIN and right[0] == TRANSPOSED
+    if along and min(rows, columns) >= NARROW and stride == (rows * inner, inner, 1):
+        # OpenBLAS is slow where both sides lie along the inner axis, slower than with a copy.
         beside = (TRANSPOSED, models * rows, rows)
         product = _strided(library, (models, rows, columns, inner), beside, right)
         turn = _transposition(library, models * rows, inner)
@@ -154,10 +174,6 @@ def _layout(shape: _Shape, stride: _Shape) -> _Layout | None:
     if row == 1 and column >= rows:
         return TRANSPOSED, column, model
     return None
-
-
-def _flip(layout: _Layout) -> _Layout:
-    return TRANSPOSED + PLAIN - layout[0], *layout[1:]
 
 
 def _strided(

@@ -305,13 +305,13 @@ def _steps(
     inputs, labels = data
     weights = row_weights(order, inputs.dtype)
     # Padding takes the last row, as it does in `take`.
-    places = order % len(inputs)
+    places = torch.where(order < 0, len(inputs) - 1, order)
     nothing = torch.zeros(*order.shape[1:], 0, device=inputs.device)
     per_epoch = len(order) // recipe.epochs
-    for step, rate in enumerate(recipe.rates(len(order))):
-        now = order[step]
-        x = _augmented(recipe, _rows(inputs, places[step]), now, seeds, step // per_epoch)
-        batch = Batch(x, _rows(labels, places[step]), weights[step], nothing)
+    each = zip(order, places, weights, recipe.rates(len(order)), strict=True)
+    for step, (now, place, weight, rate) in enumerate(each):
+        x = _augmented(recipe, _rows(inputs, place), now, seeds, step // per_epoch)
+        batch = Batch(x, _rows(labels, place), weight, nothing)
         if now.ndim == 1 and (step + 1) % per_epoch == 0:
             now, batch = now[now != PADDING], _without_padding(batch)
         yield Step(now, batch, float(rate))
