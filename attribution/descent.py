@@ -16,11 +16,12 @@ from torch.func import functional_call, vjp, vmap
 from torch.optim.sgd import sgd
 
 from attribution.task import State
-from attribution.tracing import trace
+from attribution.tracing import Recording, record
 
 Cotangent = Callable[[Tensor, Tensor, Tensor], Tensor]
 Gradients = Callable[["Batch"], Sequence[Tensor]]
 Project = Callable[[State], State]
+Recordings = dict[tuple[Any, ...], Recording]
 Update = Callable[[Sequence[Tensor], float], None]
 
 
@@ -56,7 +57,9 @@ class SGD:
     def bind(self, parameters: Sequence[Tensor]) -> Update:
         """The update of these tensors, which keeps their momentum."""
         held = list(parameters)
-        velocity = [torch.zeros_like(tensor) for tensor in held] if self.momentum else []
+        velocity: list[Tensor | None] = []
+        if self.momentum:
+            velocity += [torch.zeros_like(tensor) for tensor in held]
         settings: dict[str, Any] = {
             "weight_decay": self.weight_decay,
             "momentum": self.momentum,
@@ -206,7 +209,13 @@ def _call(module: nn.Module, rest: State, inputs: Tensor, parameters: State) -> 
 
 
 def _many_gradients(
-    module: nn.Module, parameters: State, rest: State, cotangent: Cotangent, first: Batch
+    module: nn.Module,
+    parameters: State,
+    rest: State,
+    cotangent: Cotangent,
+    first: Batch,
+    *,
+    recordings: Recordings,
 ) -> Gradients:
     def one(p: State, b: State, rows: tuple[Tensor, ...]) -> State:
         inputs, labels, weight, targets = rows
@@ -215,17 +224,21 @@ def _many_gradients(
         (gradients,) = pullback(cotangent(outputs, labels, targets) * weight.unsqueeze(-1))
         return gradients  # type: ignore[no-any-return]
 
-    held = {name: tensor.detach() for name, tensor in parameters.items()}
+    def many(*tensors: Tensor) -> list[Tensor]:
+        each = iter(tensors)
+        p, b = ({name: next(each) for name in state} for state in (parameters, rest))
+        return list(vmap(one)(p, b, tuple(each)).values())
 
-    # Held, not given: the recording then makes views of the parameters only once.
-    def all_of(*rows: Tensor) -> list[Tensor]:
-        return list(vmap(one)(held, rest, rows).values())
+    held = [tensor.detach() for tensor in (*parameters.values(), *rest.values())]
+    taken = (*held, *first.tensors)
+    key = tuple((x.shape, x.stride(), x.dtype, x.device) for x in taken)
+    if key not in recordings:
+        recordings[key] = record(many, held, first.tensors)
+    replay = recordings[key].bind(*held)
 
-    replay = trace(all_of, *first.tensors).forward
-
-    def gradients(batch: Batch) -> list[Tensor]:
-        taken: list[Tensor] = replay(*batch.tensors)
-        return taken
+    def gradients(batch: Batch) -> Sequence[Tensor]:
+        pulled: list[Tensor] = replay(*batch.tensors)
+        return pulled
 
     return gradients
 
@@ -255,6 +268,8 @@ class Descent:
         many: whether the state is stacked.
         training: whether the forward pass runs in train mode (BatchNorm statistics then move).
         project: maps each update, by parameter name, to the update that is made instead.
+        recordings: of earlier descents with the same structure, cotangent and mode, by the shapes
+            of what they took; a new one is added. Recording takes as long as many steps.
     """
 
     def __init__(
@@ -267,12 +282,14 @@ class Descent:
         many: bool,
         training: bool = False,
         project: Project | None = None,
+        recordings: Recordings | None = None,
     ) -> None:
         self.module = deepcopy(module).train(training)
         self.parameters, self.rest = split_state(self.module, self._held(state, many))
         self.cotangent, self.project, self.many = cotangent, project, many
         self.optimizer = optimizer
         self.update = optimizer.bind(list(self.parameters.values()))
+        self.recordings = {} if recordings is None else recordings
         self.gradients: Gradients | None = None
 
     def _held(self, state: State, many: bool) -> State:
@@ -287,7 +304,14 @@ class Descent:
     def _bind(self, first: Batch) -> Gradients:
         if not self.many:
             return _one_gradients(self.module, self.parameters, self.cotangent)
-        return _many_gradients(self.module, self.parameters, self.rest, self.cotangent, first)
+        return _many_gradients(
+            self.module,
+            self.parameters,
+            self.rest,
+            self.cotangent,
+            first,
+            recordings=self.recordings,
+        )
 
     @torch.no_grad()
     def step(self, batch: Batch, rate: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from attribution.descent import stack, unstack, why_one_by_one
+from attribution.descent import Recordings, stack, unstack, why_one_by_one
 from attribution.forget import ForgetSet
 from attribution.model import Model, check_state
 from attribution.outputs import Array, evaluate, evaluate_many, target_margins
@@ -151,6 +151,8 @@ class _TrainBlock:
     seed: int
     many: bool
     device: str
+    # A worker keeps this object for all its blocks.
+    recordings: Recordings = field(default_factory=dict, repr=False)
 
     def __call__(self, block: int) -> None:
         store = Store.open(self.path, "ensemble")
@@ -166,7 +168,9 @@ class _TrainBlock:
     def _trained(self, subsets: list[Any], indices: range) -> list[State]:
         device = torch.device(self.device)
         if self.many:
-            return train_many(self.task, subsets, self.seed, indices, device)
+            return train_many(
+                self.task, subsets, self.seed, indices, device, recordings=self.recordings
+            )
         pairs = zip(subsets, indices, strict=True)
         states = [train_one(self.task, rows, self.seed, i, device) for rows, i in pairs]
         for index, state in zip(indices, states, strict=True):
