@@ -9,7 +9,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -180,32 +180,45 @@ def _strided(
     library: ctypes.CDLL, sizes: tuple[int, int, int, int], left: _Layout, right: _Layout
 ) -> Callable[[Tensor, Tensor], Tensor]:
     models, rows, columns, _ = sizes
-    # Numbers are turned into those of C here, once, because that takes as long as the call.
-    order = [ctypes.c_int(x) for x in (ROW_MAJOR, left[0], right[0], *sizes[1:])]
-    one, nothing = ctypes.c_float(1.0), ctypes.c_float(0.0)
-    steps, right_steps, out_steps = (
-        [ctypes.c_int(x) for x in numbers]
-        for numbers in (left[1:], right[1:], (columns, rows * columns, models))
+    # Numbers are turned into those of C here, once, because that takes longer than the call.
+    whole = [ctypes.c_int(x) for x in (ROW_MAJOR, left[0], right[0], *sizes[1:])]
+    call = partial(library.scipy_cblas_sgemm_batch_strided, *whole, ctypes.c_float(1.0))
+    row, model, right_row, right_model, count = map(ctypes.c_int, (*left[1:], *right[1:], models))
+    nothing, out_row, out_model = (
+        ctypes.c_float(0.0),
+        ctypes.c_int(columns),
+        ctypes.c_int(rows * columns),
     )
-    call = library.scipy_cblas_sgemm_batch_strided
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         out = torch.empty(models, rows, columns)
-        a_at, b_at, out_at = a.data_ptr(), b.data_ptr(), out.data_ptr()
-        call(*order, one, a_at, *steps, b_at, *right_steps, nothing, out_at, *out_steps)
+        at, right_at, out_at = a.data_ptr(), b.data_ptr(), out.data_ptr()
+        call(
+            at,
+            row,
+            model,
+            right_at,
+            right_row,
+            right_model,
+            nothing,
+            out_at,
+            out_row,
+            out_model,
+            count,
+        )
         return out
 
     return product
 
 
 def _transposition(library: ctypes.CDLL, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
-    order = [ctypes.c_int(x) for x in (ROW_MAJOR, TRANSPOSED, rows, columns)]
-    one, step, turned_step = ctypes.c_float(1.0), ctypes.c_int(columns), ctypes.c_int(rows)
-    call = library.scipy_cblas_somatcopy
+    whole = [ctypes.c_int(x) for x in (ROW_MAJOR, TRANSPOSED, rows, columns)]
+    call = partial(library.scipy_cblas_somatcopy, *whole, ctypes.c_float(1.0))
+    row, out_row = ctypes.c_int(columns), ctypes.c_int(rows)
 
     def transposed(x: Tensor) -> Tensor:
         out = torch.empty(columns, rows)
-        call(*order, one, x.data_ptr(), step, out.data_ptr(), turned_step)
+        call(x.data_ptr(), row, out.data_ptr(), out_row)
         return out
 
     return transposed

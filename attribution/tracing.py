@@ -107,7 +107,7 @@ def record(
         example: the others, of the shapes that they will have.
 
     Returns:
-        The recording. Random numbers drawn meanwhile do not move torch's generators.
+        The recording.
 
     Example:
         >>> from torch.func import vmap
@@ -115,9 +115,7 @@ def record(
         >>> double(torch.tensor([1.0, 2.0, 3.0]))
         tensor([2., 4., 6.])
     """
-    devices = {x.device for x in (*held, *example) if x.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        traced = make_fx(function)(*held, *example)
+    traced = make_fx(function)(*held, *example)
     assert isinstance(traced, GraphModule)
     nodes = list(traced.graph.nodes)
     # A kernel that works in place would reach the arguments through a copy that is left out.
