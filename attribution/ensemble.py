@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from attribution.descent import stack, unstack, why_one_by_one
+from attribution.descent import Recordings, stack, unstack, why_one_by_one
 from attribution.devices import visible_gpus
 from attribution.forget import ForgetSet
 from attribution.model import Model, check_state
@@ -164,6 +164,8 @@ class _TrainBlock:
     seed: int
     many: bool
     device: str
+    # A worker keeps this object for all its blocks.
+    recordings: Recordings = field(default_factory=dict, repr=False)
 
     def __call__(self, block: int) -> None:
         store = Store.open(self.path, "ensemble")
@@ -179,7 +181,9 @@ class _TrainBlock:
     def _trained(self, subsets: list[Any], indices: range) -> list[State]:
         device = torch.device(self.device)
         if self.many:
-            return train_many(self.task, subsets, self.seed, indices, device)
+            return train_many(
+                self.task, subsets, self.seed, indices, device, recordings=self.recordings
+            )
         if self.task.train is None:
             states = train_many(self.task, subsets, self.seed, indices, device, many=False)
         else:
