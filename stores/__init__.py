@@ -1,22 +1,32 @@
 """Arrays on disk: blocks written once, read lazily or row by row, computed by workers."""
 
 from stores.jobs import BlocksFailed, pickle_by_value, run_blocks
+from stores.layout import score_block
+from stores.places import Place, Where, place
 from stores.provenance import Provenance, check_provenance, digest, versions
-from stores.rows import gather, mapped, total
+from stores.rows import column, gather, mapped, total
 from stores.schema import ArraySpec, StoreSpec
-from stores.store import BlockDone, Store
+from stores.store import Store
+from stores.writing import BlockDone, BlockWriter
 
 __all__ = [
     # What a store holds, and what made it
     "ArraySpec",
     "StoreSpec",
+    "score_block",
     "Provenance",
     "check_provenance",
     "digest",
     "versions",
+    # Where they lie
+    "Place",
+    "Where",
+    "place",
     # Arrays on disk
     "Store",
     "BlockDone",
+    "BlockWriter",
+    "column",
     "gather",
     "mapped",
     "total",

@@ -1,9 +1,7 @@
-"""Making the folder of a store: written aside under another name, then renamed."""
+"""Making a store: written aside under another name, then moved."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,11 +12,12 @@ import zarr
 from numpy.dtypes import StringDType
 from zarr.codecs import BloscCodec
 
+from stores.places import Place
 from stores.schema import AXES, SCHEMA_PREFIX, SCHEMA_VERSION, Json, StoreSpec, check_name
 
 
-def create_folder(
-    path: str,
+def create_group(
+    place: Place,
     spec: StoreSpec,
     attributes: Mapping[str, Json],
     constants: Mapping[str, np.ndarray],
@@ -27,35 +26,36 @@ def create_folder(
     """Create a zarr group with empty arrays, all constants and all ids.
 
     Args:
-        path: The folder to create.
+        place: Where to create it.
         spec: Its arrays.
         attributes: What the root holds beside schema, specification and state.
         constants: Small arrays by name, written whole.
         ids: The ids of the rows by axis.
 
     Raises:
-        ValueError: The path exists or cannot be written, or constants or ids are unusable.
+        ValueError: The place is taken or cannot be written, or constants or ids are unusable.
 
     Example:
         >>> import tempfile
+        >>> from stores.places import place
         >>> from stores.schema import ArraySpec
         >>> spec = StoreSpec("masks", "model", 2, {"mask": ArraySpec(("model",), (3,), "bool")})
-        >>> create_folder(tempfile.mkdtemp() + "/masks", spec, {}, {}, {"model": ["a", "b", "c"]})
+        >>> where = place(tempfile.mkdtemp()) / "masks"
+        >>> create_group(where, spec, {}, {}, {"model": ["a", "b", "c"]})
     """
-    if os.path.lexists(path):
-        raise ValueError(f"{path} exists already; open it, or give another folder")
+    if place.taken():
+        raise ValueError(f"{place} exists already; open it, or give another folder")
     _check_constants(spec, constants)
     check_ids(spec, ids)
-    aside = f"{path}.{uuid.uuid4().hex}.tmp"
+    aside = place.parent / f"{place.name}.{uuid.uuid4().hex}.tmp"
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         _write(aside, spec, attributes, constants, ids)
         # A store is there as a whole or not at all, even if this process is killed.
-        os.rename(aside, path)
+        aside.move(place)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error}; give a folder you may write") from error
+        raise ValueError(f"cannot write {place}: {error}; give a folder you may write") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        aside.clear()
 
 
 def check_ids(spec: StoreSpec, ids: Mapping[str, Sequence[str]]) -> None:
@@ -111,13 +111,13 @@ def _check_constants(spec: StoreSpec, constants: Mapping[str, np.ndarray]) -> No
 
 
 def _write(
-    path: str,
+    place: Place,
     spec: StoreSpec,
     attributes: Mapping[str, Json],
     constants: Mapping[str, np.ndarray],
     ids: Mapping[str, Sequence[str]],
 ) -> None:
-    group = zarr.create_group(path, attributes=_root(spec, attributes, constants, ids))
+    group = zarr.create_group(place.zarr(), attributes=_root(spec, attributes, constants, ids))
     for name in spec.arrays:
         _create_array(group, spec, name)
     for name, value in constants.items():

@@ -14,10 +14,7 @@ from typing import final
 import numpy as np
 from zarr.storage import LocalStore
 
-from stores.places import Place
-
-# Ranges that the system is told of before they are read, so that it reads ahead on a slow disk.
-_AHEAD = 256
+from stores.places import Place, Range, check_size
 
 
 @final
@@ -52,20 +49,26 @@ class Folder(Place):
         """Content of a file."""
         return pathlib.Path(self._path(name)).read_bytes()
 
-    def read_ranges(self, name: str, starts: Sequence[int], into: np.ndarray) -> None:
-        """Read ranges of equal length from a file."""
-        length = into.shape[1]
-        with _opened(self._path(name)) as handle:
-            for first in range(0, len(starts), _AHEAD):
-                part = starts[first : first + _AHEAD]
-                if hasattr(os, "posix_fadvise"):
-                    for start in part:
-                        os.posix_fadvise(handle, start, length, os.POSIX_FADV_WILLNEED)
-                for start, row in zip(part, into[first : first + _AHEAD], strict=True):
-                    _read_whole(handle, start, row.data, self._path(name))
+    @property
+    def at_once(self) -> int:
+        """Bytes that are best asked for at once: what fits a processor's cache."""
+        return 4 * 2**20
+
+    def read_ranges(self, ranges: Sequence[Range], size: int, into: np.ndarray) -> None:
+        """Read ranges of equal length from files of equal size."""
+        with _Handles(self.url, size) as handles:
+            opened = [(handles[name], start) for name, start in ranges]
+            if hasattr(os, "posix_fadvise"):
+                for handle, start in opened:
+                    os.posix_fadvise(handle, start, into.shape[1], os.POSIX_FADV_WILLNEED)
+            for (handle, start), row in zip(opened, into, strict=True):
+                if os.preadv(handle, [row.data], start) != into.shape[1]:
+                    raise ValueError(f"a file of {self} was cut short while it was read; try again")
 
     def mapped(self, name: str) -> np.ndarray:
         """Content of a file, mapped from the disk."""
+        if not self.size(name):
+            return np.empty(0, np.uint8)  # the system maps no empty file
         # Writable without effect on the file: torch takes no read-only arrays.
         return np.asarray(np.memmap(self._path(name), np.uint8, mode="c"))
 
@@ -126,6 +129,26 @@ class Folder(Place):
         return f"{self.url}/{name}" if name else self.url
 
 
+class _Handles(dict[str, int]):
+    """Open files of a folder by name, each of the size it must have."""
+
+    def __init__(self, folder: str, size: int) -> None:
+        self.folder, self.expected = folder, size
+
+    def __missing__(self, name: str) -> int:
+        path = f"{self.folder}/{name}"
+        self[name] = handle = os.open(path, os.O_RDONLY)
+        check_size(path, os.fstat(handle).st_size, self.expected)
+        return handle
+
+    def __enter__(self) -> _Handles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.values():
+            os.close(handle)
+
+
 @contextmanager
 def _opened(path: str) -> Iterator[int]:
     handle = os.open(path, os.O_RDONLY)
@@ -133,14 +156,3 @@ def _opened(path: str) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
-
-
-def _read_whole(handle: int, start: int, into: memoryview, path: str) -> None:
-    while len(into):
-        count = os.preadv(handle, [into], start)
-        if not count:
-            raise ValueError(
-                f"expected {len(into)} more bytes at {start} in {path}, got its end; "
-                "find the damaged blocks with verify() and discard() them"
-            )
-        start, into = start + count, into[count:]

@@ -15,8 +15,8 @@ from distributed import Client, KilledWorker, WorkerPlugin, as_completed, get_wo
 from tqdm import tqdm
 
 from stores.blocks import name_blocks
-from stores.store import BlockDone
 from stores.workers import local_client, stop_local_workers
+from stores.writing import BlockDone
 
 _Work: TypeAlias = Callable[[int], None]
 _Outcome: TypeAlias = tuple[int, BaseException | None]

@@ -14,6 +14,9 @@ from zarr.abc.store import Store as ZarrStore
 Where: TypeAlias = "str | os.PathLike[str] | Place"
 """What names a place: a path, an address such as s3://bucket/prefix, or a place itself."""
 
+Range: TypeAlias = tuple[str, int]
+"""Name of a file and number of a byte in it."""
+
 
 @dataclass(frozen=True)
 class Place(ABC):
@@ -69,18 +72,23 @@ class Place(ABC):
             FileNotFoundError: There is none.
         """
 
+    @property
     @abstractmethod
-    def read_ranges(self, name: str, starts: Sequence[int], into: np.ndarray) -> None:
-        """Read ranges of equal length from a file.
+    def at_once(self) -> int:
+        """Bytes that are best asked for in one call of `read_ranges`."""
+
+    @abstractmethod
+    def read_ranges(self, ranges: Sequence[Range], size: int, into: np.ndarray) -> None:
+        """Read ranges of equal length from files of equal size.
 
         Args:
-            name: The file.
-            starts: First byte of each range.
-            into: Bytes, uint8 [range, length], C-contiguous; filled in the order of the starts.
+            ranges: Name of the file and first byte of each range; those of one file stand together.
+            size: Bytes that each of the files must have.
+            into: Bytes, uint8 [range, length], C-contiguous; filled in the order of the ranges.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: A range ends behind the end of the file.
+            ValueError: A file has another size.
         """
 
     @abstractmethod
@@ -172,3 +180,28 @@ def place(where: Where) -> Place:
     from stores.folder import Folder
 
     return Folder(os.path.abspath(text))
+
+
+def check_size(where: str, found: int, expected: int) -> None:
+    """Refuse a file of another size than it must have.
+
+    Args:
+        where: The file, for the message.
+        found: Its bytes.
+        expected: The bytes it must have.
+
+    Raises:
+        ValueError: They differ.
+
+    Example:
+        >>> check_size("runs/a/scores/c/0", 12, 16)
+        Traceback (most recent call last):
+            ...
+        ValueError: expected 16 bytes in runs/a/scores/c/0, got 12; find the damaged blocks with \
+verify() and discard() them
+    """
+    if found != expected:
+        raise ValueError(
+            f"expected {expected} bytes in {where}, got {found}; "
+            "find the damaged blocks with verify() and discard() them"
+        )

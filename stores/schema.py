@@ -11,7 +11,7 @@ import numpy as np
 Json: TypeAlias = Any
 """A value that JSON can hold: None, bool, int, finite float, str, lists and dicts of them."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA_PREFIX = "datamodel-matching."
 AXES = ("model", "train", "target", "output", "feature")
 OBJECT_BYTES = 16 * 2**20  # the largest storage object the default cut makes
@@ -31,6 +31,8 @@ class ArraySpec:
         rows: Chunk length along the first axis that is not the store's block axis; None cuts
             that axis evenly so that a storage object stays within 16 MiB.
         compress: Whether blosc (zstd, bitshuffle) is worth it; it switches off direct reads.
+        scale: Name of the array, without the first axis, by which the values are to be multiplied.
+        sum: Name of the array, without the first axis, that holds the sum over it, multiplied.
 
     Raises:
         ValueError: The fields contradict each other.
@@ -45,6 +47,8 @@ class ArraySpec:
     dtype: str
     rows: int | None = None
     compress: bool = False
+    scale: str | None = None
+    sum: str | None = None
 
     def __post_init__(self) -> None:
         """Check that axes, shape and dtype fit together."""
@@ -89,6 +93,7 @@ class StoreSpec:
         _check_store(self)
         for name, array in self.arrays.items():
             _check_array(self, name, array)
+            _check_companions(self.arrays, name)
         _check_lengths(self.arrays)
 
     @property
@@ -246,6 +251,9 @@ def _array_from_json(value: Mapping[str, Json]) -> ArraySpec:
         dtype=value["dtype"],
         rows=value["rows"],
         compress=value["compress"],
+        # Stores of schema version 1 have neither.
+        scale=value.get("scale"),
+        sum=value.get("sum"),
     )
 
 
@@ -302,6 +310,19 @@ def _check_array(spec: StoreSpec, name: str, array: ArraySpec) -> None:
     if not others or not 1 <= array.rows <= others[0]:
         limit = f"1 to {others[0]}" if others else "None, as no axis is left to cut"
         raise ValueError(f"expected rows of array {name!r} to be {limit}; got {array.rows}")
+
+
+def _check_companions(arrays: Mapping[str, ArraySpec], name: str) -> None:
+    axes, shape = arrays[name].axes[1:], arrays[name].shape[1:]
+    for other in (arrays[name].scale, arrays[name].sum):
+        if other is None:
+            continue
+        found = arrays.get(other)
+        if found is None or (found.axes, found.shape) != (axes, shape):
+            raise ValueError(
+                f"expected an array {other!r} with axes {axes} and shape {shape} for {name!r}, "
+                f"got {found}"
+            )
 
 
 def check_name(name: str) -> None:

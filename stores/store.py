@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast, final
@@ -14,25 +12,17 @@ import dask.array
 import numpy as np
 import zarr
 
-from stores.blocks import (
-    check_block,
-    checksum,
-    mark_file,
-    marked,
-    refuse_pending,
-    refuse_unreadable,
-    region,
-)
-from stores.creation import create_folder
+from stores.blocks import mark_file, marked, refuse_pending, refuse_unreadable, region
+from stores.creation import create_group
+from stores.places import Place, Where, place
 from stores.provenance import Provenance, check_provenance, plain_json, refuse_differences
+from stores.roots import read_root, set_state
 from stores.schema import Json, StoreSpec, check_schema
+from stores.verification import sound
+from stores.writing import BlockWriter, writing
 
 if TYPE_CHECKING:
     import xarray
-
-
-class BlockDone(ValueError):
-    """A block is written already; blocks are write-once."""
 
 
 @final
@@ -44,7 +34,8 @@ class Store:
     killed leaves whole blocks only. Make one with `create`, `open` or `open_or_create`.
 
     Args:
-        path: Absolute path of the folder, a zarr group of version 3.
+        path: Absolute path of the folder, or address of the prefix in a bucket; a zarr group of
+            version 3.
         spec: Its arrays and blocks.
         provenance: What made it.
 
@@ -67,7 +58,7 @@ class Store:
 
     @staticmethod
     def create(  # noqa: PLR0917 - three optional parts of a store
-        path: str | os.PathLike[str],
+        path: Where,
         spec: StoreSpec,
         provenance: Provenance,
         constants: Mapping[str, np.ndarray] | None = None,
@@ -77,7 +68,7 @@ class Store:
         """Create a store whose blocks are all pending.
 
         Args:
-            path: Folder that does not exist yet.
+            path: Folder, or prefix in a bucket, where nothing is yet.
             spec: Arrays and blocks.
             provenance: What makes the store.
             constants: Small arrays by name, written whole.
@@ -95,11 +86,12 @@ class Store:
             "provenance": {"settings": provenance.settings, "recorded": provenance.recorded},
             "attributes": plain_json(attributes or {}, "attributes"),
         }
-        create_folder(os.path.abspath(path), spec, root, constants or {}, ids or {})
-        return Store(os.path.abspath(path), spec, provenance)
+        where = place(path)
+        create_group(where, spec, root, constants or {}, ids or {})
+        return Store(where.url, spec, provenance)
 
     @staticmethod
-    def open(path: str | os.PathLike[str], kind: str | None = None) -> Store:
+    def open(path: Where, kind: str | None = None) -> Store:
         """Open a store that exists.
 
         Args:
@@ -118,19 +110,19 @@ class Store:
                 ...
             ValueError: expected a store at ...nowhere, found none; create it, or correct the path
         """
-        where = os.path.abspath(path)
-        root = _read_root(where)
-        check_schema(root, where, kind)
+        where = place(path)
+        root = read_root(where)
+        check_schema(root, where.url, kind)
         provenance = root["provenance"]
         return Store(
-            where,
+            where.url,
             StoreSpec.from_json(root["spec"]),
             Provenance(provenance["settings"], provenance["recorded"]),
         )
 
     @staticmethod
     def open_or_create(  # noqa: PLR0917 - the arguments of create
-        path: str | os.PathLike[str],
+        path: Where,
         spec: StoreSpec,
         provenance: Provenance,
         constants: Mapping[str, np.ndarray] | None = None,
@@ -154,12 +146,12 @@ class Store:
             ValueError: The existing store differs, or a new one cannot be created.
             TypeError: As for `create`.
         """
-        if not os.path.lexists(path):
+        if not place(path).taken():
             try:
                 return Store.create(path, spec, provenance, constants, ids, attributes)
             except ValueError:
                 # Another process may have created it in between.
-                if not os.path.lexists(path):
+                if not place(path).taken():
                     raise
         store = Store.open(path, spec.kind)
         refuse_differences(store.spec.to_json(), spec.to_json(), store.path)
@@ -171,14 +163,24 @@ class Store:
         """Pickle the path only; whoever unpickles it opens the store anew."""
         return Store.open, (self.path,)
 
+    @cached_property
+    def place(self) -> Place:
+        """Where the store lies."""
+        return place(self.path)
+
     def done(self) -> list[int]:
         """Give the numbers of the blocks that are written."""
-        return sorted(marked(self.path))
+        return sorted(marked(self.place))
 
     def pending(self) -> list[int]:
         """Give the numbers of the blocks that are still to be written."""
-        done = marked(self.path)
+        done = marked(self.place)
         return [block for block in range(self.spec.blocks) if block not in done]
+
+    @property
+    def schema_version(self) -> int:
+        """Version of the schema that the store was written by."""
+        return int(self._root["schema_version"])
 
     @property
     def complete(self) -> bool:
@@ -202,15 +204,41 @@ class Store:
                 or a value that is not finite.
             TypeError: A value is no numpy array.
         """
-        check_block(self.spec, block, arrays)
-        if os.path.exists(mark_file(self.path, block)):
-            raise BlockDone(
-                f"block {block} of {self.path} is done already and blocks are write-once; "
-                "write pending() blocks only, or discard() it first"
+        self.spec.span(block)
+        if set(arrays) != set(self.spec.arrays):
+            raise ValueError(
+                f"expected the arrays {sorted(self.spec.arrays)} for block {block}, "
+                f"got {sorted(arrays)}"
             )
-        for name, value in arrays.items():
-            self._writable(name)[region(self.spec, name, block)] = value
-        self._writable("done")[block] = checksum(arrays)
+        with self.writing(block) as writer:
+            for name, value in arrays.items():
+                writer.append(name, value)
+
+    def writing(self, block: int) -> AbstractContextManager[BlockWriter]:
+        """Write one block slab by slab, so that it need not fit into memory, then mark it done.
+
+        Args:
+            block: Number of a pending block.
+
+        Returns:
+            A context that gives the writer; at its end every array must have been appended whole.
+
+        Raises:
+            ValueError: The block is done already, or a part of it is missing at the end.
+
+        Example:
+            >>> import tempfile
+            >>> from stores.schema import ArraySpec
+            >>> scores = ArraySpec(("train", "target"), (5, 2), "float32", rows=2)
+            >>> spec = StoreSpec("scores", "target", 2, {"scores": scores})
+            >>> store = Store.create(tempfile.mkdtemp() + "/scores", spec, Provenance({}))
+            >>> with store.writing(0) as writer:
+            ...     for rows in (2, 2, 1):
+            ...         writer.append("scores", np.zeros((rows, 2), np.float32))
+            >>> store.done()
+            [0]
+        """
+        return writing(self.place, self.spec, block)
 
     def numpy(self, name: str, block: int | None = None) -> np.ndarray:
         """Read an array, or one block of it, into memory.
@@ -225,7 +253,7 @@ class Store:
         Raises:
             ValueError: The array is unknown, or a block that is wanted is pending or damaged.
         """
-        refuse_unreadable(self.path, self.spec, name, None if block is None else [block])
+        refuse_unreadable(self.place, self.spec, name, None if block is None else [block])
         wanted = ... if block is None else region(self.spec, name, block)
         return np.asarray(self.array(name)[wanted])
 
@@ -286,7 +314,7 @@ class Store:
         Raises:
             ValueError: The array is unknown, or a block is pending or damaged.
         """
-        refuse_unreadable(self.path, self.spec, name)
+        refuse_unreadable(self.place, self.spec, name)
         lazy = dask.array.from_zarr(self.array(name), chunks=self.spec.chunks(name))
         return cast(dask.array.Array, lazy)
 
@@ -300,19 +328,9 @@ class Store:
             ImportError: xarray is not installed.
             ValueError: A block is pending or damaged.
         """
-        try:
-            import xarray
-        except ImportError as error:
-            raise ImportError(
-                "expected xarray for to_xarray; install it with "
-                "pip install 'datamodel-matching[xarray]'"
-            ) from error
-        for name in self.spec.arrays:
-            refuse_unreadable(self.path, self.spec, name)
-        dataset = xarray.open_zarr(self.path, consolidated=False, chunks={})
-        dataset = dataset.drop_vars("done").set_coords([f"{axis}_id" for axis in self._root["ids"]])
-        dataset.attrs = self.attributes
-        return cast("xarray.Dataset", dataset)
+        from stores.views import to_xarray
+
+        return to_xarray(self, self._root["ids"])
 
     def verify(self) -> list[int]:
         """Read all done blocks again and compare them with their checksums.
@@ -320,7 +338,7 @@ class Store:
         Returns:
             The numbers of the blocks that are damaged; `discard` makes them pending again.
         """
-        return [block for block in self.done() if not self._sound(block)]
+        return [block for block in self.done() if not sound(self, block)]
 
     def discard(self, block: int) -> None:
         """Take the mark off a block, so that it is pending and can be written again.
@@ -332,10 +350,10 @@ class Store:
             ValueError: The block is not done.
         """
         try:
-            os.remove(mark_file(self.path, block))
+            self.place.remove(mark_file(block))
         except FileNotFoundError as error:
             raise ValueError(f"expected a done block to discard, got block {block}") from error
-        self._set_state("open")
+        set_state(self.place, "open")
 
     def finalize(self) -> Store:
         """Declare the store complete and sweep what killed writers left behind.
@@ -346,15 +364,16 @@ class Store:
         Raises:
             ValueError: A block is pending.
         """
-        refuse_pending(self.path, range(self.spec.blocks))
-        for leftover in pathlib.Path(self.path).rglob("*.partial"):
-            leftover.unlink(missing_ok=True)
-        self._set_state("complete")
+        refuse_pending(self.place, range(self.spec.blocks))
+        for leftover in self.place.walk():
+            if leftover.endswith(".partial"):
+                self.place.remove(leftover)
+        set_state(self.place, "complete")
         return self
 
     @cached_property
     def _root(self) -> dict[str, Json]:
-        return _read_root(self.path)
+        return read_root(self.place)
 
     @cached_property
     def _handles(self) -> dict[str, zarr.Array[Any]]:
@@ -362,33 +381,8 @@ class Store:
 
     def _readable(self, name: str) -> zarr.Array[Any]:
         if name not in self._handles:
-            self._handles[name] = zarr.open_array(f"{self.path}/{name}", mode="r")
+            self._handles[name] = zarr.open_array(self.place.zarr(), path=name, mode="r")
         return self._handles[name]
-
-    def _writable(self, name: str) -> zarr.Array[Any]:
-        # zarr does not persist this setting, and skips objects that hold fill values only.
-        handle = zarr.open_array(f"{self.path}/{name}", mode="r+")
-        return handle.with_config({"write_empty_chunks": True})
-
-    def _sound(self, block: int) -> bool:
-        try:
-            arrays = {name: self.numpy(name, block) for name in self.spec.arrays}
-            return checksum(arrays) == int(np.asarray(self._readable("done")[block]))
-        except (ValueError, RuntimeError, OSError):
-            return False
-
-    def _set_state(self, state: str) -> None:
-        zarr.open_group(self.path, mode="r+", use_consolidated=False).attrs["state"] = state
-
-
-def _read_root(path: str) -> dict[str, Json]:
-    try:
-        content = json.loads(pathlib.Path(path, "zarr.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"expected a store at {path}, found none; create it, or correct the path"
-        ) from error
-    return dict(content.get("attributes", {}))
 
 
 def _check_known(what: str, name: str, known: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from stores import BlocksFailed, Store, pickle_by_value, run_blocks, workers
 from stores.jobs import _describe
-from stores.store import BlockDone
+from stores.writing import BlockDone
 
 ROOT = Path(__file__).resolve().parents[2]
 pickle_by_value(sys.modules[__name__])  # workers cannot import a test module

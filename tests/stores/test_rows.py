@@ -3,7 +3,9 @@ import os
 import numpy as np
 import pytest
 
-from stores import ArraySpec, Provenance, Store, StoreSpec, gather, mapped, rows, total
+from stores import ArraySpec, Provenance, Store, StoreSpec, column, gather, mapped, pieces, total
+from stores.folder import Folder
+from stores.halves import sum_halves, widen
 
 LENGTH, TARGETS, OUTPUTS = 53, 11, 3
 ORDERS = {
@@ -72,7 +74,7 @@ def test_one_dimensional_arrays(tmp_path):
 def test_small_batches_give_the_same(tmp_path, monkeypatch):
     store, values = make(tmp_path / "s")
     fill(store, values)
-    monkeypatch.setattr(rows, "_BATCH_BYTES", 3 * 4 * OUTPUTS * 4)
+    monkeypatch.setattr(pieces, "_AT_ONCE", 3)
     positions = np.random.default_rng(1).integers(0, LENGTH, 100)
     np.testing.assert_array_equal(gather(store, "scores", positions), values[positions])
     np.testing.assert_array_equal(total(store, "scores", positions), values[positions].sum(0))
@@ -186,3 +188,87 @@ def test_a_truncated_block_is_not_mapped(tmp_path, left):
     os.truncate(tmp_path / "s/o/c/1/0", left)
     with pytest.raises(ValueError, match=rf"expected 48 bytes in .*c/1/0, got {left}"):
         mapped(store, "o", 1)
+
+
+def scaled(path, *, dtype="float16", compress=False):
+    """Scores that are stored in units of a scale, with their sum over all rows."""
+    each = ArraySpec(("target", "output"), (TARGETS, OUTPUTS), "float32")
+    scores = ArraySpec(
+        ("train", "target", "output"),
+        (LENGTH, TARGETS, OUTPUTS),
+        dtype,
+        rows=20,
+        compress=compress,
+        scale="scale",
+        sum="sum",
+    )
+    spec = StoreSpec("scores", "target", 4, {"scores": scores, "scale": each, "sum": each})
+    store, random = Store.create(path, spec, Provenance({})), np.random.default_rng(3)
+    stored = random.integers(-9, 9, scores.shape).astype(dtype)
+    scale = np.exp2(random.integers(-20, 3, (TARGETS, OUTPUTS))).astype(np.float32)
+    values = stored.astype(np.float32) * scale
+    for block in range(spec.blocks):
+        span = spec.span(block)
+        parts = {"scores": stored[:, span], "scale": scale[span], "sum": values[:, span].sum(0)}
+        store.write_block(block, parts)
+    return store, values
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "float32"}, {"compress": True}], ids=str)
+def test_a_scale_is_applied(tmp_path, changes):
+    store, values = scaled(tmp_path / "s", **changes)
+    wanted = np.array([52, 3, 20, 3])
+    found = gather(store, "scores", wanted)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, values[wanted])
+    np.testing.assert_array_equal(total(store, "scores", wanted), values[wanted].sum(0))
+    np.testing.assert_array_equal(column(store, "scores", 9), values[:, 9])
+
+
+@pytest.mark.parametrize("left", [0, 1, 26, 27])
+def test_many_rows_are_summed_by_their_complement(tmp_path, monkeypatch, left):
+    store, values = scaled(tmp_path / "s")
+    read = []
+    original = Folder.read_ranges
+
+    def note(place, ranges, *rest):
+        read.extend(ranges)
+        return original(place, ranges, *rest)
+
+    monkeypatch.setattr(Folder, "read_ranges", note)
+    rows = np.random.default_rng(0).permutation(LENGTH)[left:]
+    np.testing.assert_array_equal(total(store, "scores", rows), values[rows].sum(0))
+    assert len(read) == 3 * min(left, LENGTH - left)
+
+
+def test_duplicates_have_no_complement(tmp_path):
+    store, values = scaled(tmp_path / "s")
+    rows = np.append(np.arange(LENGTH), 7)
+    np.testing.assert_array_equal(total(store, "scores", rows), values[rows].sum(0))
+
+
+def test_a_column_is_read_from_its_block_alone(tmp_path):
+    store, values = make(tmp_path / "s")
+    fill(store, values, skip=[0])
+    np.testing.assert_array_equal(column(store, "scores", 10), values[:, 10])
+    with pytest.raises(ValueError, match=r"block 0 of .* is pending"):
+        column(store, "scores", 3)
+    with pytest.raises(ValueError, match="expected a position from 0 to 10 along 'target', got 11"):
+        column(store, "scores", 11)
+
+
+def test_every_finite_half_is_widened_exactly():
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    np.testing.assert_array_equal(widen(halves), halves.astype(np.float32))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 200])
+def test_halves_are_summed_row_after_row(rows):
+    halves = np.random.default_rng(0).normal(size=(rows, 700, 3)).astype(np.float16)
+    halves[:, 0] = 2.0**-24
+    expected = np.zeros((700, 3), np.float32)
+    for row in halves:
+        expected += row.astype(np.float32)
+    np.testing.assert_array_equal(sum_halves(halves), expected)
+    assert sum_halves(halves[:0]).tolist() == np.zeros((700, 3)).tolist()

@@ -116,8 +116,20 @@ def test_foreign_newer_and_other_kinds_are_refused():
     with pytest.raises(ValueError, match="expected a store of datamodel-matching at x"):
         check_schema({}, "x", None)
     with pytest.raises(
-        ValueError, match="x has schema version 2, expected at most 1; open it with"
+        ValueError, match="x has schema version 3, expected at most 2; open it with"
     ):
-        check_schema({"schema": "datamodel-matching.a", "schema_version": 2}, "x", None)
+        check_schema({"schema": "datamodel-matching.a", "schema_version": 3}, "x", None)
     with pytest.raises(ValueError, match="expected a store of kind 'b' at x, got kind 'a'"):
         check_schema({"schema": "datamodel-matching.a", "schema_version": 1}, "x", "b")
+
+
+@pytest.mark.parametrize("field", ["scale", "sum"])
+def test_companions_must_fit(field):
+    def spec(other):
+        scores = ArraySpec(("train", "target"), (4, 3), "float16", **{field: "beside"})
+        return StoreSpec("scores", "target", 2, {"scores": scores} | other)
+
+    assert spec({"beside": ArraySpec(("target",), (3,), "float32")}).blocks == 2
+    for other in ({}, {"beside": ArraySpec(("target", "train"), (3, 4), "float32")}):
+        with pytest.raises(ValueError, match=r"array 'beside' with axes \('target',\) and shape"):
+            spec(other)

@@ -1,0 +1,82 @@
+"""Reading blocks again to compare them with their marks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import zarr
+
+from stores.blocks import refuse_unreadable, region
+from stores.schema import StoreSpec
+from stores.writing import checksum, mark_of
+
+if TYPE_CHECKING:
+    from stores.store import Store
+
+_CHAINED = 1  # the last schema version whose marks are one CRC-32 over all arrays
+
+
+def sound(store: Store, block: int) -> bool:
+    """Whether the bytes of a done block are those that were written.
+
+    Args:
+        store: The store.
+        block: Number of the block.
+
+    Returns:
+        False where an object is missing, cut short or changed.
+    """
+    try:
+        marks = zarr.open_array(store.place.zarr(), path="done", mode="r")
+        return int(np.asarray(marks[block])) in _marks(store, block)
+    except (ValueError, RuntimeError, OSError):
+        return False
+
+
+def _marks(store: Store, block: int) -> list[int]:
+    names = sorted(store.spec.arrays)
+    found = [mark_of({name: _checksum(store, name, block, 0) for name in names})]
+    if store.schema_version <= _CHAINED:
+        # Blocks that were still pending then have a mark of now.
+        chain = 0
+        for name in names:
+            chain = _checksum(store, name, block, chain)
+        found.append(chain)
+    return found
+
+
+def _checksum(store: Store, name: str, block: int, before: int) -> int:
+    refuse_unreadable(store.place, store.spec, name, [block])
+    array = store.array(name)
+    for part in slabs(store.spec, name, block):
+        before = checksum(np.asarray(array[part]), before)
+    return before
+
+
+def slabs(spec: StoreSpec, name: str, block: int) -> list[tuple[slice, ...]]:
+    """Give the regions in which one block of an array can be read piece by piece.
+
+    An array whose first axis is not the store's block axis is cut along it, one storage object
+    after the other; any other block is one slab.
+
+    Args:
+        spec: The store's layout.
+        name: Name of the array.
+        block: Number of the block.
+
+    Returns:
+        Regions of the array, in the order of the block's elements in memory.
+
+    Example:
+        >>> from stores.schema import ArraySpec
+        >>> scores = ArraySpec(("train", "target"), (5, 4), "float32", rows=2)
+        >>> slabs(StoreSpec("scores", "target", 3, {"scores": scores}), "scores", 1)[-1]
+        (slice(4, 5, None), slice(3, 4, None))
+    """
+    whole = region(spec, name, block)
+    if spec.block_axis(name) == 0:
+        return [whole]
+    length, height = spec.array(name).shape[0], spec.chunks(name)[0]
+    cuts = (slice(start, min(length, start + height)) for start in range(0, length, height))
+    return [(cut, *whole[1:]) for cut in cuts]

@@ -1,0 +1,42 @@
+"""Labelled views of a store for a user's own analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from stores.blocks import refuse_unreadable
+
+if TYPE_CHECKING:
+    import xarray
+
+    from stores.store import Store
+
+
+def to_xarray(store: Store, axes: Sequence[str]) -> xarray.Dataset:
+    """Give a lazy xarray view of all arrays, constants and ids of a store.
+
+    Args:
+        store: The store.
+        axes: The axes that have ids; these become coordinates.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        ImportError: xarray is not installed.
+        ValueError: A block is pending or damaged.
+    """
+    try:
+        import xarray
+    except ImportError as error:
+        raise ImportError(
+            "expected xarray for to_xarray; install it with "
+            "pip install 'datamodel-matching[xarray]'"
+        ) from error
+    for name in store.spec.arrays:
+        refuse_unreadable(store.place, store.spec, name)
+    dataset = xarray.open_zarr(store.place.zarr(), consolidated=False, chunks={})
+    dataset = dataset.drop_vars("done").set_coords([f"{axis}_id" for axis in axes])
+    dataset.attrs = store.attributes
+    return cast("xarray.Dataset", dataset)
