@@ -16,6 +16,7 @@ from attribution.moments import Moments, compute_moments
 from attribution.newton import Calibration, GroupNewton, StagedNewton, calibrate
 from attribution.oracle import Oracle
 from attribution.precompute import precompute, precompute_checkpoints
+from attribution.ridge_datamodels import Ridge
 from attribution.run import Run
 from attribution.subsets import Subsets, draw_subsets
 from attribution.task import Recipe, Task
@@ -45,6 +46,7 @@ __all__ = [
     "Prediction",
     "LinearDatamodel",
     "fit_datamodels",
+    "Ridge",
     "GroupNewton",
     "StagedNewton",
     "Calibration",

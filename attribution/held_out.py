@@ -153,7 +153,7 @@ def best_outcome(
         >>> held_out = hold_out(design, torch.tensor([0]), torch.tensor([0.1, 1.0]))
         >>> rotated, _ = design.centred(torch.tensor([1.0, 0, 0, 0]).reshape(4, 1, 1))
         >>> best_outcome(held_out, rotated, torch.zeros(3, 1))[0]
-        tensor([0])
+        tensor([1])
     """
     chosen = torch.zeros(rotated.shape[1], dtype=torch.long)
     least = torch.full(chosen.shape, torch.inf, dtype=rotated.dtype)

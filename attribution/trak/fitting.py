@@ -23,7 +23,7 @@ from attribution.trak.curvature import (
     warn_if_ill_conditioned,
 )
 from attribution.trak.scores import KIND, TrakScores
-from attribution.trak.selection import strongest
+from attribution.strongest import strongest
 from attribution.trak.tally import Tally
 from stores import ArraySpec, Provenance, Store, StoreSpec, mapped, run_blocks, versions
 
