@@ -1,9 +1,7 @@
-"""Linear datamodels: effects of all training rows on all targets, regressed from retrained models."""
+"""Linear datamodels: effects of all rows on all targets, regressed from retrained models."""
 
 import os
 from typing import Any
-
-import torch
 
 from attribution.effects import arithmetic, block_targets, check_dtype, effect_arrays, stored_wide
 from attribution.ensemble import Ensemble
@@ -131,7 +129,7 @@ def _settings(method: Regression, seed: int, dtype: str) -> dict[str, Any]:
     return {"method": method.settings(), "seed": seed, "dtype": dtype}
 
 
-def _datamodel_store(
+def _datamodel_store(  # noqa: PLR0917 - what a store is made of
     ensemble: Ensemble,
     anchor: Ensemble,
     to: str | os.PathLike[str],

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attribution.products import product
-from attribution.ridge import Design, decompose
+from attribution.dense import product
+from attribution.ridge import Design
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def hold_out(design: Design, held: Tensor, lambdas: Tensor) -> HeldOut:
         What predicts them.
 
     Example:
+        >>> from attribution.ridge import decompose
         >>> design = decompose(torch.eye(4), torch.ones(4))
         >>> hold_out(design, torch.tensor([0, 2]), torch.tensor([0.1, 1.0])).maps.shape
         torch.Size([2, 3, 3])
@@ -108,29 +109,34 @@ def outcomes(
         The outcome of each lambda.
 
     Example:
+        >>> from attribution.ridge import decompose
         >>> design = decompose(torch.eye(4), torch.ones(4))
         >>> held_out = hold_out(design, torch.tensor([0]), torch.tensor([0.1, 1.0]))
         >>> rotated, _ = design.centred(torch.ones(4, 1, 1))
         >>> [found.residuals.shape for found in outcomes(held_out, rotated, torch.zeros(3, 1))]
         [torch.Size([2, 1, 1]), torch.Size([2, 1, 1])]
     """
-    both = torch.cat([rotated.flatten(1), own], 1)
-    across = product(held_out.damped, (own[:, :, None] * rotated).flatten(1))
-    within = product(held_out.damped, own.square())
-    shape = rotated.shape[1:]
+    columns, shape = rotated[0].numel(), rotated.shape[1:]
+    # Test targets have no own row.
+    some = own.any(0).nonzero().flatten()
+    both = torch.cat([rotated.flatten(1), own[:, some]], 1)
+    across = product(held_out.damped, (own[:, some, None] * rotated[:, some]).flatten(1))
+    within = product(held_out.damped, own[:, some].square())
     for damped, known, xy, xx in zip(held_out.damped, held_out.maps, across, within, strict=True):
-        left = product(held_out.basis, damped[:, None] * both)
-        mine = left[:, len(xy) :]
+        left = product(held_out.basis * damped, both)
+        mine = left[:-1, columns:]
         if outside is not None:
-            left[:, : len(xy)] += outside.flatten(1)
+            left[:, :columns] += outside.flatten(1)
         without = product(known, left)
-        residuals, theirs = without[:, : len(xy)].unflatten(1, shape), without[:, len(xy) :]
-        leverage = xx - (mine[:-1] * theirs[:-1]).sum(0)
+        residuals, theirs = without[:, :columns].unflatten(1, shape), without[:, columns:]
+        leverage = xx - (mine * theirs[:-1]).sum(0)
         # Where the others agree on the row, rounding is all that is left.
         told = leverage > xx * torch.finfo(xx.dtype).eps ** 0.5
-        moved = xy.unflatten(0, shape) - (mine[:-1, :, None] * residuals[:-1]).sum(0)
-        effect = torch.where(told, 1 / leverage, 0)[:, None] * moved
-        residuals = residuals - theirs[:, :, None] * effect
+        moved = xy.unflatten(0, (-1, shape[1]))
+        moved = moved - (mine[:, :, None] * residuals[:-1, some]).sum(0)
+        effect = rotated.new_zeros(shape)
+        effect[some] = torch.where(told, 1 / leverage, 0)[:, None] * moved
+        residuals[:, some] -= theirs[:, :, None] * effect[some]
         yield Outcome(residuals / held_out.roots[:, None, None], effect)
 
 
@@ -149,6 +155,7 @@ def best_outcome(
         Its number for each target, [target], the first of equal ones; and the outcome.
 
     Example:
+        >>> from attribution.ridge import decompose
         >>> design = decompose(torch.eye(4), torch.ones(4))
         >>> held_out = hold_out(design, torch.tensor([0]), torch.tensor([0.1, 1.0]))
         >>> rotated, _ = design.centred(torch.tensor([1.0, 0, 0, 0]).reshape(4, 1, 1))

@@ -135,26 +135,6 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Product of two large matrices, by OpenBLAS where that is faster.
-
-    On a given machine its bits depend on the shapes and the number of torch's threads only.
-
-    Args:
-        a: left matrix, [row, inner].
-        b: right matrix, [inner, column].
-
-    Returns:
-        a b, [row, column].
-
-    Example:
-        >>> product(torch.ones(2, 3), torch.ones(4, 3).T)[0]
-        tensor([3., 3., 3., 3.])
-    """
-    pair = a[None], b[None]
-    return multiply(*pair)[0] if can_multiply(*pair) else a @ b
-
-
 def _layout(x: Tensor) -> tuple[int, int, int] | None:
     """Order of the elements, step between rows (columns if transposed), step between models."""
     _, rows, columns = x.shape

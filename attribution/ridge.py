@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attribution.products import product
+from attribution.dense import eigenvectors, product
 
 PIECE = 1024  # models whose masks are widened to float64 at once
 
@@ -105,7 +105,7 @@ def _over_rows(masks: Tensor, weights: Tensor, centre: Tensor) -> tuple[Tensor, 
 
 
 def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigenvectors(gram)
     kept = values > values[-1] * 1e-12
     return values[kept], vectors[:, kept]
 
@@ -155,7 +155,7 @@ def solve(
     """
     damped = 1 / (design.eigenvalues[:, None] + penalty)
     leverage = (own.square() * damped).sum(0).clamp_min(torch.finfo(own.dtype).tiny)
-    effect = torch.einsum("rt,rtc->tc", own * damped, rotated) / leverage[:, None]
+    effect = ((own * damped)[:, :, None] * rotated).sum(0) / leverage[:, None]
     dual = damped[:, :, None] * (rotated - own[:, :, None] * effect)
     objective = penalty[:, None] * (rotated * dual).sum(0)
     if outside is not None:

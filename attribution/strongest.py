@@ -1,4 +1,4 @@
-"""The rows with the largest effects on each target, of both signs, found while effects stream by."""
+"""The rows with the largest effects of both signs, found while effects stream by."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +45,13 @@ class Strongest:
             first: position of the first of these rows; they follow those that came before.
             effects: of these rows, [row, target].
         """
-        for rows, values, signed in zip(self.rows, self.values, (effects, -effects), strict=True):
-            _merge(rows, values, first, signed)
+        start = 0
+        while start < len(effects):
+            # No more rows at a time than before: few of them are then among the highest so far.
+            piece = effects[start : start + max(4 * self.rows.shape[2], first + start)]
+            for rows, values, part in zip(self.rows, self.values, (piece, -piece), strict=True):
+                _merge(rows, values, first + start, part)
+            start += len(piece)
 
     def found(self) -> tuple[Numbers, Numbers]:
         """Rows and their effects, each [target, 2, count]: the highest, then the lowest."""
@@ -55,11 +60,7 @@ class Strongest:
 
 
 def _merge(rows: Tensor, values: Tensor, first: int, effects: Tensor) -> None:
-    passing = effects > values[:, -1]
-    count = values.shape[1]
-    if len(effects) > count and not values.isfinite().all():
-        # Nearly all of the first rows pass: most of them are not among the highest of these alone.
-        passing &= effects >= effects.topk(count, 0).values[-1]
+    passing, count = effects > values[:, -1], values.shape[1]
     targets, places = passing.T.contiguous().nonzero(as_tuple=True)
     if not len(targets):
         return
@@ -76,7 +77,7 @@ def _merge(rows: Tensor, values: Tensor, first: int, effects: Tensor) -> None:
 
 
 def _ranks(targets: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
-    """Targets that occur in an ordered list, where each entry goes in a table of them, its width."""
+    """Targets in an ordered list, where each entry goes in a table of them, and its width."""
     touched, which, counts = targets.unique_consecutive(return_inverse=True, return_counts=True)
     starts = counts.cumsum(0) - counts
     return touched, (which, torch.arange(len(targets)) - starts[which]), int(counts.max())

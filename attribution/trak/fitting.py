@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attribution.gradients import Features, output_cotangents
 from attribution.newton.inverse import factorise
+from attribution.strongest import strongest
 from attribution.task import Rows, Task
 from attribution.training import threads
 from attribution.trak.curvature import (
@@ -23,7 +24,6 @@ from attribution.trak.curvature import (
     warn_if_ill_conditioned,
 )
 from attribution.trak.scores import KIND, TrakScores
-from attribution.strongest import strongest
 from attribution.trak.tally import Tally
 from stores import ArraySpec, Provenance, Store, StoreSpec, mapped, run_blocks, versions
 

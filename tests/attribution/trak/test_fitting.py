@@ -5,9 +5,9 @@ import pytest
 
 from attribution import ForgetSet, LinearDatamodel, Model
 from attribution.gradients import Features, featurize
+from attribution.strongest import strongest
 from attribution.trak import TrakScores, fit_trak, fitting, margin_effects
 from attribution.trak.curvature import natural_damping, warn_if_ill_conditioned
-from attribution.strongest import strongest
 from stores import Store
 from tests.attribution.trak.cases import checkpoints, dense_scores, make_features
 from tests.tasks import blobs, line, ridge_task
