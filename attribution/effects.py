@@ -150,18 +150,34 @@ def write_effects(
         bound: of the effects' sizes, [target, output].
         top: rows of either sign that are kept for each target.
     """
-    dtype, scale = writer.spec.array("effects").dtype, half_scale(bound)
+    scale = half_scale(bound)
     summed = torch.zeros(bound.shape, dtype=torch.float64)
     kept, first = Strongest.empty(len(bound), top, bound.dtype), 0
     for effects, margins in slabs:
-        stored = (effects / scale).half() if dtype == "float16" else effects
-        writer.append("effects", stored.numpy())
-        summed += effects.sum(0)
         kept.add(first, margins)
+        summed += effects.sum(0)
+        writer.append("effects", stored(effects, writer, "effects", scale))
         first += len(effects)
     found = {"sum": summed.numpy(), "scale": scale.numpy()}
     found |= zip(("top_rows", "top_values"), kept.found(), strict=True)
     append(writer, {name: found[name] for name in found if name in writer.spec.arrays})
+
+
+def stored(values: Tensor, writer: BlockWriter, name: str, scale: Tensor) -> Numbers:
+    """Values as their array holds them: divided by a scale where they are rounded to float16.
+
+    Args:
+        values: [row, ...].
+        writer: of the block.
+        name: of the array.
+        scale: of the shape of one row.
+
+    Returns:
+        The values, in the type of the array where that is float16.
+    """
+    if writer.spec.array(name).dtype == "float16":
+        values = (values / scale).half()
+    return values.numpy()
 
 
 def append(writer: BlockWriter, arrays: dict[str, Numbers]) -> None:

@@ -156,10 +156,11 @@ def best_outcome(
 
     Example:
         >>> from attribution.ridge import decompose
-        >>> design = decompose(torch.eye(4), torch.ones(4))
-        >>> held_out = hold_out(design, torch.tensor([0]), torch.tensor([0.1, 1.0]))
-        >>> rotated, _ = design.centred(torch.tensor([1.0, 0, 0, 0]).reshape(4, 1, 1))
-        >>> best_outcome(held_out, rotated, torch.zeros(3, 1))[0]
+        >>> masks = torch.tensor([[1.0, 0], [0, 1], [1, 1], [0, 0], [1, 0]])
+        >>> design = decompose(masks, torch.ones(5))
+        >>> held_out = hold_out(design, torch.tensor([0]), torch.tensor([1.0, 0.1]))
+        >>> rotated, _ = design.centred(masks[:, :1, None])
+        >>> best_outcome(held_out, rotated, torch.zeros(2, 1))[0]
         tensor([1])
     """
     chosen = torch.zeros(rotated.shape[1], dtype=torch.long)
