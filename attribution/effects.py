@@ -1,7 +1,7 @@
 """Effects [train, target, output] on disk: their layout, and blocks of them that stream there."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from attribution.strongest import Strongest
 from stores import ArraySpec, BlockWriter, score_block
 
+PIECE_BYTES = 2**23  # of the effects that are computed at once
 DTYPES = ("float16", "float32", "float64")
 
 Numbers = np.ndarray[Any, Any]
@@ -138,46 +139,80 @@ def half_scale(largest: Tensor) -> Tensor:
     return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), 1)
 
 
-def write_effects(
-    writer: BlockWriter, slabs: Iterable[tuple[Tensor, Tensor]], bound: Tensor, top: int
-) -> None:
-    """Writes a block of effects slab by slab, and what is told of all rows of it.
+def row_pieces(writer: BlockWriter) -> Iterator[slice]:
+    """Rows of a block that are computed at once: few enough for a processor's cache.
 
     Args:
         writer: of the block.
-        slabs: effects [row, target, output] of the next rows and their effects on the margins
-            [row, target]; each is a whole number of storage objects, but for the last.
+
+    Yields:
+        Positions of rows, in order, that lie in one storage object each.
+    """
+    spec = writer.spec
+    train, height = spec.array("effects").shape[0], spec.chunks("effects")[0]
+    width = int(np.prod(spec.block_shape("effects", writer.block)[1:]))
+    step = max(1, PIECE_BYTES // (4 * width))
+    for first in range(0, train, height):
+        end = min(train, first + height)
+        for start in range(first, end, step):
+            yield slice(start, min(end, start + step))
+
+
+@final
+class ObjectWriter:
+    """Collects rows of an array until they fill a storage object, and writes that.
+
+    Args:
+        writer: of the block.
+        name: of the array.
+        scale: what values are divided by where they are rounded to float16, of one row's shape.
+    """
+
+    def __init__(self, writer: BlockWriter, name: str, scale: Tensor) -> None:
+        array, height = writer.spec.array(name), writer.spec.chunks(name)[0]
+        self.writer, self.name = writer, name
+        self.scale = scale if array.dtype == "float16" else None
+        self.left, self.filled = array.shape[0], 0
+        shape = height, *writer.spec.block_shape(name, writer.block)[1:]
+        self.object = torch.empty(shape, dtype=getattr(torch, array.dtype))
+
+    def add(self, values: Tensor) -> None:
+        """Takes the next rows, [row, ...]; they end where an object ends, or before."""
+        part = self.object[self.filled : self.filled + len(values)]
+        if self.scale is None:
+            part.copy_(values)
+        else:
+            torch.div(values, self.scale, out=part)
+        self.filled += len(values)
+        if self.filled == min(len(self.object), self.left):
+            self.writer.append(self.name, self.object[: self.filled].numpy())
+            self.left, self.filled = self.left - self.filled, 0
+
+
+def write_effects(
+    writer: BlockWriter, pieces: Iterable[tuple[Tensor, Tensor]], bound: Tensor, top: int
+) -> None:
+    """Writes a block of effects piece by piece, and what is told of all rows of it.
+
+    Args:
+        writer: of the block.
+        pieces: effects [row, target, output] of the rows of `row_pieces`, and their effects on the
+            margins [row, target].
         bound: of the effects' sizes, [target, output].
         top: rows of either sign that are kept for each target.
     """
     scale = half_scale(bound)
+    objects = ObjectWriter(writer, "effects", scale)
     summed = torch.zeros(bound.shape, dtype=torch.float64)
     kept, first = Strongest.empty(len(bound), top, bound.dtype), 0
-    for effects, margins in slabs:
+    for effects, margins in pieces:
+        objects.add(effects)
         kept.add(first, margins)
         summed += effects.sum(0)
-        writer.append("effects", stored(effects, writer, "effects", scale))
         first += len(effects)
     found = {"sum": summed.numpy(), "scale": scale.numpy()}
     found |= zip(("top_rows", "top_values"), kept.found(), strict=True)
     append(writer, {name: found[name] for name in found if name in writer.spec.arrays})
-
-
-def stored(values: Tensor, writer: BlockWriter, name: str, scale: Tensor) -> Numbers:
-    """Values as their array holds them: divided by a scale where they are rounded to float16.
-
-    Args:
-        values: [row, ...].
-        writer: of the block.
-        name: of the array.
-        scale: of the shape of one row.
-
-    Returns:
-        The values, in the type of the array where that is float16.
-    """
-    if writer.spec.array(name).dtype == "float16":
-        values = (values / scale).half()
-    return values.numpy()
 
 
 def append(writer: BlockWriter, arrays: dict[str, Numbers]) -> None:

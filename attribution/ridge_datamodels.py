@@ -1,6 +1,6 @@
 """Ridge datamodels: lambda for each target by held-out models, effects streamed to the store."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attribution.dense import product
-from attribution.effects import append, write_effects
+from attribution.effects import append, row_pieces, write_effects
 from attribution.held_out import HeldOut, best_outcome, hold_out
 from attribution.regression import Fitter, Numbers, Problem, Regression, Sizes
 from attribution.ridge import Design, decompose, own_masks, solve
@@ -125,10 +125,9 @@ class RidgeBlock:
         longest = self.fitter.design.masks.square().sum(0).max().sqrt()
         # |m . d| <= |m| |d|; the own row's effect is no such product.
         bound = torch.maximum(longest * dual.norm(dim=0), own.abs())
-        rows = store.spec.chunks("effects")[0]
         with store.writing(block) as writer:
-            slabs = self._slabs(dual, own, slopes, span, rows)
-            write_effects(writer, slabs, bound, self.top)
+            pieces = self._pieces(row_pieces(writer), dual, own, slopes, span)
+            write_effects(writer, pieces, bound, self.top)
             append(writer, {name: part.numpy() for name, part in fitted.items()})
             append(writer, {"noise": models.noise(span)})
 
@@ -165,14 +164,13 @@ class RidgeBlock:
         reached = product(held_out.basis, rotated.flatten(1)).reshape(asked.shape)
         return held_out.roots[:, None, None] * asked - reached
 
-    def _slabs(
-        self, dual: Tensor, own: Tensor, slopes: Tensor, span: slice, rows: int
+    def _pieces(
+        self, rows: Iterable[slice], dual: Tensor, own: Tensor, slopes: Tensor, span: slice
     ) -> Iterator[tuple[Tensor, Tensor]]:
         masks, places = self.fitter.design.masks, np.arange(span.start, span.stop)
         flat = dual.flatten(1)
-        for start in range(0, masks.shape[1], rows):
-            part = masks[:, start : start + rows]
-            effects = product(part.T, flat).reshape(-1, *own.shape)
-            inside = np.flatnonzero((places >= start) & (places < start + part.shape[1]))
-            effects[places[inside] - start, inside] = own[inside]
+        for part in rows:
+            effects = product(masks[:, part].T, flat).reshape(-1, *own.shape)
+            inside = np.flatnonzero((places >= part.start) & (places < part.stop))
+            effects[places[inside] - part.start, inside] = own[inside]
             yield effects, (effects * slopes).sum(2)

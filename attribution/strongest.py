@@ -49,8 +49,8 @@ class Strongest:
         while start < len(effects):
             # No more rows at a time than before: few of them are then among the highest so far.
             piece = effects[start : start + max(4 * self.rows.shape[2], first + start)]
-            for rows, values, part in zip(self.rows, self.values, (piece, -piece), strict=True):
-                _merge(rows, values, first + start, part)
+            for rows, values, sign in zip(self.rows, self.values, (1, -1), strict=True):
+                _merge(rows, values, first + start, piece, sign)
             start += len(piece)
 
     def found(self) -> tuple[Numbers, Numbers]:
@@ -59,15 +59,16 @@ class Strongest:
         return self.rows.permute(1, 0, 2).contiguous().numpy(), values.numpy()
 
 
-def _merge(rows: Tensor, values: Tensor, first: int, effects: Tensor) -> None:
-    passing, count = effects > values[:, -1], values.shape[1]
+def _merge(rows: Tensor, values: Tensor, first: int, effects: Tensor, sign: int) -> None:
+    last, count = values[:, -1], values.shape[1]
+    passing = effects > last if sign > 0 else effects < -last
     targets, places = passing.T.contiguous().nonzero(as_tuple=True)
     if not len(targets):
         return
     touched, ranks, width = _ranks(targets)
     more = torch.full((len(touched), width), -torch.inf, dtype=values.dtype)
     those = torch.zeros(len(touched), width, dtype=torch.long)
-    more[ranks] = effects[places, targets]
+    more[ranks] = sign * effects[places, targets]
     those[ranks] = places + first
     # The sort keeps the order of equal ones, and rows that came before stand before.
     merged = torch.cat([values[touched], more], 1).sort(stable=True, dim=1, descending=True)

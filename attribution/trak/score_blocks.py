@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from attribution.dense import product
-from attribution.effects import append, half_scale, stored, stored_wide, write_effects
+from attribution.effects import (
+    ObjectWriter,
+    append,
+    half_scale,
+    row_pieces,
+    stored_wide,
+    write_effects,
+)
 from attribution.gradients import Features, output_cotangents
 from attribution.task import Rows
 from attribution.training import threads
@@ -113,16 +120,17 @@ class ScoreBlock:
         )
         on_margins = (bounds * torch.stack(slopes).abs()).mean(0).sum(1)
         tally = Tally.empty(len(columns), targets, outputs.shape[2])
-        slabs = self._slabs(writer, columns, slopes, tally, half_scale(on_margins))
-        write_effects(writer, slabs, bounds.mean(0), self.top)
+        margin_scale = half_scale(on_margins)
+        pieces = self._pieces(writer, columns, slopes, tally, margin_scale)
+        write_effects(writer, pieces, bounds.mean(0), self.top)
         append(writer, {"outputs": outputs.mean(0, dtype=np.float64), "noise": _spread(outputs)})
         append(writer, tally.summary())
         if "margins" not in writer.spec.arrays:
             append(writer, {"slopes": slopes[0].numpy()})
         elif "margin_scale" in writer.spec.arrays:
-            append(writer, {"margin_scale": half_scale(on_margins).numpy()})
+            append(writer, {"margin_scale": margin_scale.numpy()})
 
-    def _slabs(
+    def _pieces(
         self,
         writer: BlockWriter,
         columns: list[Tensor],
@@ -130,23 +138,26 @@ class ScoreBlock:
         tally: Tally,
         margin_scale: Tensor,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        train, height = len(self.features.task.train_ids), writer.spec.chunks("effects")[0]
-        for start in range(0, train, height):
-            rows = np.arange(start, min(train, start + height))
-            if "margins" not in writer.spec.arrays:
-                mean = tally.mean(start, self._scored(rows, columns))
+        if "margins" not in writer.spec.arrays:
+            for rows in row_pieces(writer):
+                mean = tally.mean(rows.start, self._scored(rows, columns))
                 yield mean, _on_margins(mean, slopes[0])
-                continue
-            margins = torch.zeros(len(rows), len(tally.targets), dtype=columns[0].dtype)
-            mean = tally.mean(start, _adding(self._scored(rows, columns), slopes, margins))
+            return
+        objects = ObjectWriter(writer, "margins", margin_scale)
+        for rows in row_pieces(writer):
+            shape = rows.stop - rows.start, len(tally.targets)
+            margins = torch.zeros(shape, dtype=columns[0].dtype)
+            scored = _adding(self._scored(rows, columns), slopes, margins)
+            mean = tally.mean(rows.start, scored)
             margins /= len(columns)
-            writer.append("margins", stored(margins, writer, "margins", margin_scale))
+            objects.add(margins)
             yield mean, margins
 
-    def _scored(self, rows: Rows, columns: list[Tensor]) -> Iterator[Tensor]:
+    def _scored(self, rows: slice, columns: list[Tensor]) -> Iterator[Tensor]:
+        places = np.arange(rows.start, rows.stop)
         for store, j in zip(self.rows, columns, strict=True):
-            solved = torch.from_numpy(gather(store, "rows", rows))
-            yield product(solved, j.flatten(0, 1).T).reshape(len(rows), *j.shape[:2])
+            solved = torch.from_numpy(gather(store, "rows", places))
+            yield product(solved, j.flatten(0, 1).T).reshape(len(places), *j.shape[:2])
 
 
 def _adding(scored: Iterator[Tensor], slopes: list[Tensor], margins: Tensor) -> Iterator[Tensor]:
