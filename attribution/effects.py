@@ -205,10 +205,11 @@ def write_effects(
     objects = ObjectWriter(writer, "effects", scale)
     summed = torch.zeros(bound.shape, dtype=torch.float64)
     kept, first = Strongest.empty(len(bound), top, bound.dtype), 0
+    ones = torch.ones(writer.spec.chunks("effects")[0], dtype=bound.dtype)
     for effects, margins in pieces:
         objects.add(effects)
         kept.add(first, margins)
-        summed += effects.sum(0)
+        summed += torch.mv(effects.flatten(1).T, ones[: len(effects)]).reshape(bound.shape)
         first += len(effects)
     found = {"sum": summed.numpy(), "scale": scale.numpy()}
     found |= zip(("top_rows", "top_values"), kept.found(), strict=True)

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution.task import Rows
+
 Numbers = np.ndarray[Any, Any]
 
 
@@ -61,27 +63,31 @@ class Strongest:
 
 def _merge(rows: Tensor, values: Tensor, first: int, effects: Tensor, sign: int) -> None:
     last, count = values[:, -1], values.shape[1]
-    passing = effects > last if sign > 0 else effects < -last
-    targets, places = passing.T.contiguous().nonzero(as_tuple=True)
-    if not len(targets):
+    # Numpy runs through false entries, and picks single ones, several times as fast as torch.
+    found = np.flatnonzero((effects > last if sign > 0 else effects < -last).numpy())
+    if not len(found):
         return
-    touched, ranks, width = _ranks(targets)
-    more = torch.full((len(touched), width), -torch.inf, dtype=values.dtype)
-    those = torch.zeros(len(touched), width, dtype=torch.long)
-    more[ranks] = sign * effects[places, targets]
-    those[ranks] = places + first
+    found = found[np.argsort(found % len(values), kind="stable")]
+    touched, places, width = _table(found % len(values))
+    more = np.full(len(touched) * width, -np.inf, values.numpy().dtype)
+    those = np.zeros(len(more), np.int64)
+    more[places] = sign * effects.numpy().ravel().take(found)
+    those[places] = found // len(values) + first
+    shape, columns = (len(touched), width), torch.from_numpy(touched)
     # The sort keeps the order of equal ones, and rows that came before stand before.
-    merged = torch.cat([values[touched], more], 1).sort(stable=True, dim=1, descending=True)
-    kept = merged.indices[:, :count]
-    values[touched] = merged.values[:, :count]
-    rows[touched] = torch.cat([rows[touched], those], 1).gather(1, kept)
+    both = torch.cat([values[columns], torch.from_numpy(more.reshape(shape))], 1)
+    merged = both.sort(stable=True, dim=1, descending=True)
+    positions = torch.cat([rows[columns], torch.from_numpy(those.reshape(shape))], 1)
+    values[columns] = merged.values[:, :count]
+    rows[columns] = positions.gather(1, merged.indices[:, :count])
 
 
-def _ranks(targets: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
-    """Targets in an ordered list, where each entry goes in a table of them, and its width."""
-    touched, which, counts = targets.unique_consecutive(return_inverse=True, return_counts=True)
-    starts = counts.cumsum(0) - counts
-    return touched, (which, torch.arange(len(targets)) - starts[which]), int(counts.max())
+def _table(targets: Rows) -> tuple[Rows, Rows, int]:
+    """Targets that occur in an ordered list, each entry's place in a table of them, its width."""
+    touched, starts, counts = np.unique(targets, return_index=True, return_counts=True)
+    width = int(counts.max())
+    ranks = np.arange(len(targets)) - np.repeat(starts, counts)
+    return touched, np.repeat(np.arange(len(touched)), counts) * width + ranks, width
 
 
 def strongest(effects: Numbers, count: int) -> tuple[Numbers, Numbers]:

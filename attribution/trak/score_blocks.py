@@ -22,7 +22,7 @@ from attribution.task import Rows
 from attribution.training import threads
 from attribution.trak.scores import KIND
 from attribution.trak.tally import Tally
-from stores import ArraySpec, BlockWriter, Store, gather, mapped
+from stores import ArraySpec, BlockWriter, Store, mapped
 
 Numbers = np.ndarray[Any, Any]
 
@@ -154,10 +154,19 @@ class ScoreBlock:
             yield mean, margins
 
     def _scored(self, rows: slice, columns: list[Tensor]) -> Iterator[Tensor]:
-        places = np.arange(rows.start, rows.stop)
         for store, j in zip(self.rows, columns, strict=True):
-            solved = torch.from_numpy(gather(store, "rows", places))
-            yield product(solved, j.flatten(0, 1).T).reshape(len(places), *j.shape[:2])
+            solved = torch.from_numpy(_solved(store, rows))
+            yield product(solved, j.flatten(0, 1).T).reshape(len(solved), *j.shape[:2])
+
+
+def _solved(store: Store, rows: slice) -> Numbers:
+    size = store.spec.block
+    blocks = range(rows.start // size, -(-rows.stop // size))
+    parts = [
+        mapped(store, "rows", b)[max(0, rows.start - b * size) : rows.stop - b * size]
+        for b in blocks
+    ]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _adding(scored: Iterator[Tensor], slopes: list[Tensor], margins: Tensor) -> Iterator[Tensor]:
