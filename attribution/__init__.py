@@ -8,6 +8,7 @@ from attribution.ensemble import Ensemble, train_models
 from attribution.forget import ForgetSet, parse_forget
 from attribution.gradients import Features, Projection, featurize
 from attribution.in_run import InRunScores, record_run
+from attribution.lasso_datamodels import Lasso
 from attribution.lds import lds_bank, linear_datamodeling_score
 from attribution.linear_datamodel import LinearDatamodel
 from attribution.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
@@ -47,6 +48,7 @@ __all__ = [
     "LinearDatamodel",
     "fit_datamodels",
     "Ridge",
+    "Lasso",
     "GroupNewton",
     "StagedNewton",
     "Calibration",

@@ -3,8 +3,16 @@
 import os
 from typing import Any
 
-from attribution.effects import arithmetic, block_targets, check_dtype, effect_arrays, stored_wide
+from attribution.effects import (
+    arithmetic,
+    block_targets,
+    check_dtype,
+    effect_arrays,
+    object_rows,
+    stored_wide,
+)
 from attribution.ensemble import Ensemble
+from attribution.lasso_datamodels import Lasso
 from attribution.linear_datamodel import LinearDatamodel
 from attribution.products import products_by
 from attribution.regression import Fitter, Regression, Sizes, problem
@@ -13,7 +21,7 @@ from stores import ArraySpec, Provenance, Store, StoreSpec, place, run_blocks, v
 
 BLOCK_BYTES = 2**28  # of the outputs and effects that are in memory for the targets of one block
 
-REGRESSIONS: dict[str, type[Regression]] = {Ridge.name: Ridge}
+REGRESSIONS: dict[str, type[Regression]] = {method.name: method for method in (Ridge, Lasso)}
 
 
 def fit_datamodels(
@@ -68,8 +76,8 @@ def fit_datamodels(
         ...     datamodel.store.spec.arrays["effects"].shape
         (1437, 1797, 10)
 
-    Source: datamodels (arXiv 2202.00622) with ridge for the lasso; the anchor, the unpenalised own
-        row and the shrink factors are ours.
+    Source: datamodels (arXiv 2202.00622), which takes the lasso; ridge, the anchor, the unpenalised
+        own row and the shrink factors are ours.
     """
     _check_ensembles(ensemble, anchor)
     check_dtype(dtype)
@@ -118,7 +126,8 @@ def _layout(sizes: Sizes, method: Regression, dtype: str, top: int) -> StoreSpec
     block = block_targets(sizes.targets, sizes.outputs, dtype, column, BLOCK_BYTES)
     each = ArraySpec(("target", "output"), (sizes.targets, sizes.outputs), stored_wide(dtype))
     shape = sizes.train, sizes.targets, sizes.outputs
-    arrays = effect_arrays(*shape, dtype, top, compress=method.sparse)
+    rows = object_rows(sizes.train, block * sizes.outputs, dtype)
+    arrays = effect_arrays(*shape, dtype, top=top, rows=rows, sparse=method.sparse)
     arrays |= dict.fromkeys(("own", "variance", "noise"), each)
     pairs = ArraySpec(("target", None), (sizes.targets, 5), each.dtype)
     arrays |= {"cross_products": pairs} | method.arrays(sizes, each.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from attribution.strongest import Strongest
 from stores import ArraySpec, BlockWriter, score_block
 
+OBJECT_BYTES = 2**24  # of the effects in one storage object
 PIECE_BYTES = 2**23  # of the effects that are computed at once
 DTYPES = ("float16", "float32", "float64")
 
@@ -83,8 +84,27 @@ def block_targets(targets: int, outputs: int, dtype: str, column_bytes: int, mos
     return score_block(targets, outputs, dtype, most=max(1, most // column_bytes))
 
 
+def object_rows(train: int, width: int, dtype: str) -> int:
+    """Training rows of one storage object of effects, in equal cuts.
+
+    Args:
+        train: number of training rows.
+        width: numbers of one row in a block.
+        dtype: name of the stored type.
+
+    Returns:
+        As many as take 16 MiB at most, but at least 1.
+
+    Example:
+        >>> object_rows(50_000, 8192, "float32")
+        511
+    """
+    most = max(1, OBJECT_BYTES // (width * np.dtype(dtype).itemsize))
+    return -(-train // -(-train // most))
+
+
 def effect_arrays(
-    train: int, targets: int, outputs: int, dtype: str, top: int, *, compress: bool = False
+    train: int, targets: int, outputs: int, dtype: str, *, top: int, rows: int, sparse: bool = False
 ) -> dict[str, ArraySpec]:
     """What a store of effects holds of every kind of them.
 
@@ -94,14 +114,15 @@ def effect_arrays(
         outputs: number of outputs.
         dtype: of the effects on disk; float16 with a scale for each target and output.
         top: rows of either sign that are kept for each target.
-        compress: whether most effects are zero.
+        rows: of one storage object.
+        sparse: whether most effects are zero.
 
     Returns:
         The arrays by name: `effects`; the sum over all rows `sum`; the rows that change the margin
         most, `top_rows`, and their effects on it, `top_values`, as `Strongest` gives them.
 
     Example:
-        >>> sorted(effect_arrays(50, 7, 2, "float16", top=3))
+        >>> sorted(effect_arrays(50, 7, 2, "float16", top=3, rows=50))
         ['effects', 'scale', 'sum', 'top_rows', 'top_values']
     """
     each, wide = ("target", "output"), stored_wide(dtype)
@@ -109,7 +130,7 @@ def effect_arrays(
     effects = ("train", *each), (train, targets, outputs)
     kept = ("target", None, None), (targets, 2, top)
     arrays = {
-        "effects": ArraySpec(*effects, dtype, compress=compress, scale=scale, sum="sum"),
+        "effects": ArraySpec(*effects, dtype, rows, sparse, scale, sum="sum"),
         "sum": ArraySpec(each, (targets, outputs), wide),
         "top_rows": ArraySpec(*kept, "int64"),
         "top_values": ArraySpec(*kept, wide),

@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from attribution.effects import block_targets, check_dtype, effect_arrays, stored_wide
+from attribution.effects import (
+    block_targets,
+    check_dtype,
+    effect_arrays,
+    object_rows,
+    stored_wide,
+)
 from attribution.gradients import Features
 from attribution.newton.inverse import factorise
 from attribution.products import products_by
@@ -215,10 +221,11 @@ def _score_store(features: Features, path: Path, chosen: _Settings) -> Store:
     column = len(features) * outputs * features.width * np.dtype(wide).itemsize
     block = block_targets(targets, outputs, chosen.dtype, column, BLOCK_BYTES)
     each = ArraySpec(("target", "output"), (targets, outputs), wide)
-    arrays = effect_arrays(train, targets, outputs, chosen.dtype, chosen.top)
+    rows = object_rows(train, block * outputs, chosen.dtype)
+    sizes = train, targets, outputs
+    arrays = effect_arrays(*sizes, chosen.dtype, top=chosen.top, rows=rows)
     arrays |= dict.fromkeys(("own", *Tally.VARIANCES, "outputs", "noise"), each)
     if margins_differ(features):
-        rows = StoreSpec(KIND, "target", block, arrays).chunks("effects")[0]
         arrays |= margin_arrays(train, targets, chosen.dtype, rows)
     else:
         arrays["slopes"] = each
