@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+S3_SERVER := .cache/s3-server/made-of.txt
 
 RUN ?= runs/digits
 TASK ?= examples/digits.py:task
@@ -25,7 +26,7 @@ demo: $(READY)
 	$(BIN)/dmm evaluate --run $(RUN) --forget $(FORGET) --methods $(METHODS) --n-models $(N_MODELS) --out $(RUN)/evaluation.json
 	$(BIN)/dmm report --run $(RUN)
 
-test: lint
+test: lint $(S3_SERVER)
 	$(BIN)/pytest
 
 lint: $(READY)
@@ -45,6 +46,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt -e '.[examples,test]'
 	touch $@
 
+# Without a network the tests that need the server are left out, and say so.
+$(S3_SERVER): tests/s3_server.txt | $(READY)
+	-$(BIN)/python tests/s3_server.py
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .cache build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find stores attribution unlearning tests examples -name __pycache__ -prune -exec rm -rf {} +

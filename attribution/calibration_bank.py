@@ -1,6 +1,5 @@
 """A few models, each retrained without a forget set of its own, to hold predictions against."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +13,7 @@ from attribution.outputs import Array, target_margins
 from attribution.seeds import derive_seed, generator
 from attribution.subsets import Subsets
 from attribution.task import Rows, Task
+from stores import Where
 
 KINDS = ("forget", "retain", "test")
 SHARES = (0.01, 0.1)  # of the training rows: the smallest and the largest forget set
@@ -23,7 +23,7 @@ SMALLEST = 1e-30  # a squared change that is none
 
 def calibration_bank(
     task: Task,
-    to: str | os.PathLike[str],
+    to: Where,
     *,
     forget_sets: int = 20,
     seed: int = 0,

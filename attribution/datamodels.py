@@ -17,7 +17,7 @@ from attribution.linear_datamodel import LinearDatamodel
 from attribution.products import products_by
 from attribution.regression import Fitter, Regression, Sizes, problem
 from attribution.ridge_datamodels import Ridge
-from stores import ArraySpec, Provenance, Store, StoreSpec, place, run_blocks, versions
+from stores import ArraySpec, Provenance, Store, StoreSpec, Where, place, run_blocks, versions
 
 BLOCK_BYTES = 2**28  # of the outputs and effects that are in memory for the targets of one block
 
@@ -28,7 +28,7 @@ def fit_datamodels(
     ensemble: Ensemble,
     *,
     anchor: Ensemble,
-    to: str | os.PathLike[str],
+    to: Where,
     method: Regression = Ridge(),  # noqa: B008 - frozen
     seed: int = 0,
     dtype: str = "float32",
@@ -141,7 +141,7 @@ def _settings(method: Regression, seed: int, dtype: str) -> dict[str, Any]:
 def _datamodel_store(  # noqa: PLR0917 - what a store is made of
     ensemble: Ensemble,
     anchor: Ensemble,
-    to: str | os.PathLike[str],
+    to: Where,
     spec: StoreSpec,
     fitter: Fitter | None,
     settings: dict[str, Any],

@@ -18,7 +18,7 @@ from attribution.products import products_by
 from attribution.subsets import Subsets
 from attribution.task import State, Task
 from attribution.training import threads, train_many, train_one
-from stores import ArraySpec, Provenance, Store, StoreSpec, digest, run_blocks, versions
+from stores import ArraySpec, Provenance, Store, StoreSpec, Where, digest, run_blocks, versions
 
 # Models trained together; more of them no longer run faster and would not fit the cache.
 MODELS_AT_ONCE = 50
@@ -47,7 +47,7 @@ class Ensemble:
     store: Store = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], task: Task) -> "Ensemble":
+    def open(cls, path: Where, task: Task) -> "Ensemble":
         """Opens an ensemble made from this task.
 
         Args:
@@ -187,7 +187,7 @@ class _TrainBlock:
 def train_models(
     task: Task,
     subsets: Subsets,
-    to: str | os.PathLike[str],
+    to: Where,
     *,
     keep: Literal["outputs", "weights"] = "outputs",
     device: str | torch.device = "cpu",
@@ -282,7 +282,7 @@ def why_not_many(task: Task) -> str | None:
 def _store(
     task: Task,
     subsets: Subsets,
-    to: str | os.PathLike[str],
+    to: Where,
     *,
     keep: str,
     device: str,

@@ -1,6 +1,5 @@
 """Linear datamodeling score: do scores rank models trained on random subsets as retraining does?"""
 
-import os
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -12,6 +11,7 @@ from attribution.ensemble import Ensemble, train_models
 from attribution.seeds import derive_seed
 from attribution.subsets import draw_subsets
 from attribution.task import Rows, Task
+from stores import Where
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
@@ -42,7 +42,7 @@ class LDS:
 
 def lds_bank(
     task: Task,
-    to: str | os.PathLike[str],
+    to: Where,
     *,
     models: int = 200,
     repeats: int = 2,

@@ -1,6 +1,5 @@
 """Linear datamodels: predictions from stored effects of all training rows on all targets."""
 
-import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from attribution.forget import ForgetSet
 from attribution.outputs import Array
 from attribution.task import Rows, Task
 from attribution.uncertainty import Uncertainty, uncertainty_of
-from stores import Store, column, total
+from stores import Store, Where, column, total
 
 if TYPE_CHECKING:
     import dask.array
@@ -34,7 +33,7 @@ class LinearDatamodel(Counterfactual):
     store: Store = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "LinearDatamodel":
+    def open(cls, path: Where) -> "LinearDatamodel":
         """Opens fitted datamodels.
 
         Args:

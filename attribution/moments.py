@@ -15,7 +15,7 @@ from attribution.model import Model
 from attribution.outputs import evaluate
 from attribution.task import State, Task
 from attribution.training import threads
-from stores import ArraySpec, Provenance, Store, StoreSpec, run_blocks, versions
+from stores import ArraySpec, Provenance, Store, StoreSpec, Where, run_blocks, versions
 
 ROWS_AT_ONCE = 256
 
@@ -141,7 +141,7 @@ class Moments:
     store: Store = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "Moments":
+    def open(cls, path: Where) -> "Moments":
         """Opens stored moments.
 
         Args:
@@ -225,7 +225,7 @@ def _test_quality(model: Model) -> float:
 
 def compute_moments(
     ensemble: Ensemble,
-    to: str | os.PathLike[str],
+    to: Where,
     *,
     workers: int | None = 0,
     scheduler: str | None = None,

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,16 +17,17 @@ from attribution.gradients import Projection, featurize, gradient_projector
 from attribution.model import Model, load_model
 from attribution.moments import compute_moments
 from attribution.newton import GroupNewton, calibrate, predicted_changes
-from attribution.run import SCHEMA, Run, RunSettings, read_settings
+from attribution.run import CALIBRATION, SCHEMA, SETTINGS, Run, RunSettings, read_settings
 from attribution.run_calibration import RunCalibration
 from attribution.subsets import draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task, task_place
+from stores import Where, place
 
 
 def precompute(
     task_spec: str,
-    path: str | os.PathLike[str],
+    path: Where,
     *,
     full_models: int = 100,
     subset_models: int = 4000,
@@ -59,11 +59,11 @@ def precompute(
     Raises:
         ValueError: bad input, or a folder that holds a run with other settings or data.
     """
-    task = load_task(task_spec, outside=Path(path))
-    place = task_place(task_spec)
+    task = load_task(task_spec, outside=path)
+    spec = task_place(task_spec)
     if checkpoints is None:
         checkpoints = min(8, full_models)
-    settings = RunSettings(place, full_models, subset_models, design, seed, checkpoints)
+    settings = RunSettings(spec, full_models, subset_models, design, seed, checkpoints)
     _check_numbers(settings)
     # Drawing the subsets first refuses bad settings before anything is written.
     full_subsets = draw_subsets(task, models=full_models, design="full", seed=seed + 1)
@@ -72,8 +72,8 @@ def precompute(
     projection = Projection(seed=seed)
     if checkpoints:
         _check_gradients(task, projection, "; --newton-checkpoints 0 makes a run without it")
-    _record(Path(path), settings)
-    run = Run(Path(path), settings, task)
+    _record(path, settings)
+    run = Run(place(path), settings, task)
     at: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
     where = at | {"device": device}
     full = train_models(task, full_subsets, run.path / "full", keep="weights", **where)
@@ -87,13 +87,13 @@ def precompute(
     if checkpoints > 1:
         calibrate_run(run, **where)
     # The stores took this task for theirs, so it may be found where it lies now.
-    _write_settings(Path(path), settings)
+    _write_settings(path, settings)
     return run
 
 
 def precompute_checkpoints(
     task_spec: str,
-    path: str | os.PathLike[str],
+    path: Where,
     files: Sequence[str | os.PathLike[str]],
     *,
     damping: float | None = None,
@@ -125,7 +125,7 @@ def precompute_checkpoints(
     """
     if not files:
         raise ValueError("expected at least one checkpoint, got none")
-    task = load_task(task_spec, outside=Path(path))
+    task = load_task(task_spec, outside=path)
     names = tuple(os.path.basename(os.fspath(file)) for file in files)
     settings = RunSettings(task_place(task_spec), 0, 0, "none", seed, len(files), names, damping)
     models = [load_model(task, file) for file in files]
@@ -134,11 +134,11 @@ def precompute_checkpoints(
     task.check()
     projection = Projection(seed=seed)
     _check_gradients(task, projection, "")
-    _record(Path(path), settings)
-    run = Run(Path(path), settings, task)
+    _record(path, settings)
+    run = Run(place(path), settings, task)
     where: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler}
     featurize(task, models, run.path / "features", projection=projection, **where)
-    _write_settings(Path(path), settings)
+    _write_settings(path, settings)
     return run
 
 
@@ -187,7 +187,7 @@ def calibrate_run(
         for name in tried[0]
     }
     found = RunCalibration(newton, both.weights, errors)
-    found.save(run.path / "calibration.json")
+    found.save(run.path / CALIBRATION)
     return found
 
 
@@ -247,24 +247,22 @@ def _check_gradients(task: Task, projection: Projection, cure: str) -> None:
         ) from error
 
 
-def _record(path: Path, settings: RunSettings) -> None:
-    if (path / "run.json").exists():
+def _record(path: Where, settings: RunSettings) -> None:
+    if place(path).exists(SETTINGS):
         _refuse_other(path, read_settings(path), settings)
     else:
         _write_settings(path, settings)
 
 
-def _write_settings(path: Path, settings: RunSettings) -> None:
+def _write_settings(path: Where, settings: RunSettings) -> None:
+    text = json.dumps({"schema": SCHEMA} | asdict(settings), indent=2) + "\n"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        partial = path / "run.json.partial"
-        partial.write_text(json.dumps({"schema": SCHEMA} | asdict(settings), indent=2) + "\n")
-        partial.replace(path / "run.json")
+        place(path).write(SETTINGS, text.encode())
     except OSError as error:
         raise ValueError(f"cannot write the run folder {str(path)!r}: {error}") from error
 
 
-def _refuse_other(path: Path, found: RunSettings, wanted: RunSettings) -> None:
+def _refuse_other(path: Where, found: RunSettings, wanted: RunSettings) -> None:
     # Where the task's file lies may change; what it trains on is checked by the stores. Gradients
     # of more checkpoints are added to those that are there.
     more = wanted.checkpoints >= found.checkpoints and not wanted.files

@@ -1,6 +1,7 @@
 """Predictions as files: a zarr store, or a table for a spreadsheet."""
 
 import csv
+import io
 import tempfile
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import numpy as np
 
 from attribution.counterfactual import Prediction
 from attribution.forget import ForgetSet
-from stores import ArraySpec, Provenance, Store, StoreSpec, versions
+from stores import ArraySpec, Provenance, Store, StoreSpec, place, versions, write_file
+from stores.folder import Folder
 
 COLUMNS = ("before", "mean", "std", "noise")
 
@@ -20,7 +22,8 @@ def check_writable(path: str) -> None:
         path: where to write.
 
     Raises:
-        ValueError: the path is a folder, or lies in none that can be written.
+        ValueError: the path is a folder, or lies in none that can be written; or the bucket cannot
+            be reached.
 
     Example:
         >>> check_writable("nowhere/predicted.csv")
@@ -28,6 +31,8 @@ def check_writable(path: str) -> None:
             ...
         ValueError: cannot write 'nowhere/predicted.csv': No such file or directory
     """
+    if not isinstance(place(path), Folder):
+        return  # a bucket was looked at to make a place of it
     if Path(path).is_dir():
         raise ValueError(f"cannot write {path!r}: a folder has that name")
     try:
@@ -56,7 +61,7 @@ def check_prediction_file(path: str) -> None:
     """
     if not path.endswith((".zarr", ".csv")):
         raise ValueError(f"predictions are written to .zarr or .csv, got {path!r}")
-    if path.endswith(".zarr") and Path(path).exists():
+    if path.endswith(".zarr") and place(path).taken():
         raise ValueError(f"{path!r} exists already: name another folder")
     check_writable(path)
 
@@ -90,13 +95,10 @@ def write_prediction(prediction: Prediction, path: str, forget: ForgetSet) -> No
 
 
 def _write_csv(prediction: Prediction, path: str) -> None:
-    partial = Path(f"{path}.partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["target", "output", *COLUMNS])
-        for i, target in enumerate(prediction.targets):
-            for c in range(prediction.mean.shape[1]):
-                writer.writerow(
-                    [target, c, *(float(getattr(prediction, n)[i, c]) for n in COLUMNS)]
-                )
-    partial.replace(path)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["target", "output", *COLUMNS])
+    for i, target in enumerate(prediction.targets):
+        for c in range(prediction.mean.shape[1]):
+            writer.writerow([target, c, *(float(getattr(prediction, n)[i, c]) for n in COLUMNS)])
+    write_file(path, text.getvalue().encode())

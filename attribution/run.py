@@ -1,11 +1,9 @@
 """A run: one folder with everything that is precomputed for a task."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from attribution.combined import Combined
@@ -23,9 +21,10 @@ from attribution.subsets import draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task
 from attribution.trak import fit_trak
-from stores import Provenance, Store, check_provenance, digest
+from stores import Place, Provenance, Store, Where, check_provenance, digest, place
 
 SCHEMA = 1
+SETTINGS, CALIBRATION, ROOT = "run.json", "calibration.json", "zarr.json"
 PREDICTORS = ("datamodel", "newton", "combined", "trak")
 
 
@@ -62,20 +61,20 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder and its task.
+    """A run's folder, or prefix in a bucket, and its task.
 
     Args:
-        path: the folder.
+        path: where it lies.
         settings: what it was asked for.
         task: the task.
     """
 
-    path: Path
+    path: Place
     settings: RunSettings
     task: Task = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "Run":
+    def open(cls, path: Where) -> "Run":
         """Opens a run that was precomputed.
 
         Args:
@@ -88,8 +87,8 @@ class Run:
             ValueError: no run there, one of a later schema, its task cannot be loaded, or is not
                 what the run's models were trained on.
         """
-        settings = read_settings(Path(path))
-        run = cls(Path(path), settings, load_task(settings.task, outside=Path(path)))
+        settings = read_settings(path)
+        run = cls(place(path), settings, load_task(settings.task, outside=path))
         _refuse_changed_task(run)
         return run
 
@@ -119,8 +118,8 @@ class Run:
     @cached_property
     def calibration(self) -> RunCalibration | None:
         """What the calibration bank told, if there is one."""
-        path = self.path / "calibration.json"
-        return RunCalibration.load(path) if path.exists() else None
+        there = self.path.exists(CALIBRATION)
+        return RunCalibration.load(self.path / CALIBRATION) if there else None
 
     @cached_property
     def newton(self) -> GroupNewton:
@@ -140,7 +139,7 @@ class Run:
         return LinearDatamodel.from_scores(scores)
 
     @property
-    def trak_path(self) -> Path:
+    def trak_path(self) -> Place:
         """Folder of the TRAK scores."""
         return self.path / "trak"
 
@@ -165,11 +164,11 @@ class Run:
     @property
     def predictors(self) -> tuple[str, ...]:
         """Names of the predictors that the run has, or can make from what it has."""
-        gradients = (self.path / "features").exists() and (
+        gradients = (self.path / "features/checkpoint-0").taken() and (
             self._decays or self.settings.damping is not None or self.calibration is not None
         )
         has = {
-            "datamodel": (self.path / f"datamodel-{self.settings.subsets}").exists(),
+            "datamodel": (self.path / f"datamodel-{self.settings.subsets}").taken(),
             "newton": gradients,
             "combined": self.calibration is not None and bool(self.calibration.weights),
             "trak": gradients,
@@ -255,12 +254,24 @@ class Run:
 
     def stores(self) -> list[Store]:
         """All stores of the run that exist, finished or not."""
-        found = sorted(path.parent for path in self.path.rglob("zarr.json"))
-        roots = [p for p in found if not any(q in p.parents for q in found)]
-        return [Store.open(p) for p in roots if not p.name.endswith(".tmp")]
+        ends = f"/{ROOT}"
+        found = {n.removesuffix(ends) for n in self.path.walk() if n.endswith(ends)}
+        roots = sorted(name for name in found if not found & set(_above(name)))
+        return [Store.open(self.path / name) for name in roots if self._is_store(name)]
+
+    def _is_store(self, name: str) -> bool:
+        # A creation that was killed leaves a folder named so or, in a bucket, arrays alone.
+        if name.endswith(".tmp"):
+            return False
+        return bool(json.loads(self.path.read(f"{name}/{ROOT}"))["node_type"] == "group")
 
 
-def read_settings(path: Path) -> RunSettings:
+def _above(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def read_settings(path: Where) -> RunSettings:
     """Settings of a run, without loading its task.
 
     Args:
@@ -272,13 +283,16 @@ def read_settings(path: Path) -> RunSettings:
     Raises:
         ValueError: no run there, or one of a later schema.
     """
+    where = place(path)
     try:
-        told = json.loads((path / "run.json").read_text())
+        told = json.loads(where.read(SETTINGS))
         schema = told.pop("schema")
         files = tuple(told.pop("files", ()))
         # Runs made before there was group Newton have no gradients.
         told.setdefault("checkpoints", 0)
         settings = RunSettings(**told, files=files) if schema == SCHEMA else None
+    except ConnectionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"there is no run in {str(path)!r}: make one with dmm precompute TASK --run {path}"
@@ -292,7 +306,7 @@ def read_settings(path: Path) -> RunSettings:
 
 def _refuse_changed_task(run: Run) -> None:
     made = run.path / ("features/checkpoint-0" if run.settings.files else "full")
-    if not (made / "zarr.json").exists():
+    if not made.exists(ROOT):
         return
     store, wanted = Store.open(made), run.task.settings()
     stored = {name: store.provenance.settings.get(name) for name in wanted}

@@ -1,13 +1,12 @@
 """What a run's calibration bank told: group Newton's factors, weights, and who predicts best."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from attribution.combined import Weights
 from attribution.newton import Calibration
+from stores import Where, read_file, write_file
 
 SCHEMA = 1
 
@@ -38,18 +37,17 @@ class RunCalibration:
     weights: Mapping[str, Weights]
     errors: Mapping[str, float]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: Where) -> None:
         """Writes it as JSON.
 
         Args:
             path: the file; it is replaced as a whole.
         """
-        partial = Path(f"{os.fspath(path)}.partial")
-        partial.write_text(json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
-        partial.replace(path)
+        text = json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n"
+        write_file(path, text.encode())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "RunCalibration":
+    def load(cls, path: Where) -> "RunCalibration":
         """Reads what `save` wrote.
 
         Args:
@@ -62,13 +60,15 @@ class RunCalibration:
             ValueError: it cannot be read, or is of a later schema.
         """
         try:
-            told = json.loads(Path(path).read_text())
+            told = json.loads(read_file(path))
             if told["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {told['schema']}, this version reads {SCHEMA}")
             weights = {kind: Weights(**values) for kind, values in told["weights"].items()}
             return cls(Calibration(**told["newton"]), weights, dict(told["errors"]))
+        except ConnectionError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"cannot read the calibration {os.fspath(path)!r}: {error}; remove it, and"
+                f"cannot read the calibration {str(path)!r}: {error}; remove it, and"
                 " dmm precompute makes it again"
             ) from error

@@ -7,10 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 from attribution.task import Task
-from stores import pickle_by_value
+from stores import Where, pickle_by_value, place
+from stores.folder import Folder
 
 
-def load_task(spec: str, *, outside: Path | None = None) -> Task:
+def load_task(spec: str, *, outside: Where | None = None) -> Task:
     """Loads a task.
 
     Args:
@@ -27,13 +28,13 @@ def load_task(spec: str, *, outside: Path | None = None) -> Task:
         >>> load_task("examples.digits:task").name
         'digits'
     """
-    place, separator, name = spec.rpartition(":")
-    if not separator or not place or not name:
+    file, separator, name = spec.rpartition(":")
+    if not separator or not file or not name:
         raise ValueError(f"expected a task as file.py:name or module:name, got {spec!r}")
-    module = _from_file(Path(place), outside) if place.endswith(".py") else _by_name(place, outside)
+    module = _from_file(Path(file), outside) if file.endswith(".py") else _by_name(file, outside)
     found = getattr(module, name, None)
     if found is None:
-        raise ValueError(f"{place} has nothing called {name!r}")
+        raise ValueError(f"{file} has nothing called {name!r}")
     if not isinstance(found, Task):
         raise ValueError(
             f"{spec!r} is a {type(found).__name__}, not a Task: make one with attribution.Task(...)"
@@ -54,32 +55,34 @@ def task_place(spec: str) -> str:
         >>> task_place("examples.digits:task")
         'examples.digits:task'
     """
-    place, _, name = spec.rpartition(":")
-    return f"{Path(place).resolve()}:{name}" if place.endswith(".py") else spec
+    file, _, name = spec.rpartition(":")
+    return f"{Path(file).resolve()}:{name}" if file.endswith(".py") else spec
 
 
-def _refuse_inside(file: Path, outside: Path | None) -> None:
-    if outside is not None and file.resolve().is_relative_to(outside.resolve()):
+def _refuse_inside(file: Path, outside: Where | None) -> None:
+    run = None if outside is None else place(outside)
+    # Nothing can be imported from a bucket.
+    if isinstance(run, Folder) and file.resolve().is_relative_to(Path(run).resolve()):
         raise ValueError(
             f"the task file {file} lies in the run's own folder: code is not loaded there"
         )
 
 
-def _by_name(place: str, outside: Path | None) -> ModuleType:
+def _by_name(module: str, outside: Where | None) -> ModuleType:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        found = importlib.util.find_spec(place)
+        found = importlib.util.find_spec(module)
         if found is None:
-            raise ValueError(f"there is no module {place!r} to load a task from")
+            raise ValueError(f"there is no module {module!r} to load a task from")
         if found.origin:
             _refuse_inside(Path(found.origin), outside)
-        return importlib.import_module(place)
+        return importlib.import_module(module)
     except (Exception, SystemExit) as error:
-        raise _refusal(place, error) from error
+        raise _refusal(module, error) from error
 
 
-def _from_file(file: Path, outside: Path | None) -> ModuleType:
+def _from_file(file: Path, outside: Where | None) -> ModuleType:
     if not file.is_file():
         raise ValueError(f"there is no file {str(file)!r} to load a task from")
     _refuse_inside(file, outside)
@@ -100,7 +103,7 @@ def _from_file(file: Path, outside: Path | None) -> ModuleType:
     return module
 
 
-def _refusal(place: str, error: BaseException) -> ValueError:
+def _refusal(source: str, error: BaseException) -> ValueError:
     if isinstance(error, ValueError):
         return error
-    return ValueError(f"cannot load a task from {place}: {type(error).__name__}: {error}")
+    return ValueError(f"cannot load a task from {source}: {type(error).__name__}: {error}")

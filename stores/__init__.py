@@ -2,7 +2,7 @@
 
 from stores.jobs import BlocksFailed, pickle_by_value, run_blocks
 from stores.layout import score_block
-from stores.places import Place, Where, place
+from stores.places import Place, Where, place, read_file, write_file
 from stores.provenance import Provenance, check_provenance, digest, versions
 from stores.rows import column, gather, mapped, total
 from stores.schema import ArraySpec, StoreSpec
@@ -22,6 +22,8 @@ __all__ = [
     "Place",
     "Where",
     "place",
+    "read_file",
+    "write_file",
     # Arrays on disk
     "Store",
     "BlockDone",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from stores.places import Place
 from stores.schema import StoreSpec
@@ -175,7 +175,27 @@ def refuse_pending(place: Place, blocks: Sequence[int]) -> None:
         >>> from stores.folder import Folder
         >>> refuse_pending(Folder("nowhere"), [])
     """
-    done = marked(place)
+    refuse_unmarked(place, blocks, marked(place))
+
+
+def refuse_unmarked(place: Place, blocks: Sequence[int], done: Set[int]) -> None:
+    """Refuse blocks that are not among the done ones, naming them.
+
+    Args:
+        place: Where the store lies.
+        blocks: Numbers of the blocks that should be done.
+        done: Numbers of those that are.
+
+    Raises:
+        ValueError: A block is pending.
+
+    Example:
+        >>> from stores.folder import Folder
+        >>> refuse_unmarked(Folder("a"), [0, 2], {0, 1})
+        Traceback (most recent call last):
+            ...
+        ValueError: block 2 of a is pending; run the same computation again
+    """
     pending = [block for block in blocks if block not in done]
     if pending:
         raise ValueError(

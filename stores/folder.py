@@ -14,7 +14,8 @@ from typing import final
 import numpy as np
 from zarr.storage import LocalStore
 
-from stores.places import Place, Range, check_size
+from stores.handles import close_files, opened_files
+from stores.places import Place, Ranges
 
 
 @final
@@ -32,6 +33,10 @@ class Folder(Place):
         >>> folder.read("a/b"), folder.names("a"), folder.walk()
         (b'123', ['b'], ['a/b'])
     """
+
+    def __fspath__(self) -> str:
+        """Give the path, so that the folder can stand wherever Python takes one."""
+        return self.url
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name."""
@@ -54,16 +59,19 @@ class Folder(Place):
         """Bytes that are best asked for at once: what fits a processor's cache."""
         return 4 * 2**20
 
-    def read_ranges(self, ranges: Sequence[Range], size: int, into: np.ndarray) -> None:
-        """Read ranges of equal length from files of equal size."""
-        with _Handles(self.url, size) as handles:
-            opened = [(handles[name], start) for name, start in ranges]
-            if hasattr(os, "posix_fadvise"):
-                for handle, start in opened:
-                    os.posix_fadvise(handle, start, into.shape[1], os.POSIX_FADV_WILLNEED)
-            for (handle, start), row in zip(opened, into, strict=True):
-                if os.preadv(handle, [row.data], start) != into.shape[1]:
-                    raise ValueError(f"a file of {self} was cut short while it was read; try again")
+    def generation(self) -> object:
+        """Identity and time of the root zarr.json, which is always replaced, never changed."""
+        try:
+            told = os.stat(f"{self.url}/zarr.json")
+        except OSError:
+            return None
+        return told.st_dev, told.st_ino, told.st_mtime_ns
+
+    def read_batches(
+        self, batches: Sequence[Ranges], size: int, length: int
+    ) -> Iterator[np.ndarray]:
+        """Read ranges of equal length from files of equal size, batch by batch."""
+        return opened_files(self.url, self.generation()).read(batches, size, length)
 
     def mapped(self, name: str) -> np.ndarray:
         """Content of a file, mapped from the disk."""
@@ -106,11 +114,13 @@ class Folder(Place):
 
     def clear(self) -> None:
         """Remove the folder and everything in it."""
+        close_files(self.url)
         if self.taken():
             shutil.rmtree(self.url)
 
     def move(self, to: Place) -> None:
         """Rename the folder."""
+        close_files(self.url)
         os.makedirs(os.path.dirname(to.url), exist_ok=True)
         os.rename(self.url, to.url)
 
@@ -127,26 +137,6 @@ class Folder(Place):
 
     def _path(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url
-
-
-class _Handles(dict[str, int]):
-    """Open files of a folder by name, each of the size it must have."""
-
-    def __init__(self, folder: str, size: int) -> None:
-        self.folder, self.expected = folder, size
-
-    def __missing__(self, name: str) -> int:
-        path = f"{self.folder}/{name}"
-        self[name] = handle = os.open(path, os.O_RDONLY)
-        check_size(path, os.fstat(handle).st_size, self.expected)
-        return handle
-
-    def __enter__(self) -> _Handles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.values():
-            os.close(handle)
 
 
 @contextmanager

@@ -9,16 +9,16 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 
 from stores.blocks import missing_object
-from stores.places import Range
 from stores.store import Store
 
-_AT_ONCE = 512  # ranges of one call; as many files may be open
+_AT_ONCE = 512  # ranges of one batch; as many files may be open
 
 Piece: TypeAlias = tuple[np.ndarray, tuple[slice, ...], np.ndarray]
 """Positions in the answer, the part of the other axes, and the values read for them."""
@@ -66,48 +66,90 @@ def _pieces_zarr(store: Store, name: str, rows: np.ndarray) -> Iterator[Piece]:
         yield np.arange(len(rows)), whole, values[inverse]
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What reading rows of an array needs to know of its layout.
+
+    Args:
+        dtype: Of the stored values.
+        chunk: Shape of an object.
+        length: Bytes of a row's piece in one object.
+        parts: Parts of the axes behind the first, how the names of their objects end, and how the
+            padding of their objects is cut off.
+    """
+
+    dtype: np.dtype
+    chunk: tuple[int, ...]
+    length: int
+    parts: tuple[tuple[tuple[slice, ...], str, tuple[slice, ...]], ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of an object."""
+        return self.chunk[0] * self.length
+
+
+def _plan(store: Store, name: str) -> _Plan:
+    # Small queries take less time than working this out.
+    if name not in store.plans:
+        array, chunk = store.spec.array(name), store.spec.chunks(name)
+        dtype = np.dtype(array.dtype)
+        parts = tuple(
+            (part, end, (slice(None), *_unpadded(part)))
+            for part, end in _grid(array.shape[1:], chunk[1:])
+        )
+        store.plans[name] = _Plan(dtype, chunk, int(np.prod(chunk[1:])) * dtype.itemsize, parts)
+    found = store.plans[name]
+    assert isinstance(found, _Plan)
+    return found
+
+
 def _pieces_direct(store: Store, name: str, rows: np.ndarray) -> Iterator[Piece]:
-    array, chunk = store.spec.array(name), store.spec.chunks(name)
-    row_type = np.dtype((array.dtype, chunk[1:]))
+    plan = _plan(store, name)
     order = np.argsort(rows, kind="stable")
-    numbers, places = np.divmod(rows[order], chunk[0])
-    files = [f"{name}/c/{number}" for number in numbers]
-    starts = (places * row_type.itemsize).tolist()
-    many = max(1, min(_AT_ONCE, store.place.at_once // row_type.itemsize))
-    for place, part in _grid(array.shape[1:], chunk[1:]):
-        end = "".join(f"/{index}" for index in place)
-        for first in range(0, len(order), many):
-            few = slice(first, first + many)
-            ranges = [
-                (f"{file}{end}", at) for file, at in zip(files[few], starts[few], strict=True)
-            ]
-            values = _read(store, name, ranges, row_type)
-            yield order[few], part, values[(slice(None), *_unpadded(part))]
-
-
-def _read(store: Store, name: str, ranges: Sequence[Range], row_type: np.dtype) -> np.ndarray:
-    values = np.empty(len(ranges), row_type)
-    into = values.reshape(len(ranges), -1).view(np.uint8)
+    batches = _batches(rows[order], plan.chunk[0], plan.length, store.place.at_once)
+    wanted = [
+        (part, few, cut, {f"{name}/c/{number}{end}": starts for number, starts in ranges.items()})
+        for part, end, cut in plan.parts
+        for few, ranges in batches
+    ]
     try:
-        store.place.read_ranges(ranges, store.spec.chunks(name)[0] * row_type.itemsize, into)
+        found = store.place.read_batches([ranges for *_, ranges in wanted], plan.size, plan.length)
+        for (part, few, cut, _), values in zip(wanted, found, strict=True):
+            yield order[few], part, values.view(plan.dtype).reshape(-1, *plan.chunk[1:])[cut]
     except FileNotFoundError as error:
-        lost = next(file for file, _ in ranges if not store.place.exists(file))
+        files = [file for *_, ranges in wanted for file in ranges]
+        lost = next(file for file in files if not store.place.exists(file))
         block = int(lost.split("/")[2 + store.spec.block_axis(name)])
         raise missing_object(store.place, lost, block) from error
-    return values
 
 
-def _grid(
-    shape: tuple[int, ...], chunk: tuple[int, ...]
-) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
-    cuts = [range(0, length, size) for length, size in zip(shape, chunk, strict=True)]
-    for starts in itertools.product(*cuts):
-        place = tuple(start // size for start, size in zip(starts, chunk, strict=True))
-        ends = [
-            min(start + size, length)
-            for start, size, length in zip(starts, chunk, shape, strict=True)
-        ]
-        yield place, tuple(map(slice, starts, ends))
+def _batches(
+    rows: np.ndarray, height: int, row_bytes: int, at_once: int
+) -> list[tuple[slice, dict[int, list[int]]]]:
+    """Rows in few calls: their places in the order, and first bytes by number of the object."""
+    many = max(1, min(_AT_ONCE, at_once // row_bytes))
+    found = []
+    for first in range(0, len(rows), many):
+        ranges: dict[int, list[int]] = {}
+        for row in rows[first : first + many].tolist():
+            number, place = divmod(row, height)
+            ranges.setdefault(number, []).append(place * row_bytes)
+        found.append((slice(first, min(len(rows), first + many)), ranges))
+    return found
+
+
+def _grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> list[tuple[tuple[slice, ...], str]]:
+    """Parts of the axes behind the first, and how the names of their objects end."""
+    counts = [range(-(-length // size)) for length, size in zip(shape, chunk, strict=True)]
+    found = []
+    for place in itertools.product(*counts):
+        part = tuple(
+            slice(index * size, min((index + 1) * size, length))
+            for index, size, length in zip(place, chunk, shape, strict=True)
+        )
+        found.append((part, "".join(f"/{index}" for index in place)))
+    return found
 
 
 def _unpadded(part: tuple[slice, ...]) -> tuple[slice, ...]:

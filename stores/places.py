@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from zarr.abc.store import Store as ZarrStore
 
-Where: TypeAlias = "str | os.PathLike[str] | Place"
-"""What names a place: a path, an address such as s3://bucket/prefix, or a place itself."""
-
-Range: TypeAlias = tuple[str, int]
-"""Name of a file and number of a byte in it."""
+Ranges: TypeAlias = Mapping[str, Sequence[int]]
+"""Numbers of the first bytes by name of the file."""
 
 
 @dataclass(frozen=True)
 class Place(ABC):
     """A folder, or a prefix in a bucket, that holds files by name.
 
-    A name is relative, with "/" between its parts. A file is there as a whole or not at all.
+    A name is relative, with "/" between its parts. A file is there as a whole or not at all. Where
+    a service does not answer, or refuses, every method raises ConnectionError.
 
     Args:
         url: Absolute path of the folder, or address of the prefix; it names the place in messages.
@@ -54,7 +52,7 @@ class Place(ABC):
 
     @abstractmethod
     def taken(self) -> bool:
-        """Whether there is anything at this place, so that a store cannot be created here."""
+        """Whether a store cannot be created here: a folder exists, or a bucket has zarr.json."""
 
     @abstractmethod
     def size(self, name: str) -> int:
@@ -75,16 +73,30 @@ class Place(ABC):
     @property
     @abstractmethod
     def at_once(self) -> int:
-        """Bytes that are best asked for in one call of `read_ranges`."""
+        """Bytes that are best read as one batch."""
 
     @abstractmethod
-    def read_ranges(self, ranges: Sequence[Range], size: int, into: np.ndarray) -> None:
-        """Read ranges of equal length from files of equal size.
+    def generation(self) -> object:
+        """What changes whenever the root zarr.json is written anew; None where there is none.
+
+        While it stays the same, no file that was read has been replaced. Where asking is costly,
+        what another process writes may show some seconds later.
+        """
+
+    @abstractmethod
+    def read_batches(
+        self, batches: Sequence[Ranges], size: int, length: int
+    ) -> Iterator[np.ndarray]:
+        """Read ranges of equal length from files of equal size, batch by batch.
 
         Args:
-            ranges: Name of the file and first byte of each range; those of one file stand together.
+            batches: First byte of each range by name of the file, some ranges a batch.
             size: Bytes that each of the files must have.
-            into: Bytes, uint8 [range, length], C-contiguous; filled in the order of the ranges.
+            length: Bytes of a range.
+
+        Returns:
+            Bytes of each batch in the order of its ranges, uint8 [range, length]; good until the
+            next batch is asked for.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -133,10 +145,10 @@ class Place(ABC):
     def move(self, to: Place) -> None:
         """Move everything to a free place of the same kind; a folder moves at once.
 
-        In a bucket the root zarr.json is copied last, so that a store appears as a whole.
+        In a bucket the root zarr.json is written last, so that a store appears as a whole.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: It cannot be written, or files that differ are there already.
         """
 
     @abstractmethod
@@ -146,6 +158,10 @@ class Place(ABC):
     @abstractmethod
     def zarr(self) -> ZarrStore:
         """The place as zarr sees it."""
+
+
+Where: TypeAlias = str | os.PathLike[str] | Place
+"""What names a place: a path, an address such as s3://bucket/prefix, or a place itself."""
 
 
 def place(where: Where) -> Place:
@@ -158,7 +174,8 @@ def place(where: Where) -> Place:
         The place; nothing need be there.
 
     Raises:
-        ValueError: The address is of a kind that is not supported.
+        ValueError: The address is of a kind that is not supported, or its bucket is out of reach.
+        ImportError: The address needs a package that is not installed.
 
     Example:
         >>> place("runs/digits").name
@@ -180,6 +197,49 @@ def place(where: Where) -> Place:
     from stores.folder import Folder
 
     return Folder(os.path.abspath(text))
+
+
+def read_file(where: Where) -> bytes:
+    """Read one file.
+
+    Args:
+        where: Path or address of the file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: As for `place`.
+
+    Example:
+        >>> import tempfile
+        >>> file = tempfile.mkdtemp() + "/run.json"
+        >>> write_file(file, b"{}")
+        >>> read_file(file)
+        b'{}'
+    """
+    at = place(where)
+    return at.parent.read(at.name)
+
+
+def write_file(where: Where, content: bytes) -> None:
+    """Write one file as a whole; one of the same name is replaced at once.
+
+    Args:
+        where: Path or address of the file.
+        content: What to write.
+
+    Raises:
+        OSError: It cannot be written.
+        ValueError: As for `place`.
+
+    Example:
+        >>> import tempfile
+        >>> write_file(tempfile.mkdtemp() + "/run.json", b"{}")
+    """
+    at = place(where)
+    at.parent.write(at.name, content)
 
 
 def check_size(where: str, found: int, expected: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 
 import zarr
 
@@ -21,6 +22,7 @@ def read_root(where: Place) -> dict[str, Json]:
 
     Raises:
         ValueError: There is no store.
+        OSError: It cannot be read.
 
     Example:
         >>> from stores.folder import Folder
@@ -31,7 +33,7 @@ def read_root(where: Place) -> dict[str, Json]:
     """
     try:
         content = json.loads(where.read("zarr.json"))
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise ValueError(
             f"expected a store at {where}, found none; create it, or correct the path"
         ) from error
@@ -47,3 +49,45 @@ def set_state(where: Place, state: str) -> None:
     """
     group = zarr.open_group(where.zarr(), mode="r+", use_consolidated=False)
     group.attrs["state"] = state
+
+
+def check_known(what: str, name: str, known: Sequence[str]) -> None:
+    """Refuse a name that a store does not have.
+
+    Args:
+        what: What is named, in the plural.
+        name: The name.
+        known: The names there are.
+
+    Raises:
+        ValueError: The name is unknown.
+
+    Example:
+        >>> check_known("constants", "mask", ["mask", "judge"])
+    """
+    if name not in known:
+        raise ValueError(f"expected one of the {what} {', '.join(known) or '(none)'}; got {name!r}")
+
+
+def check_ids_equal(
+    path: str, stored: Mapping[str, Sequence[str]], wanted: Mapping[str, Sequence[str]]
+) -> None:
+    """Refuse a store of other rows.
+
+    Args:
+        path: The store, for the message.
+        stored: Its ids by axis.
+        wanted: The ids that it should have.
+
+    Raises:
+        ValueError: They differ.
+
+    Example:
+        >>> check_ids_equal("runs/a", {"train": ["a", "b"]}, {"train": ("a", "b")})
+    """
+    for axis, names in wanted.items():
+        if list(stored[axis]) != list(names):
+            raise ValueError(
+                f"{path} was made for other {axis} ids; "
+                "give another folder, or the same ids in the same order"
+            )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from stores.blocks import object_files, refuse_pending, refuse_unreadable
+from stores.blocks import missing_object, object_files, refuse_unreadable
 from stores.halves import sum_halves, widen
 from stores.pieces import is_raw, pieces
 from stores.places import check_size
@@ -154,12 +154,15 @@ def mapped(store: Store, name: str, block: int) -> np.ndarray:
         >>> float(mapped(store, "a", 1).sum())
         1.0
     """
-    refuse_unreadable(store.place, store.spec, name, [block])
     files = object_files(store.spec, name, block)
     if not is_raw(store, name) or len(files) > 1:
         return store.numpy(name, block)
     chunk, dtype = store.spec.chunks(name), np.dtype(store.spec.array(name).dtype)
-    values = store.place.mapped(files[0])
+    store.refuse_pending([block])
+    try:
+        values = store.place.mapped(files[0])
+    except FileNotFoundError as error:
+        raise missing_object(store.place, files[0], block) from error
     check_size(f"{store.place}/{files[0]}", values.size, int(np.prod(chunk)) * dtype.itemsize)
     # A trailing object is padded to the full chunk.
     cuts = tuple(slice(0, length) for length in store.spec.block_shape(name, block))
@@ -200,7 +203,7 @@ def _checked(store: Store, name: str, rows: np.ndarray) -> np.ndarray:
     blocks = _blocks(store, name, rows)
     if is_raw(store, name):
         # Reading a lost object raises by itself.
-        refuse_pending(store.place, range(store.spec.blocks) if blocks is None else blocks)
+        store.refuse_pending(range(store.spec.blocks) if blocks is None else blocks)
     else:
         refuse_unreadable(store.place, store.spec, name, blocks)
     return rows.astype(np.int64)

@@ -12,11 +12,18 @@ import dask.array
 import numpy as np
 import zarr
 
-from stores.blocks import mark_file, marked, refuse_pending, refuse_unreadable, region
+from stores.blocks import (
+    mark_file,
+    marked,
+    refuse_pending,
+    refuse_unmarked,
+    refuse_unreadable,
+    region,
+)
 from stores.creation import create_group
 from stores.places import Place, Where, place
 from stores.provenance import Provenance, check_provenance, plain_json, refuse_differences
-from stores.roots import read_root, set_state
+from stores.roots import check_ids_equal, check_known, read_root, set_state
 from stores.schema import Json, StoreSpec, check_schema
 from stores.verification import sound
 from stores.writing import BlockWriter, writing
@@ -156,7 +163,7 @@ class Store:
         store = Store.open(path, spec.kind)
         refuse_differences(store.spec.to_json(), spec.to_json(), store.path)
         check_provenance(store.provenance, provenance, store.path)
-        _check_same_ids(store, ids or {})
+        check_ids_equal(store.path, {axis: store.ids(axis) for axis in ids or {}}, ids or {})
         return store
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
@@ -191,6 +198,20 @@ class Store:
     def attributes(self) -> dict[str, Json]:
         """The JSON values given to `create`."""
         return dict(self._root["attributes"])
+
+    def refuse_pending(self, blocks: Sequence[int]) -> None:
+        """Refuse to go on where one of some blocks is pending.
+
+        Raises:
+            ValueError: A block is pending.
+        """
+        generation = self.place.generation()
+        known, done = self._memory.get("marks", (None, set()))
+        # A done block becomes pending by `discard` alone, which writes the root first.
+        if generation is None or known != generation or not done.issuperset(blocks):
+            done = marked(self.place)
+            self._memory["marks"] = generation, done
+            refuse_unmarked(self.place, blocks, done)
 
     def write_block(self, block: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write one block of every array, then mark it done.
@@ -269,7 +290,7 @@ class Store:
         Raises:
             ValueError: There is no such constant.
         """
-        _check_known("constants", name, self._root["constants"])
+        check_known("constants", name, self._root["constants"])
         return np.asarray(self._readable(name)[...])
 
     def ids(self, axis: str) -> list[str]:
@@ -284,7 +305,7 @@ class Store:
         Raises:
             ValueError: The store holds no ids of that axis.
         """
-        _check_known("ids of the axes", axis, self._root["ids"])
+        check_known("ids of the axes", axis, self._root["ids"])
         return [str(name) for name in np.asarray(self._readable(f"{axis}_id")[...])]
 
     def array(self, name: str) -> zarr.Array[Any]:
@@ -349,11 +370,11 @@ class Store:
         Raises:
             ValueError: The block is not done.
         """
-        try:
-            self.place.remove(mark_file(block))
-        except FileNotFoundError as error:
-            raise ValueError(f"expected a done block to discard, got block {block}") from error
+        if not self.place.exists(mark_file(block)):
+            raise ValueError(f"expected a done block to discard, got block {block}")
+        # Before the mark goes, so that nobody who remembers a complete store trusts the block.
         set_state(self.place, "open")
+        self.place.remove(mark_file(block))
 
     def finalize(self) -> Store:
         """Declare the store complete and sweep what killed writers left behind.
@@ -376,6 +397,15 @@ class Store:
         return read_root(self.place)
 
     @cached_property
+    def plans(self) -> dict[str, object]:
+        """How rows of each array are read, kept for the next query."""
+        return {}
+
+    @cached_property
+    def _memory(self) -> dict[str, tuple[object, set[int]]]:
+        return {}
+
+    @cached_property
     def _handles(self) -> dict[str, zarr.Array[Any]]:
         return {}
 
@@ -383,17 +413,3 @@ class Store:
         if name not in self._handles:
             self._handles[name] = zarr.open_array(self.place.zarr(), path=name, mode="r")
         return self._handles[name]
-
-
-def _check_known(what: str, name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        raise ValueError(f"expected one of the {what} {', '.join(known) or '(none)'}; got {name!r}")
-
-
-def _check_same_ids(store: Store, ids: Mapping[str, Sequence[str]]) -> None:
-    for axis, names in ids.items():
-        if store.ids(axis) != list(names):
-            raise ValueError(
-                f"{store.path} was made for other {axis} ids; "
-                "give another folder, or the same ids in the same order"
-            )

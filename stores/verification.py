@@ -26,10 +26,15 @@ def sound(store: Store, block: int) -> bool:
 
     Returns:
         False where an object is missing, cut short or changed.
+
+    Raises:
+        ConnectionError: The service of a bucket does not answer, which tells nothing of the block.
     """
     try:
         marks = zarr.open_array(store.place.zarr(), path="done", mode="r")
         return int(np.asarray(marks[block])) in _marks(store, block)
+    except ConnectionError:
+        raise
     except (ValueError, RuntimeError, OSError):
         return False
 

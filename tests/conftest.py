@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests import s3_server
+
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 
@@ -16,3 +18,23 @@ hypothesis.settings.load_profile("shared_machine")
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    """Address of an S3 server that runs as long as the tests."""
+    try:
+        s3_server.environment()
+    except OSError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    with s3_server.serving() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3_endpoint, monkeypatch):
+    """Address of a bucket of its own; the environment tells how to reach it."""
+    s3_server.use(s3_endpoint, monkeypatch)
+    return s3_server.make_bucket(s3_endpoint)

@@ -53,7 +53,7 @@ def finished_run(base):
     """A finished run, made once for all tests; whoever changes it makes a copy."""
     folder = base / "small_run"
     folder.mkdir()
-    return precompute(write_task(folder), folder / "run", **MODELS).path
+    return Path(precompute(write_task(folder), folder / "run", **MODELS).path)
 
 
 def write_checkpoints(folder, spec, count=3):
@@ -81,14 +81,14 @@ def checkpoint_run(base):
     folder.mkdir()
     spec = write_task(folder)
     files = write_checkpoints(folder, spec)
-    return precompute_checkpoints(spec, folder / "run", files, workers=0).path
+    return Path(precompute_checkpoints(spec, folder / "run", files, workers=0).path)
 
 
 def copied(run, folder):
     """A copy of a run without its oracles, with a task file of its own beside it."""
     spec = write_task(folder)
     shutil.copytree(run, folder / "run", ignore=shutil.ignore_patterns("oracles"))
-    return precompute(spec, folder / "run", **MODELS).path
+    return Path(precompute(spec, folder / "run", **MODELS).path)
 
 
 def contents(folder):

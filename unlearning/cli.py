@@ -2,12 +2,10 @@
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -22,14 +20,15 @@ from attribution.prediction_files import (
 )
 from attribution.run import PREDICTORS, Run
 from attribution.subsets import DESIGNS
-from stores import BlocksFailed
+from stores import BlocksFailed, place
 from unlearning.evaluation import evaluate_methods, plain
 from unlearning.explanation import PREDICTORS as EXPLAINERS
 from unlearning.explanation import explain, explanation_table, render_explanation, run_scores
 from unlearning.methods import METHODS, Evidence, build_method, check_method
 from unlearning.report import render_report
+from unlearning.run_files import EVALUATION, REPORT, beside, read_evaluation, write_text
 from unlearning.tables import evaluation_table, prediction_table, status_table
-from unlearning.thumbnails import forgotten_thumbnails, row_thumbnails
+from unlearning.thumbnails import report_thumbnails, row_thumbnails
 from unlearning.unaudited import evaluate_checkpoints
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check(options)
         told, text = options.verb(options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         return _fail(error, BAD_INPUT)
     except KeyboardInterrupt:
         return _fail("stopped; what is finished is kept, the same command resumes", INTERRUPTED)
@@ -92,12 +91,12 @@ def _precompute(options: argparse.Namespace) -> tuple[Any, str]:
         **_where(options),
     )
     own, other = run.datamodel.shrink
-    told = {"run": str(run.path), "stores": [s.path for s in run.stores()], "shrink": [own, other]}
+    told = {"run": options.run, "stores": [s.path for s in run.stores()], "shrink": [own, other]}
     told |= {"predictors": run.predictors, "best": run.best}
     text = (
-        f"{run.path}: {len(run.full)} full models, {options.subset_models} models on"
+        f"{options.run}: {len(run.full)} full models, {options.subset_models} models on"
         f" {options.design} subsets, datamodels of {len(run.task.target_ids)} targets\n"
-        f"next: dmm predict --run {run.path} --forget random:50:0"
+        f"next: dmm predict --run {options.run} --forget random:50:0"
     )
     return told, text
 
@@ -111,12 +110,12 @@ def _precompute_checkpoints(options: argparse.Namespace) -> tuple[Any, str]:
         seed=options.seed,
         **_where(options),
     )
-    told = {"run": str(run.path), "stores": [s.path for s in run.stores()]}
+    told = {"run": options.run, "stores": [s.path for s in run.stores()]}
     told |= {"predictors": run.predictors, "best": run.best}
     text = (
-        f"{run.path}: gradients of {len(run.features)} checkpoints, {run.features.width} features;"
-        " group Newton predicts from them, uncalibrated, because nothing was retrained\n"
-        f"next: dmm predict --run {run.path} --forget random:50:0"
+        f"{options.run}: gradients of {len(run.features)} checkpoints, {run.features.width}"
+        " features; group Newton predicts from them, uncalibrated, because nothing was retrained\n"
+        f"next: dmm predict --run {options.run} --forget random:50:0"
     )
     return told, text
 
@@ -151,7 +150,7 @@ def _explain(options: argparse.Namespace) -> tuple[Any, str]:
     if options.out:
         ids = [found.target, *(row.id for row in found.rows)]
         images = row_thumbnails(run.task, ids) if options.thumbnails else None
-        _write(options.out, render_explanation(found, thumbnails=images))
+        write_text(options.out, render_explanation(found, thumbnails=images))
         text += f"\n\nwritten to {options.out}"
     return asdict(found), text
 
@@ -160,6 +159,8 @@ def _unlearn(options: argparse.Namespace) -> tuple[Any, str]:
     check_method(options.method)
     if not options.out.endswith(".safetensors"):
         raise ValueError(f"models are written as .safetensors, got {options.out!r}")
+    if "://" in options.out:
+        raise ValueError(f"models are written to files, got {options.out!r}")
     check_writable(options.out)
     run = Run.open(options.run)
     forget = parse_forget(run.task, options.forget)
@@ -194,7 +195,7 @@ def _evaluate(options: argparse.Namespace) -> tuple[Any, str]:
         raise ValueError(f"name at least one method: {', '.join(METHODS)}")
     for name in methods:
         check_method(name)
-    out = options.out or str(Path(options.run) / "evaluation.json")
+    out = options.out or beside(options.run, EVALUATION)
     check_writable(out)
     run = Run.open(options.run)
     forgets = [parse_forget(run.task, spec) for spec in options.forget]
@@ -205,7 +206,7 @@ def _evaluate(options: argparse.Namespace) -> tuple[Any, str]:
         more = _where(options) | {"n_models": options.n_models}
         told = evaluate_methods(run, forgets, methods, **shared, **more)
     told = plain(told)
-    _write(out, json.dumps(told, indent=1) + "\n")
+    write_text(out, json.dumps(told, indent=1) + "\n")
     parts = [evaluation_table(told), *told.get("missing", ())]
     return told, "\n\n".join(parts) + f"\nwritten to {out}"
 
@@ -213,16 +214,16 @@ def _evaluate(options: argparse.Namespace) -> tuple[Any, str]:
 def _status(options: argparse.Namespace) -> tuple[Any, str]:
     from attribution.run import read_settings
 
-    path = Path(options.run)
-    settings = read_settings(path)
+    where = place(options.run)
+    settings = read_settings(options.run)
     found = []
-    for store in Run(path, settings, task=None).stores():  # type: ignore[arg-type]
+    for store in Run(where, settings, task=None).stores():  # type: ignore[arg-type]
         bad = store.verify() if options.verify or options.discard else []
         for block in bad if options.discard else []:
             store.discard(block)
         found.append(
             {
-                "store": os.path.relpath(store.path, path),
+                "store": store.path.removeprefix(f"{where}/"),
                 "kind": store.spec.kind,
                 "blocks": store.spec.blocks,
                 "done": len(store.done()),
@@ -233,30 +234,23 @@ def _status(options: argparse.Namespace) -> tuple[Any, str]:
     damaged = [f"{row['store']} blocks {row['bad']}" for row in found if row["bad"]]
     if damaged and not options.discard:
         raise RuntimeError(
-            f"damaged: {'; '.join(damaged)}; dmm status --run {path} --discard makes these blocks"
-            " pending, and the command that made them computes them again"
+            f"damaged: {'; '.join(damaged)}; dmm status --run {options.run} --discard makes these"
+            " blocks pending, and the command that made them computes them again"
         )
-    return {"run": str(path), "stores": found}, status_table(
+    return {"run": options.run, "stores": found}, status_table(
         found, verified=options.verify and not damaged
     )
 
 
 def _report(options: argparse.Namespace) -> tuple[Any, str]:
-    path = Path(options.run)
-    source, out = path / "evaluation.json", options.out or str(path / "report.html")
-    try:
-        evaluation = json.loads(source.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot read {str(source)!r}: run dmm evaluate --run {path} first"
-        ) from error
-    if not isinstance(evaluation, dict):
-        raise ValueError(f"{str(source)!r} holds no evaluation: run dmm evaluate again")
+    evaluation, out = read_evaluation(options.run), options.out or beside(options.run, REPORT)
     check_writable(out)
-    images = forgotten_thumbnails(Run.open(path).task, evaluation) if options.thumbnails else None
+    images = (
+        report_thumbnails(Run.open(options.run).task, evaluation) if options.thumbnails else None
+    )
     title = f"Unlearning on {evaluation.get('task', 'a task')}"
     missing = evaluation.get("missing", ())
-    _write(out, render_report(evaluation, title=title, thumbnails=images, missing=missing))
+    write_text(out, render_report(evaluation, title=title, thumbnails=images, missing=missing))
     return {"out": out}, f"written to {out}"
 
 
@@ -296,15 +290,6 @@ def _settings(pairs: Sequence[str]) -> dict[str, str]:
     if wrong:
         raise ValueError(f"--set takes field=value, got {wrong[0]!r}")
     return dict(pair.split("=", 1) for pair in pairs)
-
-
-def _write(out: str, text: str) -> None:
-    partial = Path(f"{out}.partial")
-    try:
-        partial.write_text(text)
-        partial.replace(out)
-    except OSError as error:
-        raise ValueError(f"cannot write {out!r}: {error.strerror}") from error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -381,7 +366,9 @@ def _verb(
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
     parser.set_defaults(verb=action)
-    parser.add_argument("--run", required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument(
+        "--run", required=True, metavar="DIR", help="folder of the run, or s3://bucket/prefix"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

@@ -14,6 +14,7 @@ from attribution.run import Run
 from stores import versions
 from unlearning.audit import Audit
 from unlearning.cost import hardware, measure_request, measure_retraining
+from unlearning.explanation import explained_rows
 from unlearning.klom import (
     FEWEST_MODELS,
     FEWEST_ROWS_FOR_P95,
@@ -31,6 +32,7 @@ from unlearning.predictions import (
     scattered_rows,
     told_agreement,
 )
+from unlearning.rankings import rank_subsets
 from unlearning.runner import UnlearnedModels, UnlearningMethod, unlearn_models
 
 SCHEMA = 1
@@ -47,6 +49,7 @@ def evaluate_methods(
     predictor: str | None = None,
     predictors: Sequence[str] | None = None,
     settings: Mapping[str, Mapping[str, str]] | None = None,
+    lds_models: int = 0,
     device: str = "cpu",
     workers: int | None = None,
     scheduler: str | None = None,
@@ -63,6 +66,7 @@ def evaluate_methods(
         predictors: which predictions are compared with the retrained models beside it; None: all
             that the run has.
         settings: changed settings by method name and field.
+        lds_models: models trained for linear datamodeling scores; 0: none are computed.
         device: where to compute.
         workers: processes; None for one per core, 0 for this process.
         scheduler: address of an existing dask scheduler instead.
@@ -81,6 +85,7 @@ def evaluate_methods(
         for name in (chosen, *(run.predictors if predictors is None else predictors))
     }
     where: Json = {"device": device, "workers": workers, "scheduler": scheduler}
+    ranked = rank_subsets(run, lds_models, **where).told() if lds_models else None
     retrain = measure_retraining(run.task, device)
     blocks: Json = {}
     compared = []
@@ -119,6 +124,8 @@ def evaluate_methods(
             "forget_sets": blocks,
             "pooled": pooled_predictions(compared),
         }
+        | ({"lds": ranked} if ranked else {})
+        | {"explained": explained_rows(run, blocks)}
     )
     return evaluation
 

@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import jinja2
@@ -19,6 +19,7 @@ from stores import Store
 from unlearning.figures import thumbnail
 
 PREDICTORS = ("datamodel", "trak")
+EXPLAINED_ROWS = 5  # of either direction in a report
 
 Direction = Literal["pushed up", "pushed down"]
 
@@ -105,7 +106,7 @@ def run_scores(run: Run, predictor: str | None = None) -> MarginEffects:
 
 
 def _datamodel_effects(run: Run) -> Callable[[int], Array] | None:
-    if not (run.path / f"datamodel-{run.settings.subsets}").exists():
+    if not (run.path / f"datamodel-{run.settings.subsets}").taken():
         return None
     datamodel, outputs = run.datamodel, run.full.store.array("outputs")
 
@@ -119,10 +120,10 @@ def _datamodel_effects(run: Run) -> Callable[[int], Array] | None:
 
 
 def _trak_effects(run: Run) -> Callable[[int], Array] | None:
-    if not (run.path / "features").exists():
+    if not (run.path / "features/checkpoint-0").taken():
         return None
     stored = run.trak_path / "scores"
-    if stored.exists() and Store.open(stored).complete:
+    if stored.taken() and Store.open(stored).complete:
         return TrakScores.open(run.trak_path).margins
     return lambda target: margin_effects(run.features, target, damping=run.trak_damping)
 
@@ -162,6 +163,27 @@ def explain(scores: MarginEffects, task: Task, target_id: str, top: int = 20) ->
     rows = [_row(task, int(i), float(values[i])) for i in up + down]
     label = _label(task, target)
     return Explanation(task.name, target_id, label, scores.predictor, tuple(rows))
+
+
+def explained_rows(run: Run, blocks: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The test row that each forget set moves most, and the training rows that moved its margin.
+
+    Args:
+        run: with effects of single rows; others give an empty list.
+        blocks: forget sets of an evaluation by name, with their most affected rows.
+
+    Returns:
+        Explanations as plain values, with the name of the forget set.
+    """
+    if not set(PREDICTORS) & set(run.predictors):
+        return []
+    scores, found = run_scores(run), []
+    for name, block in blocks.items():
+        tested = [row["id"] for row in block["affected"] if row["split"] == "test"]
+        for target in tested[:1]:
+            told = asdict(explain(scores, run.task, target, EXPLAINED_ROWS))
+            found.append({"forget_set": name, **told})
+    return found
 
 
 def _row(task: Task, place: int, value: float) -> ExplainedRow:

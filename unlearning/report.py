@@ -23,6 +23,7 @@ from unlearning.figures import (
     thumbnail,
 )
 from unlearning.tables import pooled_name
+from unlearning.wording import as_number, as_percent, as_range, as_seconds, listed
 
 SCHEMA = 1
 SPLITS = {"forget": "forgotten rows", "retain": "retained rows", "test": "test rows"}
@@ -38,7 +39,6 @@ _LABELS = {  # name: as tables and prose say it, as figures say it
     "fine_tune": ("fine-tune", "fine-tune"),
 }
 _DISTANCES = {"klom": "KLOM", "gaussian_kl": "Gaussian KL"}
-_SPACE = "\u00a0"  # keeps a number and its unit on one line
 _STAGES = ("before", "predicted", "retrained", "unlearned")
 _LOWEST = 0.02  # distances below this are all "the same" on the logarithmic axis
 
@@ -55,8 +55,8 @@ def render_report(
     Args:
         evaluation: What `dmm evaluate` writes; numbers may be null and blocks may be absent.
         title: Heading of the page.
-        thumbnails: Images by row id, [height, width] or [height, width, 3]; only those of
-            forgotten rows are shown. None shows none.
+        thumbnails: Images by row id, [height, width] or [height, width, 3]; of the most affected
+            rows only the forgotten ones are shown. None shows none.
         missing: Sentences on evidence that is missing, added to those the page finds itself.
 
     Returns:
@@ -93,6 +93,7 @@ def render_report(
         figures=_figures(evaluation, distance),
         predicted=list(_predicted(evaluation)),
         affected={name: _affected(block, thumbnails) for name, block in _sets(evaluation).items()},
+        images={row: thumbnail(image) for row, image in (thumbnails or {}).items()},
         with_thumbnails=thumbnails is not None,
         missing=missing,
     )  # fmt: skip
@@ -107,8 +108,8 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(
-        number=_number, percent=_percent, seconds=_seconds, range=_range, label=_label,
-        listed=_listed,
+        number=as_number, percent=as_percent, seconds=as_seconds, range=as_range, label=_label,
+        listed=listed,
     )  # fmt: skip
     environment.globals.update(
         value=_value, pick=_pick, methods=_methods, predictors=_predictors, lacking=_lacking,
@@ -175,40 +176,6 @@ def _distance(evaluation: Mapping[str, Any]) -> str:
                for _, _, results in _entries(evaluation)):  # fmt: skip
             return key
     return "klom"
-
-
-# -- numbers as people read them ------------------------------------------------------------
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    text = f"{value:,.{digits}f}"
-    return text.lstrip("-") if float(text.replace(",", "")) == 0 else text.replace("-", "−")
-
-
-def _percent(value: float | None, digits: int | None = None) -> str:
-    scaled = None if value is None else 100 * value
-    if digits is None:
-        digits = 1 if scaled is not None and 0 < scaled < 1 else 0
-    return _number(scaled, digits) + ("" if scaled is None else f"{_SPACE}%")
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "–"
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{_number(value, digits)}{_SPACE}s"
-
-
-def _range(values: Sequence[float], *, percent: bool = False) -> str:
-    text = _percent if percent else _number
-    low, high = text(min(values)), text(max(values))
-    return low if low == high else f"{low} to {high}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + "".join(names[-1:])
 
 
 # -- what the sentences are about; their words are in the template --------------------------
@@ -314,12 +281,12 @@ def _margin_panels(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Markup]
 
 def _statistics(margins: Any) -> list[str]:
     ceiling = _value(margins, "ceiling")
-    best = "" if ceiling is None else f" (ceiling {_number(ceiling)})"
+    best = "" if ceiling is None else f" (ceiling {as_number(ceiling)})"
     ends = {"slope": "", "r2": best, "corr": ""}
     return [
-        f"{'R²' if key == 'r2' else key} {_number(number)}{ends[key]}"
+        f"{'R²' if key == 'r2' else key} {as_number(found)}{ends[key]}"
         for key in ends
-        if (number := _value(margins, key)) is not None
+        if (found := _value(margins, key)) is not None
     ]
 
 

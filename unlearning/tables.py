@@ -59,7 +59,18 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
         header = ["predictions, forget rows", "predictor", "of", "R2", "ceiling", "slope"]
         header += ["inside 80 %", "width", "constant width"]
         parts.append(_lines(header, predictions))
+    if evaluation.get("lds"):
+        parts.append(_rankings(evaluation["lds"]))
     return "\n\n".join(parts)
+
+
+def _rankings(told: Mapping[str, Any]) -> str:
+    rows = [
+        [name, *(_number(found[key]) for key in ("mean", "low", "high")), _number(told["ceiling"])]
+        for name, found in told["predictors"].items()
+    ]
+    title = f"LDS, {told['models']} models, {told['targets']} test rows"
+    return _lines([title, "mean", "95 % from", "to", "ceiling"], rows)
 
 
 def _prediction_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:

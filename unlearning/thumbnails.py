@@ -11,10 +11,8 @@ from attribution import Task
 GREY, COLOURS = 2, 3
 
 
-def forgotten_thumbnails(
-    task: Task, evaluation: Mapping[str, Any]
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Images of the forgotten rows that an evaluation lists as most affected.
+def report_thumbnails(task: Task, evaluation: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """Images of the rows that a report shows: forgotten ones, explained ones and what moved them.
 
     Args:
         task: gives the inputs: images [channel, height, width] or [height, width], or vectors of
@@ -30,15 +28,18 @@ def forgotten_thumbnails(
     Example:
         >>> from examples.digits import task
         >>> rows = [{"id": "train-3", "split": "forget"}]
-        >>> forgotten_thumbnails(task, {"forget_sets": {"a": {"affected": rows}}})["train-3"].shape
+        >>> report_thumbnails(task, {"forget_sets": {"a": {"affected": rows}}})["train-3"].shape
         (8, 8)
     """
     blocks = (evaluation.get("forget_sets") or {}).values()
     rows = [row for block in blocks for row in (block or {}).get("affected") or ()]
-    ids = sorted({row["id"] for row in rows if row.get("split") == "forget"})
-    if not ids:
+    shown = {row["id"] for row in rows if row.get("split") == "forget"}
+    for told in evaluation.get("explained") or ():
+        shown |= {told["target"], *(row["id"] for row in told["rows"])}
+    if not shown:
         return {}
-    unknown = sorted(set(ids) - set(task.train_ids))
+    ids = sorted(shown)
+    unknown = sorted(shown - set(task.target_ids))
     if unknown:
         raise ValueError(
             f"the evaluation is of another task: {task.name!r} has no row {unknown[0]!r}"
@@ -50,7 +51,7 @@ def row_thumbnails(task: Task, ids: Sequence[str]) -> dict[str, np.ndarray[Any, 
     """Images of some training or test rows.
 
     Args:
-        task: gives the inputs, as for `forgotten_thumbnails`.
+        task: gives the inputs, as for `report_thumbnails`.
         ids: of the rows, at least one.
 
     Returns:

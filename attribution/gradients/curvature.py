@@ -1,7 +1,6 @@
 """The Gauss-Newton matrix of the training loss in the space of the features."""
 
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from attribution.gradients.feature_store import BLOCK_BYTES, block_features, blo
 from attribution.losses import Loss
 from attribution.task import Task
 from attribution.training import threads
-from stores import ArraySpec, BlockDone, Provenance, Store, StoreSpec
+from stores import ArraySpec, BlockDone, Provenance, Store, StoreSpec, mapped
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -37,7 +36,7 @@ def stored_curvature(task: Task, store: Store, temperature: float = 1.0) -> Matr
         store.provenance.settings["checkpoint"],
     )
     kept = Store.open_or_create(
-        Path(store.path).parent / _folder(checkpoint, temperature),
+        store.place.parent / _folder(checkpoint, temperature),
         StoreSpec(
             "curvature",
             "feature",
@@ -60,7 +59,7 @@ def stored_curvature(task: Task, store: Store, temperature: float = 1.0) -> Matr
         except OSError as error:
             raise ValueError(f"cannot write the curvature to {kept.path}: {error}") from error
         kept.finalize()
-    return kept.numpy("curvature")
+    return mapped(kept, "curvature", 0)
 
 
 def train_curvature(task: Task, store: Store, temperature: float = 1.0) -> Matrix:

@@ -1,10 +1,8 @@
 """One checkpoint's features on disk: layout, provenance, and how a block is computed."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count, takewhile
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,12 +18,15 @@ from attribution.task import State, Task
 from attribution.training import threads
 from stores import (
     ArraySpec,
+    Place,
     Provenance,
     Store,
     StoreSpec,
+    Where,
     check_provenance,
     digest,
     mapped,
+    place,
     versions,
 )
 
@@ -73,7 +74,7 @@ class Layout:
 
 
 def create_store(
-    path: str | os.PathLike[str],
+    path: Where,
     task: Task,
     model: Model,
     checkpoint: int,
@@ -135,9 +136,9 @@ def create_store(
     )
 
 
-def _refuse_other_settings(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+def _refuse_other_settings(path: Where, settings: Mapping[str, Any]) -> None:
     """Names the setting that differs before the store names the shape that follows from it."""
-    if os.path.lexists(path):
+    if place(path).taken():
         store = Store.open(path, KIND)
         stored = Provenance(store.provenance.settings)
         check_provenance(stored, Provenance(settings), store.path)
@@ -376,7 +377,7 @@ def _widened(halves: Numbers) -> Numbers:
     return torch.from_numpy(halves).float().numpy()
 
 
-def checkpoint_paths(path: str | os.PathLike[str]) -> list[Path]:
+def checkpoint_paths(path: Where) -> list[Place]:
     """Folders of the checkpoints' stores, checkpoint-0 first.
 
     Args:
@@ -385,5 +386,5 @@ def checkpoint_paths(path: str | os.PathLike[str]) -> list[Path]:
     Returns:
         The folders, up to the first number that is missing.
     """
-    numbered = (Path(path) / f"checkpoint-{number}" for number in count())
-    return list(takewhile(Path.exists, numbered))
+    numbered = (place(path) / f"checkpoint-{number}" for number in count())
+    return list(takewhile(lambda part: part.taken(), numbered))

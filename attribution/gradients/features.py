@@ -1,10 +1,8 @@
 """Features of every output on every target, one store a checkpoint, computed block by block."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -31,7 +29,7 @@ from attribution.gradients.projection import Projection
 from attribution.gradients.projector import GradientProjector
 from attribution.model import Model, check_state
 from attribution.task import Rows, Task
-from stores import BlocksFailed, Store, gather, run_blocks
+from stores import BlocksFailed, Store, Where, gather, place, run_blocks
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Features:
     stores: tuple[Store, ...] = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], task: Task) -> "Features":
+    def open(cls, path: Where, task: Task) -> "Features":
         """Opens features made from this task.
 
         Args:
@@ -76,7 +74,7 @@ class Features:
         """
         paths = checkpoint_paths(path)
         if not paths:
-            raise ValueError(f"expected features in {os.fspath(path)!r}: make them with featurize")
+            raise ValueError(f"expected features in {str(path)!r}: make them with featurize")
         stores = tuple(Store.open(part, KIND) for part in paths)
         for store in stores:
             check_ids(task, store.ids("train"), store.ids("target"), store.path)
@@ -248,7 +246,7 @@ class Features:
 def featurize(
     task: Task,
     checkpoints: Sequence[Model],
-    to: str | os.PathLike[str],
+    to: Where,
     *,
     projection: Projection = Projection(),  # noqa: B008 - frozen
     dtype: str = "float32",
@@ -309,7 +307,7 @@ def featurize(
     # All of them first: an interrupted call must not look like one for fewer checkpoints.
     stores = tuple(
         create_store(
-            Path(to) / f"checkpoint-{number}",
+            place(to) / f"checkpoint-{number}",
             task,
             model,
             number,

@@ -15,7 +15,7 @@ from attribution.model import Model
 from attribution.outputs import Array
 from attribution.task import Rows, Task
 from attribution.training import require_recipe, threads
-from stores import ArraySpec, Provenance, Store, StoreSpec, digest, run_blocks, versions
+from stores import ArraySpec, Provenance, Store, StoreSpec, Where, digest, run_blocks, versions
 
 MEANING = "value for this run, not a retrained output"
 MEAN = "mean of the targets"
@@ -38,7 +38,7 @@ class InRunScores:
     store: Store = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "InRunScores":
+    def open(cls, path: Where) -> "InRunScores":
         """Opens recorded values.
 
         Args:
@@ -120,7 +120,7 @@ class _RunBlock:
 
 def record_run(
     task: Task,
-    to: str | os.PathLike[str],
+    to: Where,
     *,
     seed: int = 0,
     index: int = 0,
@@ -231,7 +231,7 @@ def _places(task: Task, targets: Sequence[str] | Rows | None) -> Rows:
 
 def _store(
     task: Task,
-    to: str | os.PathLike[str],
+    to: Where,
     places: Rows,
     settings: dict[str, object],
     targets_at_once: int | None,

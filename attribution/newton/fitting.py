@@ -1,9 +1,7 @@
 """Fits a calibration on a bank of models, each retrained without a forget set of its own."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from attribution.newton.calibration import Calibration
 from attribution.newton.group import GroupNewton
 from attribution.outputs import Array
 from attribution.training import threads
-from stores import ArraySpec, Provenance, Store, StoreSpec, run_blocks
+from stores import ArraySpec, Place, Provenance, Store, StoreSpec, Where, place, run_blocks
 
 # Candidates for T, and for lambda in units of T^2 x (number of rows) x weight decay.
 TEMPERATURES = (1.0, 1.4, 2.0)
@@ -28,7 +26,7 @@ STEPS_TO_CHOOSE = 2
 def calibrate(
     newton: GroupNewton,
     bank: Ensemble,
-    to: str | os.PathLike[str],
+    to: Where,
     *,
     full: Ensemble | None = None,
     temperatures: Sequence[float] = TEMPERATURES,
@@ -74,12 +72,12 @@ def calibrate(
         newton,
         cases,
         bank,
-        Path(to),
+        place(to),
         temperatures=temperatures,
         dampings=dampings,
         where=where,
     )
-    changes = predicted_changes(chosen, cases, bank, Path(to) / "changes", **where)
+    changes = predicted_changes(chosen, cases, bank, place(to) / "changes", **where)
     return _fitted(chosen, cases, changes)
 
 
@@ -103,7 +101,7 @@ def predicted_changes(
     newton: GroupNewton,
     cases: Sequence[Case],
     bank: Ensemble,
-    to: Path,
+    to: Where,
     *,
     workers: int | None = 0,
     scheduler: str | None = None,
@@ -140,7 +138,7 @@ def _chosen(
     newton: GroupNewton,
     cases: Sequence[Case],
     bank: Ensemble,
-    to: Path,
+    to: Place,
     *,
     temperatures: Sequence[float],
     dampings: Sequence[float],
@@ -198,7 +196,7 @@ def _told(calibration: Calibration | None) -> dict[str, Any] | None:
     return None if calibration is None else asdict(calibration)
 
 
-def _store(to: Path, kind: str, arrays: dict[str, ArraySpec], settings: dict[str, Any]) -> Store:
+def _store(to: Where, kind: str, arrays: dict[str, ArraySpec], settings: dict[str, Any]) -> Store:
     return Store.open_or_create(to, StoreSpec(kind, "model", 1, arrays), Provenance(settings))
 
 

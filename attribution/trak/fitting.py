@@ -1,11 +1,9 @@
 """Fits TRAK scores: one solve for each training row, then products with every target's features."""
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +30,17 @@ from attribution.trak.curvature import (
 from attribution.trak.score_blocks import ScoreBlock, margin_arrays, margins_differ
 from attribution.trak.scores import KIND, TrakScores
 from attribution.trak.tally import Tally
-from stores import ArraySpec, Provenance, Store, StoreSpec, run_blocks, versions
+from stores import (
+    ArraySpec,
+    Place,
+    Provenance,
+    Store,
+    StoreSpec,
+    Where,
+    place,
+    run_blocks,
+    versions,
+)
 
 ROWS_KIND = "trak-rows"
 BLOCK_BYTES = 2**27  # of the features of the targets of one block
@@ -58,7 +66,7 @@ class _Settings:
 
 def fit_trak(
     features: Features,
-    to: str | os.PathLike[str],
+    to: Where,
     *,
     damping: float | None = None,
     weighting: bool = True,
@@ -122,12 +130,12 @@ def fit_trak(
         min(top, train),
     )
     features = replace(features)  # without caches, which would travel to the workers
-    store = _score_store(features, Path(to) / "scores", chosen)
+    store = _score_store(features, place(to) / "scores", chosen)
     if store.pending():
         at = None if scheduler else workers
         run = partial(run_blocks, workers=at, scheduler=scheduler)
         rows = tuple(
-            _solved_rows(features, checkpoint, Path(to) / f"rows-{checkpoint}", chosen, run)
+            _solved_rows(features, checkpoint, place(to) / f"rows-{checkpoint}", chosen, run)
             for checkpoint in range(len(features))
         )
         work = ScoreBlock(features, rows, store.path, chosen.top)
@@ -159,14 +167,14 @@ def _provenance(features: Features, chosen: _Settings, checkpoints: range) -> Pr
 
 
 def _solved_rows(
-    features: Features, checkpoint: int, path: Path, chosen: _Settings, run: Callable[..., None]
+    features: Features, checkpoint: int, path: Place, chosen: _Settings, run: Callable[..., None]
 ) -> Store:
     train, width = len(features.task.train_ids), features.width
     outputs = features.stores[checkpoint].spec.array("features").shape[1]
     block = min(train, max(1, ROWS_BYTES // (outputs * width * 4)))
     array = ArraySpec(("train", "feature"), (train, width), stored_wide(chosen.dtype), width)
     # The factor is costly, and an existing store holds it.
-    factor = None if os.path.lexists(path) else _factor(features, checkpoint, chosen)
+    factor = None if path.taken() else _factor(features, checkpoint, chosen)
     store = Store.open_or_create(
         path,
         StoreSpec(ROWS_KIND, "train", block, {"rows": array}),
@@ -214,7 +222,7 @@ class _RowsBlock:
 # -- targets: products with their features -----------------------------------------------------
 
 
-def _score_store(features: Features, path: Path, chosen: _Settings) -> Store:
+def _score_store(features: Features, path: Place, chosen: _Settings) -> Store:
     train = len(features.task.train_ids)
     targets, outputs = features.stores[0].spec.array("outputs").shape
     wide = stored_wide(chosen.dtype)

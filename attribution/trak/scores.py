@@ -1,14 +1,12 @@
 """Stored TRAK scores: effects of all training rows on all targets."""
 
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from attribution.outputs import Array
 from attribution.task import Rows
-from stores import Store, column
+from stores import Store, Where, column, place
 
 KIND = "trak"
 
@@ -27,7 +25,7 @@ class TrakScores:
     store: Store = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "TrakScores":
+    def open(cls, path: Where) -> "TrakScores":
         """Opens scores.
 
         Args:
@@ -39,7 +37,7 @@ class TrakScores:
         Raises:
             ValueError: no scores there, or blocks are missing.
         """
-        store = Store.open(Path(path) / "scores", KIND)
+        store = Store.open(place(path) / "scores", KIND)
         if store.pending():
             raise ValueError(f"{store.path} is not finished: run the command that makes it again")
         return cls(store)

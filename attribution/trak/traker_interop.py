@@ -1,10 +1,8 @@
 """The `trak` package (traker): its gradients and projections into our feature stores."""
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -19,7 +17,7 @@ from attribution.gradients.feature_store import KIND, Layout, stored_model
 from attribution.model import Model, check_state
 from attribution.task import Rows, Task
 from attribution.training import threads
-from stores import Provenance, Store, digest, run_blocks, versions
+from stores import Place, Provenance, Store, Where, digest, place, run_blocks, versions
 
 GRADIENT_BYTES = 2**26  # of the gradients that are projected at once
 CUDA_BATCH = 32  # rows that fast_jl takes at once
@@ -43,7 +41,7 @@ class _OneOutput:
 def featurize_with_trak(
     task: Task,
     checkpoints: Sequence[Model],
-    to: str | os.PathLike[str],
+    to: Where,
     *,
     proj_dim: int | None = 2048,
     seed: int = 0,
@@ -96,7 +94,7 @@ def featurize_with_trak(
         check_state(task, model.state, f"checkpoint {number}")
     chosen = _Chosen(proj_dim, seed, torch.device(device).type == "cuda" and _has_fast_jl())
     stores = tuple(
-        _create_store(Path(to) / f"checkpoint-{number}", task, model, number, chosen,
+        _create_store(place(to) / f"checkpoint-{number}", task, model, number, chosen,
                       block=block, device=device)
         for number, model in enumerate(checkpoints)
     )  # fmt: skip
@@ -143,7 +141,7 @@ class _Chosen:
 
 
 def _create_store(
-    path: Path,
+    path: Place,
     task: Task,
     model: Model,
     checkpoint: int,

@@ -12,7 +12,7 @@ import numpy as np
 from attribution.counterfactual import target_positions
 from attribution.strongest import strongest
 from attribution.task import Task
-from stores import ArraySpec, Provenance, Store, StoreSpec
+from stores import ArraySpec, Provenance, Store, StoreSpec, Where
 
 KIND = "trak-package-scores"
 MEANING = "scores of the trak package: their scale is arbitrary, their order is not"
@@ -148,7 +148,7 @@ def _read_json(path: Path) -> Any:
 def store_trak_results(
     results: TrakResults,
     experiment: str,
-    to: str | os.PathLike[str],
+    to: Where,
     *,
     task: Task,
     targets: Sequence[str] | None = None,

@@ -81,7 +81,7 @@ class TestNewton:
         spec = write_task(tmp_path)
         made = precompute(spec, tmp_path / "run", checkpoints=checkpoints, **FEW)
         assert made.predictors == predictors
-        assert not (made.path / "calibration.json").exists()
+        assert not made.path.exists("calibration.json")
         assert read_settings(made.path).checkpoints == checkpoints
         if checkpoints:
             for index in range(checkpoints):

@@ -6,6 +6,7 @@ import pytest
 
 from attribution import ForgetSet, Model, load_model
 from attribution.run import Run, RunSettings, read_settings
+from stores import place
 from tests.small_runs import (
     FULL_MODELS,
     TASK,
@@ -74,7 +75,7 @@ def test_stores_are_listed_finished_or_not(run, tmp_path):
     (copy / "full" / "done" / "c" / "1").unlink()
     (copy / "moments.0123.tmp").mkdir()
     (copy / "moments.0123.tmp" / "zarr.json").write_text("{}")
-    listed = Run(copy, run.settings, run.task).stores()
+    listed = Run(place(copy), run.settings, run.task).stores()
     names = [store.path.removeprefix(f"{copy}/") for store in listed]
     assert {name.split("/")[0] for name in names} - {"oracles", "trak"} == {
         "calibration",
@@ -194,7 +195,7 @@ class TestCheckpoints:
     def test_another_task_is_refused(self, given, tmp_path):
         spec = write_task(tmp_path, TASK.replace("blobs(37, 1)", "blobs(37, 5)"))
         shutil.copytree(given.path, tmp_path / "run")
-        settings = json.loads((given.path / "run.json").read_text()) | {"task": spec}
+        settings = json.loads(given.path.read("run.json")) | {"task": spec}
         (tmp_path / "run" / "run.json").write_text(json.dumps(settings))
         with pytest.raises(
             ValueError, match=r"(?s)checkpoint-0 was made with .*data.train: stored"

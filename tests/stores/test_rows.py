@@ -229,13 +229,13 @@ def test_a_scale_is_applied(tmp_path, changes):
 def test_many_rows_are_summed_by_their_complement(tmp_path, monkeypatch, left):
     store, values = scaled(tmp_path / "s")
     read = []
-    original = Folder.read_ranges
+    original = Folder.read_batches
 
-    def note(place, ranges, *rest):
-        read.extend(ranges)
-        return original(place, ranges, *rest)
+    def note(place, batches, *rest):
+        read.extend(start for ranges in batches for some in ranges.values() for start in some)
+        return original(place, batches, *rest)
 
-    monkeypatch.setattr(Folder, "read_ranges", note)
+    monkeypatch.setattr(Folder, "read_batches", note)
     rows = np.random.default_rng(0).permutation(LENGTH)[left:]
     np.testing.assert_array_equal(total(store, "scores", rows), values[rows].sum(0))
     assert len(read) == 3 * min(left, LENGTH - left)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,12 +9,14 @@ import torch
 from attribution.gradients import featurize
 from attribution.run import Run
 from attribution.trak import TrakScores, fit_trak, margin_effects
+from stores import place
 from tests.small_runs import TRAIN_ROWS, copied, finished_run
 from tests.tasks import blobs, line
 from unlearning.cli import main
 from unlearning.explanation import (
     MarginEffects,
     explain,
+    explained_rows,
     explanation_table,
     render_explanation,
     run_scores,
@@ -32,8 +35,8 @@ def gradients(path, tmp_path):
     features = featurize(run.task, [run.full.model(i) for i in (0, 1)], tmp_path / "features")
     settings = SimpleNamespace(subsets="none")
     return SimpleNamespace(
-        path=tmp_path,
-        trak_path=tmp_path / "trak-2",
+        path=place(tmp_path),
+        trak_path=place(tmp_path / "trak-2"),
         task=run.task,
         features=features,
         trak_damping=None,
@@ -175,3 +178,15 @@ class TestVerb:
         datamodel.discard(0)
         assert main(["explain", "--run", str(run), "--target", "test-1"]) == 2
         assert "is not finished" in capsys.readouterr().err
+
+
+def test_the_test_row_that_a_forget_set_moves_most_is_explained(tmp_path_factory):
+    run = Run.open(finished_run(tmp_path_factory.getbasetemp()))
+    affected = [
+        {"id": "train-2", "split": "forget"},
+        {"id": "test-3", "split": "test"},
+        {"id": "test-4", "split": "test"},
+    ]
+    (found,) = explained_rows(run, {"few": {"affected": affected}, "none": {"affected": []}})
+    expected = explain(run_scores(run), run.task, "test-3", 5)
+    assert found == {"forget_set": "few"} | asdict(expected)

@@ -3,8 +3,10 @@
 import html
 import re
 
+import numpy as np
 import pytest
 
+from tests.unlearning.evaluations import made_evaluation
 from unlearning import render_report
 
 SCORES = {"om": 0.2, "om_absolute": 0.1, "do_nothing": 3.0, "dmm": 0.7, "pgu": 0.5}
@@ -45,3 +47,24 @@ def test_rows_after_unlearning_are_claimed_only_with_dmm(methods):
     assert "train-3 forget 1 2.0 1.0 0.5 " in found
     claim = "what the model says after unlearning with datamodel matching (dmm)"
     assert (claim in found) == ("dmm" in methods)
+
+
+def test_explained_rows_are_shown_with_their_images_only_when_given():
+    rows = [
+        {"id": "train-9", "value": 0.5, "direction": "pushed up", "label": "7"},
+        {"id": "train-<b>", "value": -0.25, "direction": "pushed down", "label": "3"},
+    ]
+    told = {"forget_set": "rand50", "target": "test-4", "label": "7", "predictor": "datamodel"}
+    evaluation = made_evaluation(["rand50"]) | {"explained": [told | {"rows": rows}]}
+    page = render_report(evaluation, title="x")
+    assert "Which data made it say this?" in page
+    assert "train-&lt;b&gt;" in page
+    assert "−0.250" in page
+    assert 'alt="train-9"' not in page
+    images = {"train-9": np.zeros((8, 8)), "test-4": np.ones((8, 8))}
+    shown = render_report(evaluation, title="x", thumbnails=images)
+    assert 'alt="train-9"' in shown
+    assert 'alt="test-4"' in shown
+    assert "Which data made it say this?" not in render_report(
+        made_evaluation(["rand50"]), title="x"
+    )

@@ -1,0 +1,260 @@
+"""A prefix in a bucket of an S3 service as a place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, final
+
+import numpy as np
+
+from stores.bucket_client import BucketStore, check_bucket, client, plain_errors
+from stores.bucket_memory import forget, remembered_file, remembered_tag
+from stores.places import Place, Ranges, check_size
+
+if TYPE_CHECKING:
+    from obstore.store import S3Store
+
+_ADDRESS = re.compile(r"s3://([^/]+)((?:/[^/]+)*)")
+# Ranges nearer than this are read as one: what a connection carries in the time of one request.
+_GAP_BYTES = 128 * 2**10
+_MOST_BYTES = 4 * 2**20  # of one request, so that several share the line
+_REQUESTS = 32  # at a time
+_ROOT = "zarr.json"
+
+_Item = TypeVar("_Item")
+_Range: TypeAlias = tuple[str, int]
+
+
+@final
+@dataclass(frozen=True)
+class Bucket(Place):
+    """A prefix in a bucket.
+
+    Credentials, region and endpoint come from the environment: AWS_ACCESS_KEY_ID,
+    AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL, and
+    AWS_SKIP_SIGNATURE=true for a public bucket.
+
+    Args:
+        url: Its address, s3://bucket/prefix.
+
+    Example:
+        >>> Bucket("s3://bucket/runs") / "digits"
+        Bucket(url='s3://bucket/runs/digits')
+    """
+
+    @staticmethod
+    def at(url: str) -> Bucket:
+        """Give the place of an address, after a look whether its bucket can be reached.
+
+        Args:
+            url: s3://bucket or s3://bucket/prefix.
+
+        Returns:
+            The place; nothing need be there.
+
+        Raises:
+            ImportError: obstore is not installed.
+            ValueError: This is no such address, or its bucket cannot be listed.
+
+        Example:
+            >>> Bucket.at("s3:///run")
+            Traceback (most recent call last):
+                ...
+            ValueError: expected an address s3://bucket/prefix, got 's3:///run'
+        """
+        bucket, prefix = _parts(url.rstrip("/") if url != "s3://" else url)
+        check_bucket(bucket, prefix)
+        return Bucket(url.rstrip("/"))
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        """Pickle the address only: credentials stay in the environment."""
+        return Bucket.at, (self.url,)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        try:
+            self.size(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def taken(self) -> bool:
+        """Whether a store is here; what a killed creation left is none."""
+        return self.exists(_ROOT)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        with plain_errors(f"looking for {self.url}/{name}"):
+            return self._client.head(self._key(name))["size"]
+
+    def read(self, name: str) -> bytes:
+        """Content of a file."""
+        with plain_errors(f"reading {self.url}/{name}"):
+            return bytes(self._client.get(self._key(name)).bytes())
+
+    @property
+    def at_once(self) -> int:
+        """Bytes that are best read as one batch: enough to share among many requests."""
+        return 64 * 2**20
+
+    def generation(self) -> object:
+        """Tag of the root zarr.json, asked for every few seconds."""
+        return remembered_tag(self.url, self._tag)
+
+    def read_batches(
+        self, batches: Sequence[Ranges], size: int, length: int
+    ) -> Iterator[np.ndarray]:
+        """Read ranges of equal length from files of equal size, many at a time."""
+        for ranges in batches:
+            numbered = [(name, start) for name, starts in ranges.items() for start in starts]
+            found = np.empty((len(numbered), length), np.uint8)
+
+            def read(group: list[int], numbered: list[_Range], found: np.ndarray) -> None:
+                (name, first), (_, last) = numbered[group[0]], numbered[group[-1]]
+                content = self._part(name, first, last + length, size)
+                for number in group:
+                    at = numbered[number][1] - first
+                    found[number] = content[at : at + length]
+
+            _each(partial(read, numbered=numbered, found=found), _near(numbered, length))
+            yield found
+
+    def mapped(self, name: str) -> np.ndarray:
+        """Content of a file, read as a whole and kept as long as the generation stays the same."""
+        return remembered_file(
+            self.url, name, self.generation(), lambda: np.frombuffer(self.read(name), np.uint8)
+        )
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file in one request, which the service does as a whole or not at all."""
+        forget(self.url)
+        with plain_errors(f"writing {self.url}/{name}"):
+            self._client.put(self._key(name), content, use_multipart=False)
+
+    def remove(self, name: str) -> None:
+        """Remove a file."""
+        # The service does not tell whether there was one.
+        self.size(name)
+        forget(self.url)
+        with plain_errors(f"removing {self.url}/{name}"):
+            self._client.delete(self._key(name))
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names of the files directly in a folder below."""
+        start = self._key(folder)
+        with plain_errors(f"listing {self.url}/{folder}"):
+            found = self._client.list_with_delimiter(start or None)["objects"]
+        return sorted(file["path"].rsplit("/", 1)[-1] for file in found)
+
+    def walk(self) -> list[str]:
+        """Names of all files below."""
+        return sorted(key.removeprefix(f"{self._prefix}/") for key in self._keys())
+
+    def clear(self) -> None:
+        """Remove all files below."""
+        forget(self.url)
+        keys = self._keys()
+        if keys:
+            with plain_errors(f"removing {self.url}"):
+                self._client.delete(keys)
+
+    def move(self, to: Place) -> None:
+        """Write all files anew, the root zarr.json last, then remove the old ones."""
+        names = sorted(self.walk(), key=lambda name: name == _ROOT)
+        target = Bucket(to.url)
+        _each(lambda name: target._write_once(name, self.read(name)), names[:-1])
+        for name in names[-1:]:
+            target._write_once(name, self.read(name))
+        self.clear()
+
+    def sync(self, names: Sequence[str]) -> None:
+        """Do nothing: what the service has taken is safe."""
+
+    def zarr(self) -> BucketStore:
+        """The prefix as zarr sees it."""
+        return BucketStore(client(*_parts(self.url)))
+
+    def _write_once(self, name: str, content: bytes) -> None:
+        # Two that create the same store at once, or one after a kill, write the same files; of
+        # two that differ, the second must not touch what the first has written.
+        from obstore.exceptions import AlreadyExistsError
+
+        try:
+            with plain_errors(f"writing {self.url}/{name}"):
+                self._client.put(self._key(name), content, mode="create")
+        except ConnectionError as error:
+            if not isinstance(error.__cause__, AlreadyExistsError):
+                raise
+            if name == _ROOT or self.read(name) != content:
+                raise FileExistsError(
+                    f"{self.url}/{name} is there already and differs; remove {self.url} if it is "
+                    "left over from a killed creation, or give another address"
+                ) from error
+
+    def _tag(self) -> str | None:
+        try:
+            with plain_errors(f"looking for {self.url}/{_ROOT}"):
+                return self._client.head(self._key(_ROOT))["e_tag"]
+        except FileNotFoundError:
+            return None
+
+    def _part(self, name: str, first: int, end: int, size: int) -> np.ndarray:
+        file = f"{self.url}/{name}"
+        try:
+            with plain_errors(f"reading {file}"):
+                found = self._client.get(self._key(name), options={"range": (first, end)})
+                content = found.bytes()
+        except ConnectionError as error:
+            if "416 Range" not in str(error.__cause__):
+                raise
+            check_size(file, self.size(name), size)
+            raise
+        check_size(file, found.meta["size"], size)
+        return np.frombuffer(memoryview(content), np.uint8)
+
+    def _keys(self) -> list[str]:
+        with plain_errors(f"listing {self.url}"):
+            pages = self._client.list(self._prefix or None, chunk_size=1000)
+            return [file["path"] for page in pages for file in page]
+
+    def _key(self, name: str) -> str:
+        return "/".join(part for part in (self._prefix, name) if part)
+
+    @property
+    def _prefix(self) -> str:
+        return _parts(self.url)[1]
+
+    @property
+    def _client(self) -> S3Store:
+        return client(_parts(self.url)[0])
+
+
+def _parts(url: str) -> tuple[str, str]:
+    found = _ADDRESS.fullmatch(url)
+    if not found or {".", ".."} & set(url.split("/")):
+        raise ValueError(f"expected an address s3://bucket/prefix, got {url!r}")
+    return found[1], found[2].lstrip("/")
+
+
+def _near(ranges: Sequence[_Range], length: int) -> list[list[int]]:
+    groups: list[list[int]] = []
+    first = last = ("", 0)
+    for number in sorted(range(len(ranges)), key=ranges.__getitem__):
+        name, start = ranges[number]
+        far = start - last[1] > length + _GAP_BYTES or start - first[1] > _MOST_BYTES
+        if name != last[0] or far:
+            groups.append([])
+            first = name, start
+        groups[-1].append(number)
+        last = name, start
+    return groups
+
+
+def _each(work: Callable[[_Item], None], items: Sequence[_Item]) -> None:
+    with ThreadPoolExecutor(max(1, min(_REQUESTS, len(items)))) as threads:
+        for _ in threads.map(work, items):
+            pass

@@ -1,0 +1,97 @@
+import pickle
+import sys
+
+import pytest
+
+from stores import place
+from stores.bucket import Bucket
+from tests.stores.place_contract import PlaceTests
+
+
+class TestBucket(PlaceTests):
+    @pytest.fixture
+    def empty(self, bucket):
+        return place(f"{bucket}/runs/one")
+
+    def test_a_whole_bucket_is_a_place(self, bucket):
+        whole = place(f"{bucket}/")
+        whole.write("a/b", b"1")
+        assert whole.url == bucket
+        assert whole.names("a") == ["b"]
+        assert whole.walk() == ["a/b"]
+        whole.clear()
+        assert whole.walk() == []
+
+    def test_a_killed_creation_leaves_a_free_place(self, empty):
+        for name in ("zarr.json", "a/zarr.json", "a/c/0"):
+            (empty / "aside").write(name, b"made alike")
+        (empty / "to").write("a/zarr.json", b"made alike")
+        assert not (empty / "to").taken()
+        (empty / "aside").move(empty / "to")
+        assert (empty / "to").walk() == ["a/c/0", "a/zarr.json", "zarr.json"]
+
+    def test_another_creation_is_not_overwritten(self, empty):
+        for name in ("zarr.json", "a/c/0"):
+            (empty / "aside").write(name, b"mine")
+        (empty / "to").write("a/c/0", b"theirs")
+        with pytest.raises(FileExistsError, match=r"to/a/c/0 is there already and differs; remove"):
+            (empty / "aside").move(empty / "to")
+        assert (empty / "to").walk() == ["a/c/0"]
+        assert (empty / "to").read("a/c/0") == b"theirs"
+
+    def test_the_view_of_zarr_is_pickled_without_credentials(self, empty):
+        sent = pickle.dumps(empty.zarr())
+        assert b"secret" not in sent
+        assert pickle.loads(sent) == empty.zarr()
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///a", "s3://bucket//a", "s3://bucket/../a"])
+def test_an_odd_address_is_refused(url):
+    with pytest.raises(ValueError, match="expected an address s3://bucket/prefix"):
+        place(url)
+
+
+def test_a_missing_bucket_is_refused(bucket):
+    with pytest.raises(ValueError, match=r"expected the bucket s3://nowhere.*create the bucket"):
+        place("s3://nowhere/run")
+
+
+def test_a_service_that_does_not_answer_is_refused(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"at http://127.0.0.1:9.*correct AWS_ENDPOINT_URL"):
+        place(f"{bucket}/run")
+
+
+def test_missing_credentials_are_refused(bucket, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    # Where a machine in the cloud would tell its own credentials.
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"expected credentials: set AWS_ACCESS_KEY_ID"):
+        place(f"{bucket}/run")
+
+
+def test_a_public_bucket_needs_no_credentials(bucket, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    assert place(f"{bucket}/run").walk() == []
+
+
+def test_a_bad_setting_is_refused(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "perhaps")
+    with pytest.raises(ValueError, match=r"AWS_ variables.*perhaps"):
+        place(f"{bucket}/run")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    for name in ("obstore", "obstore.exceptions", "obstore.store"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"pip install 'datamodel-matching\[s3\]'"):
+        place("s3://bucket-without-package/run")
+
+
+def test_errors_of_the_service_are_plain(bucket):
+    # An address that is not looked at first.
+    with pytest.raises(ConnectionError, match=r"listing s3://gone.* failed: NoSuchBucket"):
+        Bucket("s3://gone/run").walk()

@@ -1,0 +1,74 @@
+"""The evaluation and the report of a run, beside its stores in a folder or a bucket."""
+
+import json
+from typing import Any
+
+from stores import place, write_file
+
+EVALUATION, REPORT = "evaluation.json", "report.html"
+
+
+def beside(run: str, name: str) -> str:
+    """The path or address of a file of a run.
+
+    Args:
+        run: folder of the run, or its prefix in a bucket.
+        name: of the file.
+
+    Returns:
+        Where it lies.
+
+    Example:
+        >>> beside("s3://bucket/digits/", "evaluation.json")
+        's3://bucket/digits/evaluation.json'
+    """
+    return f"{run.rstrip('/')}/{name}"
+
+
+def read_evaluation(run: str) -> dict[str, Any]:
+    """The evaluation of a run.
+
+    Args:
+        run: folder of the run, or its prefix in a bucket.
+
+    Returns:
+        What `dmm evaluate` wrote there.
+
+    Raises:
+        ValueError: there is none, or something else.
+
+    Example:
+        >>> read_evaluation("nowhere")
+        Traceback (most recent call last):
+            ...
+        ValueError: cannot read 'nowhere/evaluation.json': run dmm evaluate --run nowhere first
+    """
+    where, source = place(run), beside(run, EVALUATION)
+    try:
+        evaluation = json.loads(where.read(EVALUATION))
+    except ConnectionError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {source!r}: run dmm evaluate --run {run} first") from error
+    if not isinstance(evaluation, dict):
+        raise ValueError(f"{source!r} holds no evaluation: run dmm evaluate again")
+    return evaluation
+
+
+def write_text(out: str, text: str) -> None:
+    """Writes a file as a whole.
+
+    Args:
+        out: its path or address.
+        text: what to write.
+
+    Raises:
+        ValueError: it cannot be written.
+        ConnectionError: the service of the bucket does not answer.
+    """
+    try:
+        write_file(out, text.encode())
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise ValueError(f"cannot write {out!r}: {error.strerror}") from error
