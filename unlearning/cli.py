@@ -12,6 +12,7 @@ import torch
 
 from attribution import Model, load_model, parse_forget
 from attribution.counterfactual import parse_targets
+from attribution.datamodels import REGRESSIONS
 from attribution.precompute import precompute, precompute_checkpoints
 from attribution.prediction_files import (
     check_prediction_file,
@@ -87,6 +88,7 @@ def _precompute(options: argparse.Namespace) -> tuple[Any, str]:
         subset_models=options.subset_models,
         design=options.design,
         checkpoints=options.newton_checkpoints,
+        datamodel=options.datamodel,
         seed=options.seed,
         **_where(options),
     )
@@ -312,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--full-models", type=int, default=100, metavar="L")
     make.add_argument("--subset-models", type=int, default=4000, metavar="M")
     make.add_argument("--design", choices=[d for d in DESIGNS if d != "full"], default="mixed")
+    make.add_argument("--datamodel", choices=list(REGRESSIONS), default="ridge")
     make.add_argument(
         "--newton-checkpoints",
         type=int,

@@ -67,21 +67,24 @@ def write_models(path: Path, task: Task, models: int, seed: int, *, full: bool) 
 
 def fit_products(models: int, rows: int, columns: int, own: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of matrices that a fit multiplies, for so many target outputs, `own` of train rows."""
-    held = int(HELD_OUT * models) + 1
-    masks, basis = torch.rand(models, rows), torch.rand(models, models)
-    yield masks, masks.T
-    yield basis, masks
-    asked, known = torch.rand(held, models), torch.rand(held, held)
+    held, rank = int(HELD_OUT * models) + 1, min(models, rows)
+    seen, basis, masks = torch.rand(models, rows), torch.rand(rank, models), torch.rand(rank, rows)
+    if models <= rows:
+        yield seen, seen.T
+        yield basis, seen
+    else:
+        yield seen.T, seen
+    asked, known = torch.rand(held, rank), torch.rand(held, held)
     for start in range(0, columns, COLUMNS):
         count = min(COLUMNS, columns - start)
         # The masks of the targets' own rows go through the same maps as the outputs.
         both = count + max(0, min(count, own - start))
         yield basis, torch.rand(models, count)
-        some, few = torch.rand(models, both), torch.rand(held, both)
+        some, few = torch.rand(rank, both), torch.rand(held, both)
         for _ in LAMBDAS:
             yield asked, some
             yield known, few
-    dual = torch.rand(models, 4096)
+    dual = torch.rand(rank, 4096)
     for start in range(0, columns, 4096):
         yield masks.T, dual[:, : columns - start]
 
