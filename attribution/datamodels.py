@@ -17,7 +17,17 @@ from attribution.linear_datamodel import LinearDatamodel
 from attribution.products import products_by
 from attribution.regression import Fitter, Regression, Sizes, problem
 from attribution.ridge_datamodels import Ridge
-from stores import ArraySpec, Provenance, Store, StoreSpec, Where, place, run_blocks, versions
+from stores import (
+    ArraySpec,
+    Provenance,
+    Store,
+    StoreSpec,
+    Where,
+    in_turns,
+    place,
+    run_blocks,
+    versions,
+)
 
 BLOCK_BYTES = 2**28  # of the outputs and effects that are in memory for the targets of one block
 
@@ -92,7 +102,7 @@ def fit_datamodels(
     fitter = None if place(to).taken() else method.prepared(models)
     store = _datamodel_store(ensemble, anchor, to, spec, fitter, _settings(method, seed, dtype))
     if store.pending():
-        work = (fitter or method.prepared(models)).work(store.path, kept)
+        work = in_turns((fitter or method.prepared(models)).work(store.path, kept), store)
         title = f"fitting {os.path.basename(store.path)}"
         at = None if scheduler else workers
         run_blocks(work, store.pending(), title=title, workers=at, scheduler=scheduler)
@@ -128,7 +138,7 @@ def _layout(sizes: Sizes, method: Regression, dtype: str, top: int) -> StoreSpec
     shape = sizes.train, sizes.targets, sizes.outputs
     rows = object_rows(sizes.train, block * sizes.outputs, dtype)
     arrays = effect_arrays(*shape, dtype, top=top, rows=rows, sparse=method.sparse)
-    arrays |= dict.fromkeys(("own", "variance", "noise"), each)
+    arrays |= dict.fromkeys(("own", "variance", "noise", "slopes"), each)
     pairs = ArraySpec(("target", None), (sizes.targets, 5), each.dtype)
     arrays |= {"cross_products": pairs} | method.arrays(sizes, each.dtype)
     return StoreSpec("datamodel", "target", block, arrays)

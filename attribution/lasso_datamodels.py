@@ -140,7 +140,7 @@ class LassoBlock:
             pieces = _pieces(row_pieces(writer), effects, slopes)
             write_effects(writer, pieces, effects.abs().amax(0), self.top)
             append(writer, {name: np.stack([one[name] for one in found]) for name in found[0]})
-            append(writer, {"noise": noise})
+            append(writer, {"noise": noise, "slopes": slopes.numpy()})
 
     def _fit(self, outputs: Tensor, noise: Numbers, target: int) -> dict[str, Numbers]:
         """One target's effects [train, output] and what stands beside them."""

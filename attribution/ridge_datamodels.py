@@ -129,7 +129,7 @@ class RidgeBlock:
             pieces = self._pieces(row_pieces(writer), dual, own, slopes, span)
             write_effects(writer, pieces, bound, self.top)
             append(writer, {name: part.numpy() for name, part in fitted.items()})
-            append(writer, {"noise": models.noise(span)})
+            append(writer, {"noise": models.noise(span), "slopes": slopes.numpy()})
 
     def _fitted(self, outputs: Tensor, span: slice) -> dict[str, Tensor]:
         step = max(1, COLUMNS // outputs.shape[2])

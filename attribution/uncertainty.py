@@ -100,6 +100,9 @@ def _bracket(masks: Any, damped: Any, rows: Rows, mine: Any, places: Rows) -> An
 
 
 def _fitted_factors(store: Store) -> tuple[float, float]:
+    if "shrink" in store.attributes:  # rows were purged after the fit
+        own, other = store.attributes["shrink"]
+        return float(own), float(other)
     aa, ab, bb, ay, by = store.numpy("cross_products").sum(0, dtype=np.float64)
     own, other = np.linalg.lstsq(np.array([[aa, ab], [ab, bb]]), np.array([ay, by]))[0]
     return max(0.0, float(own)), max(0.0, float(other))
