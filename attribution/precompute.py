@@ -11,7 +11,7 @@ import torch
 
 from attribution.calibration_bank import calibration_bank, cases_of
 from attribution.combined import Combined, weigh
-from attribution.datamodels import fit_datamodels
+from attribution.datamodels import REGRESSIONS, fit_datamodels
 from attribution.ensemble import subsets_left, train_models
 from attribution.gradients import Projection, featurize, gradient_projector
 from attribution.model import Model, load_model
@@ -34,6 +34,7 @@ def precompute(
     subset_models: int = 4000,
     design: str = "mixed",
     checkpoints: int | None = None,
+    datamodel: str = "ridge",
     seed: int = 0,
     device: str = "cpu",
     workers: int | None = None,
@@ -49,6 +50,7 @@ def precompute(
         design: half, bernoulli, clusters or mixed.
         checkpoints: full models whose gradients group Newton averages over; 0 for none, None for
             8, or for all where there are fewer.
+        datamodel: name of the regression, ridge or lasso.
         seed: of everything.
         device: where to compute.
         workers: processes; None for one per core, 0 for this process.
@@ -64,7 +66,9 @@ def precompute(
     spec = task_place(task_spec)
     if checkpoints is None:
         checkpoints = min(8, full_models)
-    settings = RunSettings(spec, full_models, subset_models, design, seed, checkpoints)
+    settings = RunSettings(
+        spec, full_models, subset_models, design, seed, checkpoints, datamodel=datamodel
+    )
     _check_numbers(settings)
     # Drawing the subsets first refuses bad settings before anything is written.
     full_subsets = draw_subsets(task, models=full_models, design="full", seed=seed + 1)
@@ -84,7 +88,8 @@ def precompute(
     ensemble = train_models(task, subsets, run.path / f"ensemble-{settings.subsets}", **where)
     to = run.path / f"datamodel-{settings.subsets}"
     if not taken_out(to):  # otherwise it was fitted before rows were purged
-        fit_datamodels(ensemble, anchor=full, to=to, seed=seed, **at)
+        method = REGRESSIONS[datamodel]()
+        fit_datamodels(ensemble, anchor=full, to=to, method=method, seed=seed, **at)
     compute_moments(full, run.path / "moments", **at)
     if checkpoints:
         models = full.checkpoints(checkpoints)
@@ -203,6 +208,9 @@ def _calibrated_before(run: Run) -> bool:
 
 
 def _check_numbers(settings: RunSettings) -> None:
+    if settings.datamodel not in REGRESSIONS:
+        known = ", ".join(REGRESSIONS)
+        raise ValueError(f"unknown regression {settings.datamodel!r}: choose from {known}")
     if settings.full_models < 2:
         raise ValueError(f"a run needs at least 2 full models, got {settings.full_models}")
     if settings.subset_models < 10:

@@ -44,6 +44,7 @@ class RunSettings:
         checkpoints: full models that group Newton averages over; 0 for none.
         files: checkpoints of the user's own that stand in for trained models, by file name.
         damping: lambda of group Newton and TRAK for these; None: rows x the recipe's weight decay.
+        datamodel: name of the regression, ridge or lasso.
     """
 
     task: str
@@ -54,6 +55,7 @@ class RunSettings:
     checkpoints: int = 8
     files: tuple[str, ...] = ()
     damping: float | None = None
+    datamodel: str = "ridge"
 
     @property
     def subsets(self) -> str:

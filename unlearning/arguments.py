@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from attribution.datamodels import REGRESSIONS
 from attribution.run import PREDICTORS
 from attribution.subsets import DESIGNS
 from unlearning.explanation import PREDICTORS as EXPLAINERS
@@ -69,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     make.add_argument("--full-models", type=int, default=100, metavar="L")
     make.add_argument("--subset-models", type=int, default=4000, metavar="M")
     make.add_argument("--design", choices=[d for d in DESIGNS if d != "full"], default="mixed")
+    make.add_argument("--datamodel", choices=list(REGRESSIONS), default="ridge")
     make.add_argument(
         "--newton-checkpoints",
         type=int,

@@ -49,6 +49,7 @@ def _precompute(options: argparse.Namespace) -> Told:
         subset_models=options.subset_models,
         design=options.design,
         checkpoints=options.newton_checkpoints,
+        datamodel=options.datamodel,
         seed=options.seed,
         **_where(options),
     )

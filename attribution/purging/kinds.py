@@ -84,7 +84,16 @@ def _taken(values: Any, axes: tuple[str | None, ...], positions: Mapping[str, An
 def _datamodel(context: Context, store: Store, plain: Remains) -> Remains:
     # Fitted on all targets together, the purged rows' own too; predictions are to stay the same.
     shrink = list(uncertainty_of(store).shrink)
-    return replace(plain, attributes={**plain.attributes, "shrink": shrink})
+    # Of ridge only: the lasso's error bars need no masks.
+    ridge = "chosen" in store.spec.arrays
+    masks = {"masks": store.constant("masks")[:, plain.positions["train"]]} if ridge else {}
+    attributes = {**plain.attributes, "shrink": shrink}
+    fewer = replace(plain, constants=masks, attributes=attributes)
+    if "top_rows" not in store.spec.arrays:  # fitted before strongest rows were kept
+        return fewer
+    shorter = _shorter(store, plain)
+    ranked = Ranked(context, store, "margins", shorter["top_rows"][2])
+    return replace(fewer, shapes=shorter, revise=ranked)
 
 
 def _moments(context: Context, store: Store, plain: Remains) -> Remains | None:
@@ -153,7 +162,7 @@ KINDS = {
     "trak": Kind({}, change=_trak),
     "trak-rows": Kind({}, named=(), change=_trak_rows),
     "features": Kind({}, ("forgotten",), derived=False),
-    "datamodel": Kind({"masks": (None, "train")}, change=_datamodel),
+    "datamodel": Kind({}, change=_datamodel),
     "calibration-choice": Kind({}, named=(), change=_calibration),
     "calibration-changes": Kind({}, named=(), change=_calibration),
     "in-run-scores": Kind({}, ("targets",), change=_in_run),

@@ -9,8 +9,8 @@ import numpy as np
 
 from attribution.gradients import Features
 from attribution.purging.context import Context
+from attribution.strongest import strongest
 from attribution.task import Rows
-from attribution.trak.selection import strongest
 from stores import Store, gather, mapped
 
 Numbers = np.ndarray[Any, Any]
@@ -23,7 +23,8 @@ class Ranked:
     Args:
         context: the purge.
         store: of scores.
-        name: of the scores [train, target] that rank the rows.
+        name: of the scores [train, target] that rank the rows; where there is no such array they
+            are the effects times `slopes`.
         count: rows of either sign.
     """
 
@@ -34,10 +35,23 @@ class Ranked:
 
     def __call__(self, targets: Rows) -> dict[str, Numbers]:
         """Arrays `top_rows` and `top_values` of some targets."""
-        scores = np.asarray(self.store.array(self.name)[:, targets[0] : targets[-1] + 1])
+        scores = self._scores(slice(targets[0], targets[-1] + 1))
         left = scores[self.context.kept["train"]][:, targets - targets[0]]
         rows, values = strongest(left, self.count)
         return {"top_rows": rows, "top_values": values}
+
+    def _scores(self, targets: slice) -> Numbers:
+        if self.name in self.store.spec.arrays:
+            return self._in_full(self.name, targets)
+        slopes = np.asarray(self.store.array("slopes")[targets])
+        return np.asarray((self._in_full("effects", targets) * slopes).sum(2))
+
+    def _in_full(self, name: str, targets: slice) -> Numbers:
+        values, scale = (
+            np.asarray(self.store.array(name)[:, targets]),
+            self.store.spec.array(name).scale,
+        )
+        return values if scale is None else values * np.asarray(self.store.array(scale)[targets])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from attribution.purging.purge import purge
 from attribution.purging.tombstones import read_tombstones
 from attribution.retained import retained_task
 from attribution.run import Run
-from attribution.trak.selection import strongest
+from attribution.strongest import strongest
 from stores import Store, place
 from tests.attribution.purging.runs import (
     CLEARED,
@@ -129,6 +129,18 @@ def test_the_strongest_rows_are_those_of_the_rows_that_are_left(whole, left):
     rows, values = strongest(margins, 20)
     np.testing.assert_array_equal(after.numpy("top_rows"), rows)
     np.testing.assert_array_equal(after.numpy("top_values"), values)
+    assert np.isin(before.numpy("top_rows"), GONE).any()
+
+
+def test_the_strongest_rows_of_a_datamodel_are_those_that_are_left(whole, left):
+    before, after = whole.datamodel.store, left.datamodel.store
+    effects = after.numpy("effects")
+    np.testing.assert_array_equal(effects, before.numpy("effects")[LEFT][:, TARGETS_LEFT])
+    np.testing.assert_allclose(after.numpy("sum"), effects.sum(0), rtol=1e-4, atol=1e-5)
+    margins = (effects * after.numpy("slopes")).sum(2)
+    rows, values = strongest(margins, after.numpy("top_rows").shape[2])
+    np.testing.assert_array_equal(after.numpy("top_rows"), rows)
+    np.testing.assert_allclose(after.numpy("top_values"), values, rtol=1e-6)
     assert np.isin(before.numpy("top_rows"), GONE).any()
 
 
