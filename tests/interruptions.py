@@ -28,8 +28,8 @@ def _counted(change, left):
         if clearing and not left[0]:
             for name in names[::2]:
                 self.remove(name)
-        else:
-            change(self, *arguments)
+            raise Killed
+        change(self, *arguments)
         if not left[0]:
             raise Killed
 
