@@ -8,6 +8,7 @@ from attribution.ensemble import Ensemble, train_models
 from attribution.forget import ForgetSet, parse_forget
 from attribution.gradients import Features, Projection, featurize
 from attribution.in_run import InRunScores, record_run
+from attribution.lasso_datamodels import Lasso
 from attribution.lds import lds_bank, linear_datamodeling_score
 from attribution.linear_datamodel import LinearDatamodel
 from attribution.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
@@ -16,6 +17,8 @@ from attribution.moments import Moments, compute_moments
 from attribution.newton import Calibration, GroupNewton, StagedNewton, calibrate
 from attribution.oracle import Oracle
 from attribution.precompute import precompute, precompute_checkpoints
+from attribution.purging.purge import Purged, purge
+from attribution.ridge_datamodels import Ridge
 from attribution.run import Run
 from attribution.subsets import Subsets, draw_subsets
 from attribution.task import Recipe, Task
@@ -45,6 +48,8 @@ __all__ = [
     "Prediction",
     "LinearDatamodel",
     "fit_datamodels",
+    "Ridge",
+    "Lasso",
     "GroupNewton",
     "StagedNewton",
     "Calibration",
@@ -69,5 +74,7 @@ __all__ = [
     # everything of a task in one folder
     "Run",
     "precompute",
+    "purge",
+    "Purged",
     "precompute_checkpoints",
 ]

@@ -11,9 +11,11 @@ from attribution.forget import ForgetSet
 from attribution.outputs import Array
 from attribution.task import Rows, Task
 from attribution.uncertainty import Uncertainty, uncertainty_of
-from stores import Store, Where, mapped, total
+from stores import Store, Where, column, total
 
 if TYPE_CHECKING:
+    import dask.array
+
     from attribution.trak import TrakScores  # which needs much that need not be loaded here
 
 
@@ -95,11 +97,45 @@ class LinearDatamodel(Counterfactual):
         Returns:
             Effects times their factors, [train, output].
         """
-        block, place = divmod(target, self.store.spec.block)
-        effects = np.array(mapped(self.store, "effects", block)[:, place])
+        effects = column(self.store, "effects", target)
         factors = np.full((len(effects), 1), self.shrink[1], dtype=effects.dtype)
         factors[target : target + 1] = self.shrink[0]
         return np.asarray(factors * effects)
+
+    def strongest(self, target: int) -> tuple[Rows, Array]:
+        """Rows that raise and that lower a target's margin most, and by how much.
+
+        The margin's derivative is taken at the outputs of the models that the effects are of; the
+        effects are times their factors. They were kept when the effects were written.
+
+        Args:
+            target: position of the target.
+
+        Returns:
+            Rows and effects on the margin, each [2, count]: the highest, then the lowest.
+        """
+        rows, values = (column(self.store, name, target) for name in ("top_rows", "top_values"))
+        if self.store.spec.kind == "trak":
+            return rows, values
+        values = np.where(rows == target, self.shrink[0], self.shrink[1]) * values
+        order = np.argsort([[-1], [1]] * values, axis=1, kind="stable")
+        if rows.shape[1] < self.store.spec.arrays["effects"].shape[0]:
+            # The own row may have lost its rank to one that was not kept.
+            order = order[:, :-1]
+        return np.take_along_axis(rows, order, 1), np.take_along_axis(values, order, 1)
+
+    def effects_view(self) -> "dask.array.Array":
+        """A lazy view of the effects of all rows, [train, target, output], for one's own analysis.
+
+        They are as regressed, without the factors; a chunk is a storage object. Do not write it
+        with dask's `to_zarr` or `store`, which lose rows where chunks do not fit.
+
+        Returns:
+            A dask array.
+        """
+        lazy = self.store.dask("effects")
+        scale = self.store.spec.array("effects").scale
+        return lazy if scale is None else lazy.astype("float32") * self.store.dask(scale)
 
     def change(
         self, forget: ForgetSet, already: ForgetSet | None = None, targets: Rows | None = None

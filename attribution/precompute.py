@@ -11,18 +11,19 @@ import torch
 
 from attribution.calibration_bank import calibration_bank, cases_of
 from attribution.combined import Combined, weigh
-from attribution.datamodels import fit_datamodels
-from attribution.ensemble import train_models
+from attribution.datamodels import REGRESSIONS, fit_datamodels
+from attribution.ensemble import subsets_left, train_models
 from attribution.gradients import Projection, featurize, gradient_projector
 from attribution.model import Model, load_model
 from attribution.moments import compute_moments
 from attribution.newton import GroupNewton, calibrate, predicted_changes
+from attribution.purging.tombstones import task_left
 from attribution.run import CALIBRATION, SCHEMA, SETTINGS, Run, RunSettings, read_settings
 from attribution.run_calibration import RunCalibration
 from attribution.subsets import draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task, task_place
-from stores import Where, place
+from stores import Where, place, taken_out
 
 
 def precompute(
@@ -33,6 +34,7 @@ def precompute(
     subset_models: int = 4000,
     design: str = "mixed",
     checkpoints: int | None = None,
+    datamodel: str = "ridge",
     seed: int = 0,
     device: str = "cpu",
     workers: int | None = None,
@@ -48,6 +50,7 @@ def precompute(
         design: half, bernoulli, clusters or mixed.
         checkpoints: full models whose gradients group Newton averages over; 0 for none, None for
             8, or for all where there are fewer.
+        datamodel: name of the regression, ridge or lasso.
         seed: of everything.
         device: where to compute.
         workers: processes; None for one per core, 0 for this process.
@@ -59,15 +62,20 @@ def precompute(
     Raises:
         ValueError: bad input, or a folder that holds a run with other settings or data.
     """
-    task = load_task(task_spec, outside=path)
+    task = task_left(load_task(task_spec, outside=path), path)
     spec = task_place(task_spec)
     if checkpoints is None:
         checkpoints = min(8, full_models)
-    settings = RunSettings(spec, full_models, subset_models, design, seed, checkpoints)
+    settings = RunSettings(
+        spec, full_models, subset_models, design, seed, checkpoints, datamodel=datamodel
+    )
     _check_numbers(settings)
     # Drawing the subsets first refuses bad settings before anything is written.
     full_subsets = draw_subsets(task, models=full_models, design="full", seed=seed + 1)
-    subsets = draw_subsets(task, models=subset_models, design=design, seed=seed)
+    # Those of a run from which rows were purged are no longer what would be drawn.
+    subsets = subsets_left(place(path) / f"ensemble-{settings.subsets}") or draw_subsets(
+        task, models=subset_models, design=design, seed=seed
+    )
     task.check()
     projection = Projection(seed=seed)
     if checkpoints:
@@ -79,12 +87,14 @@ def precompute(
     full = train_models(task, full_subsets, run.path / "full", keep="weights", **where)
     ensemble = train_models(task, subsets, run.path / f"ensemble-{settings.subsets}", **where)
     to = run.path / f"datamodel-{settings.subsets}"
-    fit_datamodels(ensemble, anchor=full, to=to, seed=seed, **at)
+    if not taken_out(to):  # otherwise it was fitted before rows were purged
+        method = REGRESSIONS[datamodel]()
+        fit_datamodels(ensemble, anchor=full, to=to, method=method, seed=seed, **at)
     compute_moments(full, run.path / "moments", **at)
     if checkpoints:
         models = full.checkpoints(checkpoints)
         featurize(task, models, run.path / "features", projection=projection, **where)
-    if checkpoints > 1:
+    if checkpoints > 1 and not _calibrated_before(run):
         calibrate_run(run, **where)
     # The stores took this task for theirs, so it may be found where it lies now.
     _write_settings(path, settings)
@@ -125,7 +135,7 @@ def precompute_checkpoints(
     """
     if not files:
         raise ValueError("expected at least one checkpoint, got none")
-    task = load_task(task_spec, outside=path)
+    task = task_left(load_task(task_spec, outside=path), path)
     names = tuple(os.path.basename(os.fspath(file)) for file in files)
     settings = RunSettings(task_place(task_spec), 0, 0, "none", seed, len(files), names, damping)
     models = [load_model(task, file) for file in files]
@@ -191,7 +201,16 @@ def calibrate_run(
     return found
 
 
+def _calibrated_before(run: Run) -> bool:
+    """Whether the calibration was fitted on these checkpoints before rows were purged."""
+    changes = run.path / "calibration" / f"newton-{len(run.features)}" / "changes"
+    return run.path.exists(CALIBRATION) and taken_out(changes) is not None
+
+
 def _check_numbers(settings: RunSettings) -> None:
+    if settings.datamodel not in REGRESSIONS:
+        known = ", ".join(REGRESSIONS)
+        raise ValueError(f"unknown regression {settings.datamodel!r}: choose from {known}")
     if settings.full_models < 2:
         raise ValueError(f"a run needs at least 2 full models, got {settings.full_models}")
     if settings.subset_models < 10:

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attribution.dense import eigenvectors, product
+
+PIECE = 1024  # models whose masks are widened to float64 at once
+
 
 @dataclass(frozen=True)
 class Design:
@@ -37,7 +41,8 @@ class Design:
         squares = self.weights.square()
         centre = torch.tensordot(squares / squares.sum(), outputs, 1)
         scaled = self.weights.reshape(-1, *[1] * (outputs.ndim - 1)) * (outputs - centre)
-        return torch.tensordot(self.basis.T, scaled, 1), centre
+        rotated = product(self.basis.T, scaled.flatten(1))
+        return rotated.reshape(-1, *outputs.shape[1:]), centre
 
     def outside(self, outputs: Tensor, rotated: Tensor) -> Tensor:
         """Weighted squares of outputs [model, ...] that no effects can reach, [...].
@@ -54,26 +59,55 @@ class Design:
 def decompose(masks: Tensor, weights: Tensor) -> Design:
     """Eigenbasis of the centred masks.
 
+    It comes from the smaller Gram matrix, over models or over rows. That is a sum of whole numbers
+    and hence exact below 2^24, whatever computes it; its eigenvectors are LAPACK's, in float64.
+
     Args:
-        masks: [model, train], numbers.
-        weights: weight of each model, [model].
+        masks: [model, train], zeros and ones.
+        weights: weight of each model, a whole number, [model].
 
     Returns:
-        The design, in the dtype of the masks; the decomposition itself is in float64.
+        The design, in the dtype of the masks.
 
     Example:
         >>> design = decompose(torch.eye(3), torch.ones(3))
         >>> design.eigenvalues.round(decimals=3)
         tensor([1., 1.])
     """
-    roots = weights.double().sqrt()
-    centre = (weights.double() @ masks.double()) / weights.double().sum()
-    scaled = roots[:, None] * (masks.double() - centre)
-    values, vectors = torch.linalg.eigh(scaled @ scaled.T)
+    models, rows = masks.shape
+    counts = product(weights.float()[None], masks.float())[0].double()
+    centre = counts / weights.double().sum()
+    solved = _over_models if models <= rows else _over_rows
+    basis, values, rotated = solved(masks, weights.double(), centre)
+    parts = (basis, values, rotated, weights.double().sqrt(), centre)
+    return Design(*(part.to(masks.dtype) for part in parts))
+
+
+def _over_models(masks: Tensor, weights: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    single, roots = masks.float(), weights.sqrt()
+    gram = product(single, single.T).double()
+    means = gram @ (weights / weights.sum())
+    gram += centre.square().sum() - means[:, None] - means
+    values, basis = _eigenvectors(roots[:, None] * gram * roots)
+    # The basis is orthogonal to the roots: the centre need not be taken off the masks.
+    rotated = product((roots[:, None] * basis).to(masks.dtype).T, masks)
+    return basis, values, rotated
+
+
+def _over_rows(masks: Tensor, weights: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    single = masks.float()
+    gram = product((weights.float()[:, None] * single).T, single).double()
+    values, vectors = _eigenvectors(gram - weights.sum() * torch.outer(centre, centre))
+    lengths = values.sqrt()
+    pieces = [(piece.double() - centre) @ vectors for piece in masks.split(PIECE)]
+    basis = weights.sqrt()[:, None] * torch.cat(pieces) / lengths
+    return basis, values, lengths[:, None] * vectors.T
+
+
+def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = eigenvectors(gram)
     kept = values > values[-1] * 1e-12
-    basis, dtype = vectors[:, kept], masks.dtype
-    parts = (basis, values[kept], basis.T @ scaled, roots, centre)
-    return Design(*(part.to(dtype) for part in parts))
+    return values[kept], vectors[:, kept]
 
 
 @dataclass(frozen=True)
@@ -121,7 +155,7 @@ def solve(
     """
     damped = 1 / (design.eigenvalues[:, None] + penalty)
     leverage = (own.square() * damped).sum(0).clamp_min(torch.finfo(own.dtype).tiny)
-    effect = torch.einsum("rt,rtc->tc", own * damped, rotated) / leverage[:, None]
+    effect = ((own * damped)[:, :, None] * rotated).sum(0) / leverage[:, None]
     dual = damped[:, :, None] * (rotated - own[:, :, None] * effect)
     objective = penalty[:, None] * (rotated * dual).sum(0)
     if outside is not None:

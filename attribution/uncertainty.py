@@ -54,9 +54,7 @@ class RidgePosterior(Uncertainty):
     @cached_property
     def shrink(self) -> tuple[float, float]:
         """Factors fitted on held-out models."""
-        aa, ab, bb, ay, by = self.store.numpy("cross_products").sum(0, dtype=np.float64)
-        own, other = np.linalg.lstsq(np.array([[aa, ab], [ab, bb]]), np.array([ay, by]))[0]
-        return max(0.0, float(own)), max(0.0, float(other))
+        return _fitted_factors(self.store)
 
     def std(self, rows: Rows, mine: Any, targets: Rows) -> Array:
         """Standard deviation of the ridge posterior."""
@@ -99,6 +97,53 @@ def _bracket(masks: Any, damped: Any, rows: Rows, mine: Any, places: Rows) -> An
     unknown = np.where(mine & inside, np.inf, 0)
     unpenalised = np.divide(left**2, leverage, out=unknown, where=leverage > 0)
     return np.maximum(len(rows) - 2 * mine - quadratic + unpenalised, 0)
+
+
+def _fitted_factors(store: Store) -> tuple[float, float]:
+    if "shrink" in store.attributes:  # rows were purged after the fit
+        own, other = store.attributes["shrink"]
+        return float(own), float(other)
+    aa, ab, bb, ay, by = store.numpy("cross_products").sum(0, dtype=np.float64)
+    own, other = np.linalg.lstsq(np.array([[aa, ab], [ab, bb]]), np.array([ay, by]))[0]
+    return max(0.0, float(own)), max(0.0, float(other))
+
+
+@dataclass(frozen=True)
+class HeldOutSpread(Uncertainty):
+    """Of sparse effects regressed by the lasso: how far they miss held-out models.
+
+    With m other rows in F, e^2 the mean squared error of changes of held-out models beyond the
+    noise of retraining, for each row that these did not see, and v the variance of the own row's
+    effect by least squares, the variance is v, if the own row is in F, + m e^2. It is that of
+    forget sets like the held-out models', and says nothing of one row in particular.
+
+    Args:
+        store: of fitted datamodels.
+    """
+
+    store: Store = field(repr=False)
+
+    @cached_property
+    def shrink(self) -> tuple[float, float]:
+        """Factors fitted on held-out models."""
+        return _fitted_factors(self.store)
+
+    def std(self, rows: Rows, mine: Any, targets: Rows) -> Array:
+        """Spread around the predictions of forget sets of this size."""
+        own, each = (self._small[name][targets] for name in ("own_variance", "row_variance"))
+        inside = np.asarray(mine, dtype=bool)[:, None]
+        # Nothing tells the effect of a row that every model saw.
+        known = np.where(own < 0, np.inf, own)
+        variance = np.where(inside, known, 0) + (len(rows) - inside) * each
+        return np.asarray(np.sqrt(variance), dtype=np.float32)
+
+    def noise(self, targets: Rows) -> Array:
+        """Spread of the full models."""
+        return np.asarray(self._small["noise"][targets])
+
+    @cached_property
+    def _small(self) -> dict[str, Any]:
+        return {name: self.store.numpy(name) for name in ("own_variance", "row_variance", "noise")}
 
 
 @dataclass(frozen=True)
@@ -159,4 +204,6 @@ def uncertainty_of(store: Store) -> Uncertainty:
     Returns:
         The uncertainty.
     """
-    return CheckpointSpread(store) if store.spec.kind == "trak" else RidgePosterior(store)
+    if store.spec.kind == "trak":
+        return CheckpointSpread(store)
+    return RidgePosterior(store) if "chosen" in store.spec.arrays else HeldOutSpread(store)

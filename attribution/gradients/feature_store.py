@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution import effects
 from attribution.forget import ForgetSet
 from attribution.gradients.projection import Projection
 from attribution.gradients.projector import GradientProjector, gradient_projector
@@ -269,9 +270,8 @@ def half_scale(features: Numbers) -> np.ndarray[Any, np.dtype[np.float32]]:
         >>> half_scale(np.array([[3.0, -5.0], [0.0, 0.0]])).tolist()
         [0.000244140625, 1.0]
     """
-    largest = np.abs(features).max(-1)
-    exponent = np.frexp(largest)[1] - 15
-    return np.where(largest > 0, np.ldexp(1.0, exponent), 1.0).astype(np.float32)
+    largest = torch.from_numpy(np.abs(features).max(-1))
+    return np.asarray(effects.half_scale(largest).numpy(), np.float32)
 
 
 def in_full(stored: Numbers, scale: Numbers | None) -> Numbers:

@@ -8,10 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from attribution.gradients import Features, output_cotangents
+from attribution.effects import (
+    block_targets,
+    check_dtype,
+    effect_arrays,
+    object_rows,
+    stored_wide,
+)
+from attribution.gradients import Features
 from attribution.newton.inverse import factorise
+from attribution.products import products_by
 from attribution.task import Rows, Task
 from attribution.training import threads
 from attribution.trak.curvature import (
@@ -20,8 +27,8 @@ from attribution.trak.curvature import (
     natural_damping,
     warn_if_ill_conditioned,
 )
+from attribution.trak.score_blocks import ScoreBlock, margin_arrays, margins_differ
 from attribution.trak.scores import KIND, TrakScores
-from attribution.trak.selection import strongest
 from attribution.trak.tally import Tally
 from stores import (
     ArraySpec,
@@ -30,14 +37,13 @@ from stores import (
     Store,
     StoreSpec,
     Where,
-    mapped,
     place,
     run_blocks,
     versions,
 )
 
 ROWS_KIND = "trak-rows"
-BLOCK_BYTES = 2**25  # of the effects on the targets of one block
+BLOCK_BYTES = 2**27  # of the features of the targets of one block
 ROWS_BYTES = 2**24  # of the features of one block of rows
 
 Numbers = np.ndarray[Any, Any]
@@ -51,8 +57,7 @@ class _Settings:
     top: int
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "float64"):
-            raise ValueError(f"dtype must be 'float32' or 'float64', got {self.dtype!r}")
+        check_dtype(self.dtype)
         if not (math.isfinite(self.damping) and self.damping > 0):
             raise ValueError(f"damping must be above 0 and finite, got {self.damping}")
         if self.top < 1:
@@ -80,7 +85,8 @@ def fit_trak(
 
     and on its margin the margin's derivative at the checkpoint's outputs times that. It is in the
     unit of the outputs. Interrupted at any moment, the same call computes the unfinished blocks
-    only and ends with the same bits, whatever the workers; no more than one block is in memory.
+    only and ends with the same bits, whatever the workers. A process holds the features of the
+    targets of one block, 128 MiB at most, and scores of as many rows as a storage object holds.
 
     Args:
         features: projected gradients of the checkpoints.
@@ -88,8 +94,8 @@ def fit_trak(
         damping: lambda, in the unit of a sum of losses; None: n x the recipe's weight decay.
         weighting: False leaves R out, H = sum_i phi_i phi_i^T of the margins' gradients, as the
             `trak` package does; lambda then has another unit and must be given.
-        dtype: float32 or float64, of the products and of the stored scores; the system is solved
-            in float64.
+        dtype: float16 (with a scale for each target and output), float32 or float64, of the stored
+            scores; products are in float32 or wider, and the system is solved in float64.
         top: rows of either sign that are kept for each target beside its scores.
         workers: processes, one thread each; None for one per core, 0 for this process.
         scheduler: address of an existing dask scheduler instead.
@@ -132,7 +138,7 @@ def fit_trak(
             _solved_rows(features, checkpoint, place(to) / f"rows-{checkpoint}", chosen, run)
             for checkpoint in range(len(features))
         )
-        work = _ScoreBlock(features, rows, store.path, chosen.top)
+        work = ScoreBlock(features, rows, store.path, chosen.top)
         run(work, store.pending(), title=f"TRAK scores of {features.task.name}")
     return TrakScores(store.finalize())
 
@@ -150,7 +156,11 @@ def _provenance(features: Features, chosen: _Settings, checkpoints: range) -> Pr
         "weighting": chosen.weighting,
         "dtype": chosen.dtype,
     }
-    return Provenance(settings, {"versions": versions("torch", "numpy", "datamodel-matching")})
+    recorded = {
+        "versions": versions("torch", "numpy", "datamodel-matching"),
+        "products": products_by(),
+    }
+    return Provenance(settings, recorded)
 
 
 # -- training rows: (H + lambda I)^-1 J_i^T g_i ------------------------------------------------
@@ -162,7 +172,7 @@ def _solved_rows(
     train, width = len(features.task.train_ids), features.width
     outputs = features.stores[checkpoint].spec.array("features").shape[1]
     block = min(train, max(1, ROWS_BYTES // (outputs * width * 4)))
-    array = ArraySpec(("train", "feature"), (train, width), chosen.dtype, width)
+    array = ArraySpec(("train", "feature"), (train, width), stored_wide(chosen.dtype), width)
     # The factor is costly, and an existing store holds it.
     factor = None if path.taken() else _factor(features, checkpoint, chosen)
     store = Store.open_or_create(
@@ -177,12 +187,13 @@ def _solved_rows(
 
 
 def _factor(features: Features, checkpoint: int, chosen: _Settings) -> Numbers:
+    wide = stored_wide(chosen.dtype)
     # One thread, so that the same features give the same bits on every machine of a kind.
     with threads(1):
-        gram = gram_matrix(features, checkpoint, weighting=chosen.weighting, dtype=chosen.dtype)
+        gram = gram_matrix(features, checkpoint, weighting=chosen.weighting, dtype=wide)
         lower = factorise(torch.from_numpy(gram), chosen.damping).lower
         condition = condition_number(lower)
-    warn_if_ill_conditioned(condition, chosen.damping, chosen.dtype, checkpoint)
+    warn_if_ill_conditioned(condition, chosen.damping, wide, checkpoint)
     return lower.numpy()
 
 
@@ -212,80 +223,23 @@ class _RowsBlock:
 
 
 def _score_store(features: Features, path: Place, chosen: _Settings) -> Store:
-    train, dtype = len(features.task.train_ids), chosen.dtype
+    train = len(features.task.train_ids)
     targets, outputs = features.stores[0].spec.array("outputs").shape
-    most = max(1, BLOCK_BYTES // (train * outputs * np.dtype(dtype).itemsize))
-    block = -(-targets // -(-targets // most))
-    each = ArraySpec(("target", "output"), (targets, outputs), dtype)
-    top = (targets, 2, chosen.top)
-    arrays = {
-        "effects": ArraySpec(("train", "target", "output"), (train, targets, outputs), dtype),
-        "margins": ArraySpec(("train", "target"), (train, targets), dtype),
-        "top_rows": ArraySpec(("target", None, None), top, "int64"),
-        "top_values": ArraySpec(("target", None, None), top, dtype),
-    }
+    wide = stored_wide(chosen.dtype)
+    column = len(features) * outputs * features.width * np.dtype(wide).itemsize
+    block = block_targets(targets, outputs, chosen.dtype, column, BLOCK_BYTES)
+    each = ArraySpec(("target", "output"), (targets, outputs), wide)
+    rows = object_rows(train, block * outputs, chosen.dtype)
+    sizes = train, targets, outputs
+    arrays = effect_arrays(*sizes, chosen.dtype, top=chosen.top, rows=rows)
     arrays |= dict.fromkeys(("own", *Tally.VARIANCES, "outputs", "noise"), each)
+    if margins_differ(features):
+        arrays |= margin_arrays(train, targets, chosen.dtype, rows)
+    else:
+        arrays["slopes"] = each
     return Store.open_or_create(
         path,
         StoreSpec(KIND, "target", block, arrays),
         _provenance(features, chosen, range(len(features))),
         ids={"train": features.task.train_ids, "target": features.task.target_ids},
     )
-
-
-@dataclass(frozen=True)
-class _ScoreBlock:
-    features: Features
-    rows: tuple[Store, ...]
-    path: str
-    top: int
-
-    def __call__(self, block: int) -> None:
-        store = Store.open(self.path, KIND)
-        span = store.spec.span(block)
-        with threads(1):
-            arrays = self._scored(np.arange(span.start, span.stop))
-        spec = store.spec.arrays
-        store.write_block(
-            block, {name: value.astype(spec[name].dtype) for name, value in arrays.items()}
-        )
-
-    def _scored(self, targets: Rows) -> dict[str, Numbers]:
-        count, train = len(self.rows), len(self.features.task.train_ids)
-        outputs = np.stack([self.features.outputs(c, targets) for c in range(count)])
-        dtype = self.rows[0].spec.array("rows").dtype
-        effects = np.zeros((train, *outputs.shape[1:]), dtype)
-        margins = np.zeros((train, len(targets)), dtype)
-        tally = Tally.empty(count, targets, outputs.shape[2])
-        for checkpoint, rows in enumerate(self.rows):
-            j = torch.from_numpy(self.features.gather(checkpoint, targets)).to(
-                getattr(torch, dtype)
-            )
-            slopes = self._margin_slopes(outputs[checkpoint], targets).to(j)
-            for block in range(rows.spec.blocks):
-                span = rows.spec.span(block)
-                part = -_products(torch.from_numpy(np.array(mapped(rows, "rows", block))), j)
-                tally.add(checkpoint, span, part.numpy())
-                effects[span] += (part / count).numpy()
-                margins[span] += (torch.einsum("rto,to->rt", part, slopes) / count).numpy()
-        top_rows, top_values = strongest(margins, self.top)
-        found = {"effects": effects, "margins": margins}
-        found |= {"top_rows": top_rows, "top_values": top_values}
-        found |= {"outputs": outputs.mean(0, dtype=np.float64), "noise": _spread(outputs)}
-        return found | tally.summary(effects)
-
-    def _margin_slopes(self, outputs: Numbers, targets: Rows) -> Tensor:
-        labels = self.features.task.targets(targets)[1]
-        values = torch.from_numpy(outputs)
-        return output_cotangents(self.features.task.loss, values, labels, "margin")[:, 0]
-
-
-def _products(rows: Tensor, j: Tensor) -> Tensor:
-    return (rows @ j.flatten(0, 1).T).reshape(len(rows), *j.shape[:2])
-
-
-def _spread(outputs: Numbers) -> Numbers:
-    """Standard deviation over the checkpoints; 0 stands for unknown where there is one."""
-    if len(outputs) == 1:
-        return np.zeros(outputs.shape[1:])
-    return np.asarray(outputs.std(0, ddof=1, dtype=np.float64))

@@ -6,7 +6,7 @@ import numpy as np
 
 from attribution.outputs import Array
 from attribution.task import Rows
-from stores import Store, Where, mapped, place
+from stores import Store, Where, column, place
 
 KIND = "trak"
 
@@ -54,11 +54,13 @@ class TrakScores:
 
     def effects(self, target: int) -> Array:
         """Effects of all rows on the outputs of the target at a position, [train, output]."""
-        return self._column("effects", target)
+        return column(self.store, "effects", target)
 
     def margins(self, target: int) -> Array:
         """Effects of all rows on the margin of the target at a position, [train]."""
-        return self._column("margins", target)
+        if "margins" in self.store.spec.arrays:
+            return column(self.store, "margins", target)
+        return np.asarray(self.effects(target) @ column(self.store, "slopes", target))
 
     def strongest(self, target: int) -> tuple[Rows, Array]:
         """Rows that raise and that lower a target's margin most, and by how much.
@@ -72,7 +74,3 @@ class TrakScores:
         block, place = divmod(target, self.store.spec.block)
         rows, values = (self.store.numpy(n, block)[place] for n in ("top_rows", "top_values"))
         return rows, values
-
-    def _column(self, name: str, target: int) -> Array:
-        block, place = divmod(target, self.store.spec.block)
-        return np.array(mapped(self.store, name, block)[:, place])

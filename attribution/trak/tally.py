@@ -1,9 +1,12 @@
 """How far the checkpoints' scores differ, summed up while they stream past."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from attribution.task import Rows
 
@@ -12,62 +15,76 @@ Numbers = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums over training rows of one block's scores, of each checkpoint.
+    """Sums over training rows of one block's scores.
 
     Args:
         targets: positions of the targets.
         own: score of each target's own row, 0 for test rows, [checkpoint, target, output].
         sums: of all rows' scores, [checkpoint, target, output].
-        squares: of the squares of all rows' scores, [checkpoint, target, output].
+        spread: squared distances of the checkpoints' scores from their mean, summed over
+            checkpoints and rows, [target, output].
     """
 
     VARIANCES: ClassVar = ("own_variance", "row_variance", "sum_variance")
 
     targets: Rows
-    own: Numbers
-    sums: Numbers
-    squares: Numbers
+    own: Tensor
+    sums: Tensor
+    spread: Tensor
 
     @classmethod
     def empty(cls, checkpoints: int, targets: Rows, outputs: int) -> "Tally":
         """Nothing summed yet."""
         shape = (checkpoints, len(targets), outputs)
-        return cls(targets, *(np.zeros(shape) for _ in range(3)))
+        own, sums = torch.zeros(2, *shape, dtype=torch.float64)
+        return cls(targets, own, sums, torch.zeros(shape[1:], dtype=torch.float64))
 
-    def add(self, checkpoint: int, rows: slice, scores: Numbers) -> None:
-        """Takes in the scores of some rows.
+    def mean(self, first: int, scores: Iterator[Tensor]) -> Tensor:
+        """Takes in the scores of some rows, one checkpoint after the other.
 
         Args:
-            checkpoint: whose.
-            rows: positions of the rows.
-            scores: [row, target, output].
+            first: position of the first of these rows.
+            scores: of each checkpoint, [row, target, output].
+
+        Returns:
+            Their mean, [row, target, output].
         """
-        self.sums[checkpoint] += scores.sum(0, dtype=np.float64)
-        self.squares[checkpoint] += np.square(scores, dtype=np.float64).sum(0)
-        inside = np.flatnonzero((self.targets >= rows.start) & (self.targets < rows.stop))
-        self.own[checkpoint, inside] = scores[self.targets[inside] - rows.start, inside]
+        mean = next(scores)
+        self._add(0, first, mean)
+        if len(self.own) == 1:
+            return mean
+        mean, squares = mean.clone(), torch.zeros_like(mean)
+        for checkpoint, part in enumerate(scores, 1):
+            self._add(checkpoint, first, part)
+            # Welford's update: a difference of large sums would lose what differs.
+            away = part - mean
+            mean += away / (checkpoint + 1)
+            squares += away.mul_(part - mean)
+        self.spread.add_(squares.sum(0))
+        return mean
 
-    def summary(self, mean: Numbers) -> dict[str, Numbers]:
+    def _add(self, checkpoint: int, first: int, scores: Tensor) -> None:
+        inside = np.flatnonzero((self.targets >= first) & (self.targets < first + len(scores)))
+        self.own[checkpoint, inside] = scores[self.targets[inside] - first, inside].double()
+        if len(self.own) > 1:
+            self.sums[checkpoint] += scores.sum(0)
+
+    def summary(self) -> dict[str, Numbers]:
         """Own scores and variances over the checkpoints, 0 where there is only one.
-
-        Args:
-            mean: mean of the checkpoints' scores, [train, target, output].
 
         Returns:
             The mean own score `own`; and the variances of the own row's score `own_variance`, of
             the other rows' scores, added up, `row_variance`, and of the other rows' sum
             `sum_variance`; each [target, output].
         """
-        own = self.own.mean(0)
-        others = np.square(mean, dtype=np.float64).sum(0) - np.square(own)
-        free = max(1, len(self.own) - 1)
-        squares = (self.squares - np.square(self.own)).sum(0)
-        rows = np.maximum(squares - len(self.own) * others, 0) / free
-        if len(self.own) == 1:
-            rows = np.zeros_like(own)
-        return {
-            "own": own,
-            "own_variance": self.own.var(0) * len(self.own) / free,
-            "row_variance": rows,
-            "sum_variance": (self.sums - self.own).var(0) * len(self.own) / free,
+        count = len(self.own)
+        free = max(1, count - 1)
+        own = self.own.var(0, correction=0) * count
+        others = (self.sums - self.own).var(0, correction=0) * count
+        found = {
+            "own": self.own.mean(0),
+            "own_variance": own / free,
+            "row_variance": (self.spread - own).clamp_min(0) / free,
+            "sum_variance": others / free,
         }
+        return {name: value.numpy() for name, value in found.items()}

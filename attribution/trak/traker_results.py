@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from attribution.counterfactual import target_positions
+from attribution.strongest import strongest
 from attribution.task import Task
-from attribution.trak.selection import strongest
 from stores import ArraySpec, Provenance, Store, StoreSpec, Where
 
 KIND = "trak-package-scores"

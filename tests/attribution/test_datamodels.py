@@ -5,9 +5,11 @@ from attribution import (
     ForgetSet,
     LinearDatamodel,
     Model,
+    Ridge,
     datamodels,
     draw_subsets,
     fit_datamodels,
+    ridge_datamodels,
 )
 from attribution.seeds import generator
 from stores import ArraySpec, Provenance, Store, StoreSpec
@@ -20,6 +22,7 @@ from tests.tasks import blobs, write_ensemble
 
 TRAIN, TARGETS, OUTPUTS = 13, 17, 2
 LAMBDAS = (0.01, 0.3, 5.0)
+RIDGE = Ridge(LAMBDAS)
 ANCHORS = 3
 
 
@@ -71,7 +74,7 @@ def noisy_pair(task, tmp_path_factory):
 def fitted(noisy_pair, tmp_path_factory):
     ensemble, anchor = noisy_pair
     to = tmp_path_factory.mktemp("fitted") / "datamodel"
-    return fit_datamodels(ensemble, anchor=anchor, to=to, lambdas=LAMBDAS, dtype="float64", seed=3)
+    return fit_datamodels(ensemble, anchor=anchor, to=to, method=RIDGE, dtype="float64", seed=3)
 
 
 class Reference:
@@ -170,7 +173,7 @@ def test_the_judges_of_few_mixed_models_are_not_all_fitted(task, tmp_path):
     masks = np.concatenate([subsets.masks, np.ones((ANCHORS, TRAIN), dtype=bool)])
     outputs = noisy(masks, np.random.default_rng(8))
     ensemble, anchor = write_pair(tmp_path, task, masks, outputs, subsets.judges)
-    options = {"lambdas": LAMBDAS, "dtype": "float64", "to": tmp_path / "datamodel"}
+    options = {"method": RIDGE, "dtype": "float64", "to": tmp_path / "datamodel"}
     for seed in range(3):
         reference = Reference(ensemble, anchor, seed)
         judging = reference.held[subsets.judges[reference.held]]
@@ -244,7 +247,7 @@ def test_effects_of_noise_free_outputs_are_exact(task, tmp_path):
     half_masks(38, random)
     effects, _ = linear(np.ones((1, TRAIN)), random)
     to = tmp_path / "datamodel"
-    found = fit_datamodels(ensemble, anchor=anchor, to=to, lambdas=(1e-9,), dtype="float64")
+    found = fit_datamodels(ensemble, anchor=anchor, to=to, method=Ridge((1e-9,)), dtype="float64")
     np.testing.assert_allclose(found.store.numpy("effects"), effects, rtol=0, atol=1e-6)
     np.testing.assert_allclose(found.shrink, 1, rtol=0, atol=1e-6)
     change = found.change(ForgetSet.at(task, [0, 5, 7]))
@@ -256,7 +259,7 @@ def test_effects_of_noise_free_outputs_are_exact(task, tmp_path):
 def test_float32_is_close(noisy_pair, fitted, tmp_path):
     ensemble, anchor = noisy_pair
     to = tmp_path / "datamodel"
-    found = fit_datamodels(ensemble, anchor=anchor, to=to, lambdas=LAMBDAS, seed=3)
+    found = fit_datamodels(ensemble, anchor=anchor, to=to, method=RIDGE, seed=3)
     for name in ("effects", "own", "variance"):
         expected = fitted.store.numpy(name)
         np.testing.assert_allclose(found.store.numpy(name), expected, rtol=0, atol=1e-4)
@@ -265,24 +268,25 @@ def test_float32_is_close(noisy_pair, fitted, tmp_path):
 
 def test_blocks_change_nothing_and_resume(noisy_pair, fitted, tmp_path, monkeypatch):
     ensemble, anchor = noisy_pair
-    options = {"lambdas": LAMBDAS, "dtype": "float64", "seed": 3, "to": tmp_path / "datamodel"}
-    monkeypatch.setattr(datamodels, "BLOCK_BYTES", TRAIN * OUTPUTS * 8 * 5)
-    solved, solve = [], datamodels.solve
+    options = {"method": RIDGE, "dtype": "float64", "seed": 3, "to": tmp_path / "datamodel"}
+    monkeypatch.setattr(datamodels, "BLOCK_BYTES", 5 * 2 * 39 * OUTPUTS * 8)
+    monkeypatch.setattr(ridge_datamodels, "COLUMNS", 3 * OUTPUTS)
+    solved, solve = [], ridge_datamodels.solve
 
     def interrupted(*args):
         solved.append(args)
-        if len(solved) == 2 * (len(LAMBDAS) + 1):
+        if len(solved) == 4:
             raise KeyboardInterrupt
         return solve(*args)
 
-    monkeypatch.setattr(datamodels, "solve", interrupted)
+    monkeypatch.setattr(ridge_datamodels, "solve", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit_datamodels(ensemble, anchor=anchor, **options)
     with pytest.raises(ValueError, match="datamodel is not finished: run the command"):
         LinearDatamodel.open(tmp_path / "datamodel")
     found = fit_datamodels(ensemble, anchor=anchor, **options)
     assert found.store.spec.blocks == 4
-    assert len(solved) == 5 * (len(LAMBDAS) + 1)
+    assert len(solved) == 4 + 2 + 2 + 1
     for name in found.store.spec.arrays:
         expected = fitted.store.numpy(name)
         np.testing.assert_allclose(found.store.numpy(name), expected, rtol=0, atol=1e-10)
@@ -310,9 +314,8 @@ def test_ensembles_that_do_not_fit_are_refused(task, noisy_pair, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float16"}, "dtype must be 'float32' or 'float64', got 'float16'"),
-        ({"lambdas": ()}, r"lambdas must all be above 0, got \(\)"),
-        ({"lambdas": (1.0, 0.0)}, r"lambdas must all be above 0, got \(1\.0, 0\.0\)"),
+        ({"dtype": "int8"}, "dtype must be 'float16', 'float32', 'float64', got 'int8'"),
+        ({"top": 0}, "top must be 1 or more, got 0"),
     ],
 )
 def test_unusable_options_are_refused(noisy_pair, tmp_path, options, message):
@@ -323,7 +326,7 @@ def test_unusable_options_are_refused(noisy_pair, tmp_path, options, message):
 
 def test_another_fit_in_the_same_folder_is_refused(noisy_pair, fitted):
     ensemble, anchor = noisy_pair
-    options = {"lambdas": LAMBDAS, "dtype": "float64", "to": fitted.store.path}
+    options = {"method": RIDGE, "dtype": "float64", "to": fitted.store.path}
     with pytest.raises(ValueError, match=r"seed: stored 3, wanted 4"):
         fit_datamodels(ensemble, anchor=anchor, seed=4, **options)
 

@@ -69,6 +69,14 @@ def test_every_design_serves_a_run(tmp_path, design):
     assert (made.full.seed, made.datamodel.change(one).mean.shape) == (5, (48, 3))
 
 
+def test_datamodels_may_be_sparse(tmp_path):
+    spec = write_task(tmp_path)
+    made = precompute(spec, tmp_path / "run", datamodel="lasso", checkpoints=0, **FEW)
+    assert made.settings.datamodel == "lasso"
+    assert (made.datamodel.store.numpy("effects") == 0).mean() > 0.2
+    assert np.isfinite(made.datamodel.change(ForgetSet.at(made.task, [0])).std).all()
+
+
 class TestNewton:
     @pytest.mark.parametrize(
         ("checkpoints", "predictors"),
@@ -158,6 +166,7 @@ class TestNewton:
         ({"subset_models": 9}, "datamodels need at least 10 models, got 9"),
         ({"design": "full"}, "datamodels need models on different subsets: choose another design"),
         ({"design": "nix"}, "unknown design 'nix': choose one of full, half, bernoulli, clusters,"),
+        ({"datamodel": "nix"}, "unknown regression 'nix': choose from ridge, lasso"),
         ({"seed": -1}, "a seed must not be negative, got -1"),
         ({"checkpoints": -1}, "group Newton takes 0 to 80 of the full models as .*, got -1"),
         ({"checkpoints": 81}, "group Newton takes 0 to 80 of the full models as .*, got 81"),
@@ -175,6 +184,7 @@ def test_settings_that_no_run_can_have_are_refused_before_a_folder_is_made(tmp_p
         ({"full_models": 81}, "full_models = 80, this call asks for 81"),
         ({"subset_models": 25}, "subset_models = 24, this call asks for 25"),
         ({"design": "half"}, "design = mixed, this call asks for half"),
+        ({"datamodel": "lasso"}, "datamodel = ridge, this call asks for lasso"),
         ({"seed": 1}, "seed = 0, this call asks for 1"),
         ({"checkpoints": 7}, "checkpoints = 8, this call asks for 7"),
     ],

@@ -1,0 +1,177 @@
+"""Ridge predictions of held-out models from one decomposition of all of them.
+
+The residuals of a fit are a linear map of the outputs. With R the map of the fit on all models, h
+the held-out ones and k the others, those of the fit on k alone are
+
+    held-out residuals          e_h = R_hh^-1 (R y)_h,
+    residuals of the others     e_k = (R y)_k - R_kh e_h,
+
+so that nothing is decomposed or fitted again. The own row, which is not penalised, is regressed on
+afterwards: its effect is (x^T E y) / (x^T E x), where E is the map of the fit on k.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attribution.dense import product
+from attribution.ridge import Design
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What predicts held-out models, and the last model, for each lambda; made once.
+
+    Args:
+        basis: rows of the eigenbasis of the held-out models and of the last model, [asked, rank].
+        roots: square roots of their weights, [asked].
+        damped: lambda / (eigenvalue + lambda), [lambda, rank].
+        maps: from residuals of the fit on all models to those of the fit on the others,
+            [lambda, asked, asked].
+        spanned: whether effects can reach all outputs, as there are no more models than rows.
+    """
+
+    basis: Tensor
+    roots: Tensor
+    damped: Tensor
+    maps: Tensor
+    spanned: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a fit without the held-out models, for some targets.
+
+    Args:
+        residuals: outputs minus predictions of the held-out models and of the last model,
+            [asked, target, output].
+        own: effect of each target's own row, [target, output].
+    """
+
+    residuals: Tensor
+    own: Tensor
+
+
+def hold_out(design: Design, held: Tensor, lambdas: Tensor) -> HeldOut:
+    """Prepares predictions of some models by fits without them.
+
+    Args:
+        design: of all models.
+        held: positions of the held-out models, [held]; the last model is never one.
+        lambdas: candidates, [lambda].
+
+    Returns:
+        What predicts them.
+
+    Example:
+        >>> from attribution.ridge import decompose
+        >>> design = decompose(torch.eye(4), torch.ones(4))
+        >>> hold_out(design, torch.tensor([0, 2]), torch.tensor([0.1, 1.0])).maps.shape
+        torch.Size([2, 3, 3])
+    """
+    models = len(design.weights)
+    asked = torch.cat([held, torch.tensor([models - 1])])
+    basis, roots = design.basis[asked].double(), design.weights[asked].double()
+    damped = lambdas.double()[:, None] / (design.eigenvalues.double() + lambdas.double()[:, None])
+    spanned = len(design.eigenvalues) == models - 1
+    outside = torch.zeros(len(asked), len(asked), dtype=torch.float64)
+    if not spanned:
+        unit = roots / design.weights.double().norm()
+        outside = torch.eye(len(asked)).double() - basis @ basis.T - torch.outer(unit, unit)
+    maps = torch.stack([_map((basis * part) @ basis.T + outside) for part in damped])
+    number = design.basis.dtype
+    return HeldOut(basis.to(number), roots.to(number), damped.to(number), maps.to(number), spanned)
+
+
+def _map(residuals: Tensor) -> Tensor:
+    """From the residual map's rows and columns of [held, last] to the map without the held."""
+    found = torch.eye(len(residuals), dtype=residuals.dtype)
+    found[:-1, :-1] = torch.cholesky_inverse(torch.linalg.cholesky(residuals[:-1, :-1]))
+    found[-1, :-1] = -residuals[-1, :-1] @ found[:-1, :-1]
+    return found
+
+
+def outcomes(
+    held_out: HeldOut, rotated: Tensor, own: Tensor, outside: Tensor | None = None
+) -> Iterator[Outcome]:
+    """Predicts held-out models by fits without them, for one lambda after the other.
+
+    Args:
+        held_out: of the models.
+        rotated: rotated outputs of all models, [rank, target, output].
+        own: rotated mask of each target's own row, [rank, target]; 0 for test targets.
+        outside: part of the asked models' centred outputs that effects cannot reach, weighted,
+            [asked, target, output]; None where they reach all.
+
+    Yields:
+        The outcome of each lambda.
+
+    Example:
+        >>> from attribution.ridge import decompose
+        >>> design = decompose(torch.eye(4), torch.ones(4))
+        >>> held_out = hold_out(design, torch.tensor([0]), torch.tensor([0.1, 1.0]))
+        >>> rotated, _ = design.centred(torch.ones(4, 1, 1))
+        >>> [found.residuals.shape for found in outcomes(held_out, rotated, torch.zeros(3, 1))]
+        [torch.Size([2, 1, 1]), torch.Size([2, 1, 1])]
+    """
+    columns, shape = rotated[0].numel(), rotated.shape[1:]
+    # Test targets have no own row.
+    some = own.any(0).nonzero().flatten()
+    both = torch.cat([rotated.flatten(1), own[:, some]], 1)
+    across = product(held_out.damped, (own[:, some, None] * rotated[:, some]).flatten(1))
+    within = product(held_out.damped, own[:, some].square())
+    for damped, known, xy, xx in zip(held_out.damped, held_out.maps, across, within, strict=True):
+        left = product(held_out.basis * damped, both)
+        mine = left[:-1, columns:]
+        if outside is not None:
+            left[:, :columns] += outside.flatten(1)
+        without = product(known, left)
+        residuals, theirs = without[:, :columns].unflatten(1, shape), without[:, columns:]
+        leverage = xx - (mine * theirs[:-1]).sum(0)
+        # Where the others agree on the row, rounding is all that is left.
+        told = leverage > xx * torch.finfo(xx.dtype).eps ** 0.5
+        moved = xy.unflatten(0, (-1, shape[1]))
+        moved = moved - (mine[:, :, None] * residuals[:-1, some]).sum(0)
+        effect = rotated.new_zeros(shape)
+        effect[some] = torch.where(told, 1 / leverage, 0)[:, None] * moved
+        residuals[:, some] -= theirs[:, :, None] * effect[some]
+        yield Outcome(residuals / held_out.roots[:, None, None], effect)
+
+
+def best_outcome(
+    held_out: HeldOut, rotated: Tensor, own: Tensor, outside: Tensor | None = None
+) -> tuple[Tensor, Outcome]:
+    """The lambda of each target that predicts its held-out models best, and what it predicts.
+
+    Args:
+        held_out: of the models.
+        rotated: as for `outcomes`.
+        own: as for `outcomes`.
+        outside: as for `outcomes`.
+
+    Returns:
+        Its number for each target, [target], the first of equal ones; and the outcome.
+
+    Example:
+        >>> from attribution.ridge import decompose
+        >>> masks = torch.tensor([[1.0, 0], [0, 1], [1, 1], [0, 0], [1, 0]])
+        >>> design = decompose(masks, torch.ones(5))
+        >>> held_out = hold_out(design, torch.tensor([0]), torch.tensor([1.0, 0.1]))
+        >>> rotated, _ = design.centred(masks[:, :1, None])
+        >>> best_outcome(held_out, rotated, torch.zeros(2, 1))[0]
+        tensor([1])
+    """
+    chosen = torch.zeros(rotated.shape[1], dtype=torch.long)
+    least = torch.full(chosen.shape, torch.inf, dtype=rotated.dtype)
+    residuals = effect = torch.empty(0)
+    for number, found in enumerate(outcomes(held_out, rotated, own, outside)):
+        error = found.residuals[:-1].square().sum((0, 2))
+        better = error < least
+        if number == 0:
+            residuals, effect = found.residuals, found.own
+        residuals = torch.where(better[:, None], found.residuals, residuals)
+        effect = torch.where(better[:, None], found.own, effect)
+        chosen[better], least = number, torch.minimum(error, least)
+    return chosen, Outcome(residuals, effect)
