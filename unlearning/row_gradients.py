@@ -13,6 +13,7 @@ from attribution.task import State
 from unlearning.method import Request
 
 ROWS_AT_ONCE = 128
+NUMBERS_AT_ONCE = 2**25  # of the gradients of single rows: 128 MiB of float32
 
 
 def own_module(request: Request, index: int) -> nn.Module:
@@ -89,7 +90,8 @@ def mean_squared_gradients(module: nn.Module, loss: Loss, inputs: Tensor, labels
     """
     sums = {name: torch.zeros_like(tensor) for name, tensor in _trainable(module).items()}
     many = why_one_by_one(module, inputs[:1], training=False) is None
-    size = ROWS_AT_ONCE if many else 1
+    fitting = NUMBERS_AT_ONCE // sum(total.numel() for total in sums.values())
+    size = max(1, min(ROWS_AT_ONCE, fitting)) if many else 1
     each = _each_row(module, loss) if many else _only_row(module, loss)
     for rows, y in zip(inputs.split(size), labels.split(size), strict=True):
         for name, gradient in each(rows, y).items():

@@ -72,6 +72,14 @@ def test_the_mean_gradient_is_autograds(case):
         torch.testing.assert_close(gradient, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("numbers", [1, 200])
+def test_large_models_take_fewer_rows_at_once(case, monkeypatch, numbers):
+    expected = mean_squared_gradients(*case)
+    monkeypatch.setattr(row_gradients, "NUMBERS_AT_ONCE", numbers)
+    for name, square in mean_squared_gradients(*case).items():
+        torch.testing.assert_close(square, expected[name], rtol=1e-9, atol=1e-12)
+
+
 def test_the_squares_are_those_of_each_rows_own_gradient(case):
     module = case[0]
     held = trainable(module)
