@@ -2,11 +2,17 @@
 
 from unlearning.evaluation import evaluate_methods
 from unlearning.klom import gaussian_kl, klom, shift, spread
+from unlearning.methods.ascent_descent import AscentDescent
+from unlearning.methods.bad_teacher import BadTeacher
 from unlearning.methods.do_nothing import DoNothing
 from unlearning.methods.fine_tune import FineTune
 from unlearning.methods.gradient_ascent import GradientAscent
 from unlearning.methods.matching import Matching
+from unlearning.methods.neggrad_plus import NegGradPlus
 from unlearning.methods.projected_gradient import ProjectedGradient
+from unlearning.methods.saliency_unlearning import SaliencyUnlearning
+from unlearning.methods.scrub import Scrub
+from unlearning.methods.selective_synaptic_dampening import SelectiveSynapticDampening
 from unlearning.projection import GradientProjection
 from unlearning.report import render_report
 from unlearning.runner import (
@@ -26,6 +32,12 @@ __all__ = [
     "GradientProjection",
     "GradientAscent",
     "FineTune",
+    "NegGradPlus",
+    "AscentDescent",
+    "Scrub",
+    "SelectiveSynapticDampening",
+    "SaliencyUnlearning",
+    "BadTeacher",
     # results
     "Unlearned",
     "UnlearnedModels",
