@@ -41,13 +41,6 @@ class Combined(Counterfactual):
         first: a predictor, usually group Newton.
         second: another, usually a linear datamodel.
         weights: by kind of row (forget, retain, test); see `weigh`.
-
-    Example:
-        >>> unit = np.ones((1, 1), dtype=np.float32)
-        >>> one, two = Change(2 * unit, unit, unit), Change(3 * unit, unit, unit)
-        >>> weights = dict.fromkeys(KINDS, Weights(first=0.5, second=1.0, spread=1.0, noise=1.0))
-        >>> Combined(None, None, weights).sum(one, two, np.array([0])).mean
-        array([[4.]], dtype=float32)
     """
 
     first: Counterfactual = field(repr=False)
@@ -66,28 +59,37 @@ class Combined(Counterfactual):
         one = self.first.change(forget, already, targets)
         two = self.second.change(forget, already, targets)
         places = np.arange(len(one.mean)) if targets is None else targets
-        found = self.sum(one, two, row_kinds(forget, places))
+        found = weighed_sum(self.weights, one, two, row_kinds(forget, places))
         if already is None:
             return found
         # Rows that are gone already are of the kind that they were when they were removed.
         mean = self.change(forget, None, targets).mean - self.change(already, None, targets).mean
         return replace(found, mean=mean)
 
-    def sum(self, one: Change, two: Change, kinds: Rows) -> Change:
-        """The weighed sum of two changes.
 
-        Args:
-            one: what the first predictor says of some targets.
-            two: what the second one says of them.
-            kinds: kind of each of these targets, [target]; see `row_kinds`.
+def weighed_sum(weights: Mapping[str, Weights], one: Change, two: Change, kinds: Rows) -> Change:
+    """The weighed sum of two changes.
 
-        Returns:
-            The sum.
-        """
-        table = np.array([list(vars(self.weights[kind]).values()) for kind in KINDS])
-        a, b, spread, noise = table.astype(np.float32)[kinds].T[..., None]
-        std = spread * np.sqrt(_variance(a, one.std) + _variance(b, two.std))
-        return Change(a * one.mean + b * two.mean, std, noise * one.noise)
+    Args:
+        weights: by kind of row; see `weigh`.
+        one: what the first predictor says of some targets.
+        two: what the second one says of them.
+        kinds: kind of each of these targets, [target]; see `row_kinds`.
+
+    Returns:
+        The sum.
+
+    Example:
+        >>> unit = np.ones((1, 1), dtype=np.float32)
+        >>> one, two = Change(2 * unit, unit, unit), Change(3 * unit, unit, unit)
+        >>> weights = dict.fromkeys(KINDS, Weights(first=0.5, second=1.0, spread=1.0, noise=1.0))
+        >>> weighed_sum(weights, one, two, np.array([0])).mean
+        array([[4.]], dtype=float32)
+    """
+    table = np.array([list(vars(weights[kind]).values()) for kind in KINDS])
+    a, b, spread, noise = table.astype(np.float32)[kinds].T[..., None]
+    std = spread * np.sqrt(_variance(a, one.std) + _variance(b, two.std))
+    return Change(a * one.mean + b * two.mean, std, noise * one.noise)
 
 
 def weigh(cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]]) -> dict[str, Weights]:

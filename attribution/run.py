@@ -26,7 +26,7 @@ from attribution.trak import fit_trak
 from stores import Provenance, Store, check_provenance, digest
 
 SCHEMA = 1
-PREDICTORS = ("datamodel", "newton", "combined", "trak")
+PREDICTORS = ("datamodel", "newton", "combined", "residual", "trak")
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,19 @@ class Run:
             raise ValueError(f"{self.path} has no calibration bank: use another predictor")
         return Combined(self.newton, self.datamodel, self.calibration.weights)
 
+    @cached_property
+    def residual(self) -> Combined:
+        """Group Newton and what it lacks: a datamodel with its prediction as the prior mean."""
+        if self.calibration is None or not self.calibration.residual:
+            raise ValueError(f"{self.path} has no calibration bank: use another predictor")
+        lacking = LinearDatamodel.open(self.residual_path)
+        return Combined(self.newton, lacking, self.calibration.residual)
+
+    @property
+    def residual_path(self) -> Path:
+        """Folder of the effects that group Newton lacks."""
+        return self.path / f"residual-{self.settings.subsets}"
+
     @property
     def predictors(self) -> tuple[str, ...]:
         """Names of the predictors that the run has, or can make from what it has."""
@@ -172,6 +185,7 @@ class Run:
             "datamodel": (self.path / f"datamodel-{self.settings.subsets}").exists(),
             "newton": gradients,
             "combined": self.calibration is not None and bool(self.calibration.weights),
+            "residual": self.calibration is not None and bool(self.calibration.residual),
             "trak": gradients,
         }
         return tuple(name for name in PREDICTORS if has.get(name))
@@ -191,6 +205,7 @@ class Run:
             "datamodel": lambda: self.datamodel,
             "newton": lambda: self.newton,
             "combined": lambda: self.combined,
+            "residual": lambda: self.residual,
             "trak": lambda: self.trak,
         }
         chosen = self.best if name is None else name

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from attribution.combined import Weights
@@ -22,6 +22,8 @@ class RunCalibration:
         errors: each predictor's squared error over the squared change, averaged over forget sets,
             outputs and margins, and kinds of row; the noise of one retraining is in it, alike for
             all.
+        residual: weights of group Newton and of the datamodel of what it misses, by kind of row;
+            empty where there is none.
 
     Example:
         >>> import tempfile
@@ -37,6 +39,7 @@ class RunCalibration:
     newton: Calibration
     weights: Mapping[str, Weights]
     errors: Mapping[str, float]
+    residual: Mapping[str, Weights] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it as JSON.
@@ -65,8 +68,12 @@ class RunCalibration:
             told = json.loads(Path(path).read_text())
             if told["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {told['schema']}, this version reads {SCHEMA}")
-            weights = {kind: Weights(**values) for kind, values in told["weights"].items()}
-            return cls(Calibration(**told["newton"]), weights, dict(told["errors"]))
+            # Runs made before there was a residual have no weights for it.
+            weights, residual = (
+                {kind: Weights(**values) for kind, values in table.items()}
+                for table in (told["weights"], told.get("residual", {}))
+            )
+            return cls(Calibration(**told["newton"]), weights, dict(told["errors"]), residual)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"cannot read the calibration {os.fspath(path)!r}: {error}; remove it, and"
