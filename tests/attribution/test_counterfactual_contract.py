@@ -85,12 +85,12 @@ def residual_case(folder):
     task = blobs()
     newton = newton_of(task, folder / "features", damping=0.5)
     random = np.random.default_rng(1)
-    masks = random.random((23, len(task.train_ids))) < 0.9
-    outputs = random.normal(size=(28, len(task.target_ids), 2)).astype(np.float32)
+    masks = random.random((40, len(task.train_ids))) < 0.82  # every row is lacking somewhere
+    outputs = random.normal(size=(45, len(task.target_ids), 2)).astype(np.float32)
     everything = np.ones((5, len(task.train_ids)), dtype=bool)
-    near = write_ensemble(folder / "near", task, masks, outputs[:23])
-    full = write_ensemble(folder / "full", task, everything, outputs[23:])
-    chosen = models_like_requests(near, 20)
+    near = write_ensemble(folder / "near", task, masks, outputs[:40])
+    full = write_ensemble(folder / "full", task, everything, outputs[40:])
+    chosen = models_like_requests(near, 30)
     left = residual_models(near, newton, folder / "residual", anchor=full, models=chosen)
     lacking = fit_datamodels(left, anchor=full, to=folder / "datamodel")
     return Case(task, Combined(newton, lacking, WEIGHTS), by_kind=True)
