@@ -19,23 +19,31 @@ class Weights:
     Args:
         first: factor on the first one's change, >= 0.
         second: factor on the second one's.
-        spread: factor on the standard deviation that the two add up to.
+        spread: factor on the first one's standard deviation, beside its weight.
         noise: factor on the first one's spread of one retraining.
+        second_spread: factor on the second one's standard deviation; None: the first one's.
     """
 
     first: float
     second: float
     spread: float
     noise: float
+    second_spread: float | None = None
+
+    @property
+    def row(self) -> tuple[float, ...]:
+        """Both weights, both factors on standard deviations, and the factor on the noise."""
+        other = self.spread if self.second_spread is None else self.second_spread
+        return self.first, self.second, self.spread, other, self.noise
 
 
 @dataclass(frozen=True)
 class Combined(Counterfactual):
     """A weighed sum of two predictions, with weights of its own for each kind of row.
 
-    mean = a m_1 + b m_2, std^2 = c^2 ((a s_1)^2 + (b s_2)^2), noise = e n_1, where a, b, c and e
-    are those of forget rows, other training rows or test rows. Retrained models (datamodels) know
-    what the path of training does, gradients what the curvature at its end does.
+    mean = a m_1 + b m_2, std^2 = (c a s_1)^2 + (d b s_2)^2, noise = e n_1, where a to e are those
+    of forget rows, other training rows or test rows. Retrained models (datamodels) know what the
+    path of training does, gradients what the curvature at its end does.
 
     Args:
         first: a predictor, usually group Newton.
@@ -86,9 +94,9 @@ def weighed_sum(weights: Mapping[str, Weights], one: Change, two: Change, kinds:
         >>> weighed_sum(weights, one, two, np.array([0])).mean
         array([[4.]], dtype=float32)
     """
-    table = np.array([list(vars(weights[kind]).values()) for kind in KINDS])
-    a, b, spread, noise = table.astype(np.float32)[kinds].T[..., None]
-    std = spread * np.sqrt(_variance(a, one.std) + _variance(b, two.std))
+    table = np.array([weights[kind].row for kind in KINDS])
+    a, b, spread, other, noise = table.astype(np.float32)[kinds].T[..., None]
+    std = np.hypot(spread * _part(a, one.std), other * _part(b, two.std))
     return Change(a * one.mean + b * two.mean, std, noise * one.noise)
 
 
@@ -133,17 +141,21 @@ def _fitted(kind: int, cases: Sequence[Case], pairs: Sequence[tuple[Change, Chan
     )
     a, b = _nonnegative(one, two, truth, weight)
     left = np.square(truth - a * one - b * two)
-    variance = joined(
-        [_variance(a, x.std[rows]) + _variance(b, y.std[rows]) for _, x, y, rows in parts]
+    stds = (
+        joined([_part(a, x.std[rows]) for _, x, _, rows in parts]),
+        joined([_part(b, y.std[rows]) for _, _, y, rows in parts]),
     )
     noise = joined([x.noise[rows] for _, x, _, rows in parts])
-    return Weights(a, b, *variance_factors(left, variance, np.square(noise)))
+    alike = joined([np.full(c.mean[rows].shape, 1 / c.mean[rows].size) for _, c, _, rows in parts])
+    variances = (np.square(values) for values in (*stds, noise))
+    spread, second_spread, noise_factor = variance_factors(left, *variances, weight=alike)
+    return Weights(a, b, spread, noise_factor, second_spread)
 
 
-def _variance(factor: Array | float, std: Array) -> Array:
-    """What a prediction adds to the variance; nothing without weight, even where it is unknown."""
+def _part(factor: Array | float, std: Array) -> Array:
+    """What a prediction adds to the deviation; nothing without weight, even where unknown."""
     known = np.broadcast_to(np.not_equal(factor, 0), std.shape)
-    return np.asarray(np.square(np.multiply(factor, std, where=known, out=np.zeros_like(std))))
+    return np.asarray(np.multiply(factor, std, where=known, out=np.zeros_like(std)))
 
 
 def _nonnegative(one: Array, two: Array, truth: Array, weight: Array) -> tuple[float, float]:

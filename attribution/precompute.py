@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from attribution.calibration_bank import Case, calibration_bank, cases_of
+from attribution.calibration_bank import Case, calibration_bank, cases_of, common_share
 from attribution.combined import Weights, weigh, weighed_sum
 from attribution.counterfactual import Change
 from attribution.datamodels import fit_datamodels
@@ -181,7 +181,9 @@ def calibrate_run(
     chosen = replace(plain, damping=newton.damping, temperature=newton.temperature)
     raw = predicted_changes(chosen, cases, bank, folder / "changes", **at)
     first = [
-        newton.applied(change, case.forget, case.targets)
+        newton.applied(
+            change, case.forget, case.targets, common_share(change.mean[case.forget.rows])
+        )
         for case, change in zip(cases, raw, strict=True)
     ]
     changes = {"datamodel": [run.datamodel.change(c.forget) for c in cases], "newton": first}

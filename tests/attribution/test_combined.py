@@ -36,8 +36,8 @@ def drawn(seed, scale=1.0):
 
 WEIGHTS = {
     "forget": Weights(0.9, 0.2, 1.5, 3.0),
-    "retain": Weights(0.5, 0.0, 1.0, 2.0),
-    "test": Weights(0.0, 0.7, 2.0, 0.5),
+    "retain": Weights(0.5, 0.0, 1.0, 2.0, 7.0),
+    "test": Weights(0.0, 0.7, 2.0, 0.5, 1.2),
 }
 
 
@@ -55,7 +55,8 @@ def test_changes_are_weighed_by_kind_of_row(task, targets):
         kind = "forget" if place in (3, 20) else "retain" if place < 37 else "test"
         w = WEIGHTS[kind]
         mean = w.first * one.mean[place] + w.second * two.mean[place]
-        std = w.spread * np.hypot(w.first * one.std[place], w.second * two.std[place])
+        other = w.spread if w.second_spread is None else w.second_spread
+        std = np.hypot(w.spread * w.first * one.std[place], other * w.second * two.std[place])
         np.testing.assert_allclose(found.mean[row], mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(found.std[row], std, rtol=1e-5)
         np.testing.assert_allclose(found.noise[row], w.noise * one.noise[place], rtol=1e-5)

@@ -83,6 +83,7 @@ def test_stores_are_listed_finished_or_not(run, tmp_path):
         "features",
         "full",
         "moments",
+        "residual-mixed-24",
     }
     assert len(names) == len(set(names))
     assert [store.pending() for store in listed if store.path.endswith("/full")] == [[1]]
