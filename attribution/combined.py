@@ -96,11 +96,13 @@ def weighed_sum(weights: Mapping[str, Weights], one: Change, two: Change, kinds:
     """
     table = np.array([weights[kind].row for kind in KINDS])
     a, b, spread, other, noise = table.astype(np.float32)[kinds].T[..., None]
-    std = np.hypot(spread * _part(a, one.std), other * _part(b, two.std))
+    std = np.hypot(_part(spread * a, one.std), _part(other * b, two.std))
     return Change(a * one.mean + b * two.mean, std, noise * one.noise)
 
 
-def weigh(cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]]) -> dict[str, Weights]:
+def weigh(
+    cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]], *, trusted: bool = True
+) -> dict[str, Weights]:
     """Fits the weights of two predictors on models retrained without forget sets of their own.
 
     Non-negative least squares for each kind of row, every forget set weighing the same; a kind
@@ -109,6 +111,7 @@ def weigh(cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]]) -> dict
     Args:
         cases: the forget sets.
         pairs: what the two predictors say of each, for all targets.
+        trusted: False leaves the second one's standard deviation out.
 
     Returns:
         Weights by kind of row.
@@ -122,10 +125,12 @@ def weigh(cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]]) -> dict
         >>> round(weigh([case], [told])["test"].first, 3)
         3.0
     """
-    return {kind: _fitted(number, cases, pairs) for number, kind in enumerate(KINDS)}
+    return {kind: _fitted(number, cases, pairs, trusted) for number, kind in enumerate(KINDS)}
 
 
-def _fitted(kind: int, cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]]) -> Weights:
+def _fitted(
+    kind: int, cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]], trusted: bool
+) -> Weights:
     parts = [
         (case, one, two, case.kinds[kind])
         for case, (one, two) in zip(cases, pairs, strict=True)
@@ -141,15 +146,16 @@ def _fitted(kind: int, cases: Sequence[Case], pairs: Sequence[tuple[Change, Chan
     )
     a, b = _nonnegative(one, two, truth, weight)
     left = np.square(truth - a * one - b * two)
-    stds = (
-        joined([_part(a, x.std[rows]) for _, x, _, rows in parts]),
-        joined([_part(b, y.std[rows]) for _, _, y, rows in parts]),
+    variance = joined(
+        [
+            np.square(_part(a, x.std[rows])) + np.square(_part(b * trusted, y.std[rows]))
+            for _, x, y, rows in parts
+        ]
     )
     noise = joined([x.noise[rows] for _, x, _, rows in parts])
     alike = joined([np.full(c.mean[rows].shape, 1 / c.mean[rows].size) for _, c, _, rows in parts])
-    variances = (np.square(values) for values in (*stds, noise))
-    spread, second_spread, noise_factor = variance_factors(left, *variances, weight=alike)
-    return Weights(a, b, spread, noise_factor, second_spread)
+    spread, factor = variance_factors(left, variance, np.square(noise), weight=alike)
+    return Weights(a, b, spread, factor, None if trusted else 0.0)
 
 
 def _part(factor: Array | float, std: Array) -> Array:

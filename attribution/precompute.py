@@ -192,7 +192,8 @@ def calibrate_run(
     missed = _fit_residual(run, chosen, **at)
     if missed is not None:
         lacking = [missed.change(case.forget) for case in cases]
-        changes["residual"], residual = _weighed(cases, first, lacking)
+        # Few models leave the posterior of a row's effect on itself wide open; the prior does not.
+        changes["residual"], residual = _weighed(cases, first, lacking, trusted=False)
     errors = {
         name: float(np.mean([c.error(x.mean) for c, x in zip(cases, told, strict=True)]))
         for name, told in changes.items()
@@ -219,11 +220,15 @@ def _fit_residual(run: Run, newton: GroupNewton, **at: Any) -> LinearDatamodel |
 
 
 def _weighed(
-    cases: Sequence[Case], first: Sequence[Change], second: Sequence[Change]
+    cases: Sequence[Case],
+    first: Sequence[Change],
+    second: Sequence[Change],
+    *,
+    trusted: bool = True,
 ) -> tuple[list[Change], dict[str, Weights]]:
     """Weighed sums of two predictors' changes, and the weights."""
     pairs = list(zip(first, second, strict=True))
-    weights = weigh(cases, pairs)
+    weights = weigh(cases, pairs, trusted=trusted)
     sums = [
         weighed_sum(weights, one, two, case.kind_numbers)
         for case, (one, two) in zip(cases, pairs, strict=True)

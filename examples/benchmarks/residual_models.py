@@ -57,10 +57,10 @@ class Bench:
         """What group Newton says of them."""
         return [self.run.newton.change(case.forget) for case in self.cases]
 
-    def weighed(self, second: Counterfactual) -> Combined:
+    def weighed(self, second: Counterfactual, *, trusted: bool = True) -> Combined:
         """Group Newton and a second predictor, weighed on the bank."""
         both = [second.change(case.forget) for case in self.cases]
-        weights = weigh(self.cases, list(zip(self.told, both, strict=True)))
+        weights = weigh(self.cases, list(zip(self.told, both, strict=True)), trusted=trusted)
         return Combined(self.run.newton, second, weights)
 
 
@@ -93,7 +93,7 @@ def predictors(bench: Bench, models: int, seed: int) -> Iterator[tuple[str, Coun
         ensemble, run.newton, folder, anchor=run.full, models=chosen, workers=None
     )
     lacking = fit_datamodels(left, anchor=run.full, to=folder / "lacking", workers=None)
-    yield f"residual ({len(chosen)})", bench.weighed(lacking)
+    yield f"residual ({len(chosen)})", bench.weighed(lacking, trusted=False)
 
 
 def tell(name: str, predictor: Counterfactual, groups: dict[str, list[Audit]]) -> None:

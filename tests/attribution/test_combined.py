@@ -183,3 +183,16 @@ def test_kinds_without_rows_get_the_first_predictor_as_it_is():
     found = weigh([case], [(one, two)])
     assert found["test"] == Weights(1.0, 0.0, 1.0, 1.0)
     assert found["retain"].first == pytest.approx(1, abs=1e-5)
+
+
+def test_a_second_deviation_that_is_not_trusted_is_left_out(task):
+    random = np.random.default_rng(4)
+    one, two = drawn(1), drawn(2)
+    two.std[:] = np.inf
+    forget = ForgetSet.at(task, [3, 20])
+    change = one.mean + 0.5 * two.mean + 0.1 * random.normal(size=one.mean.shape)
+    weights = weigh([Case(task, forget, 0 * change, change)], [(one, two)], trusted=False)
+    assert weights["retain"].second == pytest.approx(0.5, abs=0.1)
+    assert {w.second_spread for w in weights.values()} == {0.0}
+    found = Combined(Told(one), Told(two), weights).change(forget)
+    assert np.isfinite(found.std).all()
