@@ -29,7 +29,7 @@ from attribution.task_file import load_task, task_place
 from stores import Store
 
 FEWEST_MODELS = 10  # that a datamodel is fitted to
-RESIDUAL_MODELS = 300  # at most, that group Newton predicts for the datamodel of what it lacks
+RESIDUAL_MODELS = 150  # at most, that group Newton predicts: over a second of one core each on digits
 
 
 def precompute(
