@@ -29,7 +29,7 @@ from attribution.task_file import load_task, task_place
 from stores import Store
 
 FEWEST_MODELS = 10  # that a datamodel is fitted to
-RESIDUAL_MODELS = 150  # at most, that group Newton predicts: over a second of one core each on digits
+RESIDUAL_MODELS = 150  # at most; group Newton takes about a second of one core for each on digits
 
 
 def precompute(
