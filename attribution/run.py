@@ -27,7 +27,7 @@ from stores import Place, Provenance, Store, Where, check_provenance, digest, pl
 
 SCHEMA = 1
 SETTINGS, CALIBRATION, ROOT = "run.json", "calibration.json", "zarr.json"
-PREDICTORS = ("datamodel", "newton", "combined", "trak")
+PREDICTORS = ("datamodel", "newton", "combined", "residual", "trak")
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,19 @@ class Run:
             raise ValueError(f"{self.path} has no calibration bank: use another predictor")
         return Combined(self.newton, self.datamodel, self.calibration.weights)
 
+    @cached_property
+    def residual(self) -> Combined:
+        """Group Newton and what it lacks: a datamodel with its prediction as the prior mean."""
+        if self.calibration is None or not self.calibration.residual:
+            raise ValueError(f"{self.path} has no calibration bank: use another predictor")
+        lacking = LinearDatamodel.open(self.residual_path)
+        return Combined(self.newton, lacking, self.calibration.residual)
+
+    @property
+    def residual_path(self) -> Place:
+        """Folder of the effects that group Newton lacks."""
+        return self.path / f"residual-{self.settings.subsets}"
+
     @property
     def predictors(self) -> tuple[str, ...]:
         """Names of the predictors that the run has, or can make from what it has."""
@@ -178,6 +191,7 @@ class Run:
             "datamodel": (self.path / f"datamodel-{self.settings.subsets}").taken(),
             "newton": gradients,
             "combined": self.calibration is not None and bool(self.calibration.weights),
+            "residual": self.calibration is not None and bool(self.calibration.residual),
             "trak": gradients,
         }
         return tuple(name for name in PREDICTORS if has.get(name))
@@ -197,6 +211,7 @@ class Run:
             "datamodel": lambda: self.datamodel,
             "newton": lambda: self.newton,
             "combined": lambda: self.combined,
+            "residual": lambda: self.residual,
             "trak": lambda: self.trak,
         }
         chosen = self.best if name is None else name

@@ -84,6 +84,7 @@ def test_stores_are_listed_finished_or_not(run, tmp_path):
         "features",
         "full",
         "moments",
+        "residual-mixed-24",
     }
     assert len(names) == len(set(names))
     assert [store.pending() for store in listed if store.path.endswith("/full")] == [[1]]
@@ -109,19 +110,19 @@ def test_a_run_made_from_other_data_does_not_open(run, tmp_path, field):
 
 
 class TestPredictors:
-    NAMES = ("datamodel", "newton", "combined", "trak")
+    NAMES = ("datamodel", "newton", "combined", "residual", "trak")
 
     def test_a_run_with_a_bank_has_all_of_them(self, run, few):
         assert run.predictors == self.NAMES
         changes = {name: run.predictor(name).change(few) for name in self.NAMES}
         assert {change.mean.shape for change in changes.values()} == {(48, 3)}
-        assert len({change.mean.tobytes() for change in changes.values()}) == 4
+        assert len({change.mean.tobytes() for change in changes.values()}) == 5
         assert run.newton.calibration == run.calibration.newton
         assert len(run.features) == 8
 
     def test_the_best_has_the_smallest_error_on_the_bank(self, run):
         errors = run.calibration.errors
-        assert set(errors) == {"datamodel", "newton", "combined"}
+        assert set(errors) == {"datamodel", "newton", "combined", "residual"}
         assert errors[run.best] == min(errors.values())
         assert run.predictor() is run.predictor(run.best)
 
