@@ -1,5 +1,6 @@
 """From predicted outputs to an unlearned model, and the evidence for it."""
 
+from unlearning.bias import corrected_klom, corrected_mean
 from unlearning.evaluation import evaluate_methods
 from unlearning.klom import gaussian_kl, klom, shift, spread
 from unlearning.methods.do_nothing import DoNothing
@@ -36,6 +37,8 @@ __all__ = [
     "gaussian_kl",
     "shift",
     "spread",
+    "corrected_klom",
+    "corrected_mean",
     "evaluate_methods",
     "render_report",
 ]
