@@ -1,6 +1,8 @@
 """From predicted outputs to an unlearned model, and the evidence for it."""
 
+from unlearning.attacks import loss_attack, rmia, ulira
 from unlearning.bias import corrected_klom, corrected_mean
+from unlearning.epsilon import forgetting_epsilon
 from unlearning.evaluation import evaluate_methods
 from unlearning.klom import gaussian_kl, klom, shift, spread
 from unlearning.methods.do_nothing import DoNothing
@@ -9,6 +11,7 @@ from unlearning.methods.gradient_ascent import GradientAscent
 from unlearning.methods.matching import Matching
 from unlearning.methods.projected_gradient import ProjectedGradient
 from unlearning.projection import GradientProjection
+from unlearning.relearning import relearning_steps
 from unlearning.report import render_report
 from unlearning.runner import (
     Unlearned,
@@ -17,6 +20,7 @@ from unlearning.runner import (
     margins,
     unlearn_models,
 )
+from unlearning.side_effects import logit_distance, most_harmed, tug_of_war
 
 __all__ = [
     # methods
@@ -39,6 +43,14 @@ __all__ = [
     "spread",
     "corrected_klom",
     "corrected_mean",
+    "ulira",
+    "loss_attack",
+    "rmia",
+    "forgetting_epsilon",
+    "relearning_steps",
+    "tug_of_war",
+    "logit_distance",
+    "most_harmed",
     "evaluate_methods",
     "render_report",
 ]
