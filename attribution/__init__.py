@@ -16,6 +16,7 @@ from attribution.moments import Moments, compute_moments
 from attribution.newton import Calibration, GroupNewton, StagedNewton, calibrate
 from attribution.oracle import Oracle
 from attribution.precompute import precompute, precompute_checkpoints
+from attribution.purging.purge import Purged, purge
 from attribution.run import Run
 from attribution.subsets import Subsets, draw_subsets
 from attribution.task import Recipe, Task
@@ -69,5 +70,7 @@ __all__ = [
     # everything of a task in one folder
     "Run",
     "precompute",
+    "purge",
+    "Purged",
     "precompute_checkpoints",
 ]

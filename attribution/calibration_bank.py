@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from attribution.ensemble import Ensemble, train_models
+from attribution.ensemble import Ensemble, subsets_left, train_models
 from attribution.forget import ForgetSet, Mask, cluster_rows, random_rows
 from attribution.outputs import Array, target_margins
 from attribution.seeds import derive_seed, generator
 from attribution.subsets import Subsets
 from attribution.task import Rows, Task
-from stores import Where
+from stores import Where, taken_out
 
 KINDS = ("forget", "retain", "test")
 SHARES = (0.01, 0.1)  # of the training rows: the smallest and the largest forget set
@@ -54,7 +54,8 @@ def calibration_bank(
     for index, mask in enumerate(masks):
         mask[_drawn(task, derive_seed(seed, "calibration set", index), index)] = False
     everything = np.ones(forget_sets, dtype=bool)
-    subsets = Subsets(masks, "calibration", derive_seed(seed, "calibration models"), everything)
+    drawn = Subsets(masks, "calibration", derive_seed(seed, "calibration models"), everything)
+    subsets = subsets_left(to) or drawn
     return train_models(task, subsets, to, device=device, workers=workers, scheduler=scheduler)
 
 
@@ -157,7 +158,7 @@ class Case:
 
 
 def cases_of(bank: Ensemble, before: Array) -> list[Case]:
-    """The forget sets of a bank.
+    """The forget sets of a bank; a model whose set was purged tells nothing and is left out.
 
     Args:
         bank: models that each never saw a forget set of their own.
@@ -169,13 +170,14 @@ def cases_of(bank: Ensemble, before: Array) -> list[Case]:
     Raises:
         ValueError: some model of the bank saw all rows.
     """
+    purged = taken_out(bank.store.path) is not None
     rows = [np.flatnonzero(~mask) for mask in bank.masks]
-    if not all(len(each) for each in rows):
+    if not purged and not all(len(each) for each in rows):
         raise ValueError(f"{bank.store.path} holds a model trained on all rows: it is no bank")
-    sets = [ForgetSet.at(bank.task, each) for each in rows]
     return [
-        Case(bank.task, forget, before, outputs - before)
-        for forget, outputs in zip(sets, bank.outputs, strict=True)
+        Case(bank.task, ForgetSet.at(bank.task, each), before, outputs - before)
+        for each, outputs in zip(rows, bank.outputs, strict=True)
+        if len(each)
     ]
 
 

@@ -20,7 +20,17 @@ from attribution.ridge import Design, Fit, decompose, own_masks, solve
 from attribution.seeds import generator
 from attribution.task import Rows
 from attribution.training import threads
-from stores import ArraySpec, Provenance, Store, StoreSpec, Where, place, run_blocks, versions
+from stores import (
+    ArraySpec,
+    Provenance,
+    Store,
+    StoreSpec,
+    Where,
+    in_turns,
+    place,
+    run_blocks,
+    versions,
+)
 
 # Candidates for lambda, in units of the mean eigenvalue of the Gram matrix.
 LAMBDAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -179,10 +189,10 @@ def fit_datamodels(
     store = _datamodel_store(ensemble, anchor, to, final, chosen)
     if store.pending():
         final = final or _final_design(ensemble, anchor, chosen.number)
-        problem = _problem(ensemble, anchor, store, final, chosen)
+        work = in_turns(_problem(ensemble, anchor, store, final, chosen), store)
         title = f"fitting {os.path.basename(store.path)}"
         at = None if scheduler else workers
-        run_blocks(problem, store.pending(), title=title, workers=at, scheduler=scheduler)
+        run_blocks(work, store.pending(), title=title, workers=at, scheduler=scheduler)
     return LinearDatamodel.open(store.finalize().path)
 
 

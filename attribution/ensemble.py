@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from attribution.descent import stack, unstack, why_one_by_one
+from attribution.devices import visible_gpus
 from attribution.forget import ForgetSet
 from attribution.model import Model, check_state
 from attribution.outputs import Array, evaluate, evaluate_many, target_margins
@@ -18,7 +19,19 @@ from attribution.products import products_by
 from attribution.subsets import Subsets
 from attribution.task import State, Task
 from attribution.training import threads, train_many, train_one
-from stores import ArraySpec, Provenance, Store, StoreSpec, Where, digest, run_blocks, versions
+from stores import (
+    ArraySpec,
+    Provenance,
+    Store,
+    StoreSpec,
+    Where,
+    advance,
+    digest,
+    in_turns,
+    run_blocks,
+    taken_out,
+    versions,
+)
 
 # Models trained together; more of them no longer run faster and would not fit the cache.
 MODELS_AT_ONCE = 50
@@ -167,10 +180,21 @@ class _TrainBlock:
         device = torch.device(self.device)
         if self.many:
             return train_many(self.task, subsets, self.seed, indices, device)
-        pairs = zip(subsets, indices, strict=True)
-        states = [train_one(self.task, rows, self.seed, i, device) for rows, i in pairs]
+        if self.task.train is None:
+            states = train_many(self.task, subsets, self.seed, indices, device, many=False)
+        else:
+            states = self._trained_by_user(subsets, indices, device)
         for index, state in zip(indices, states, strict=True):
             check_state(self.task, state, f"model {index}, as trained,")
+        return states
+
+    def _trained_by_user(
+        self, subsets: list[Any], indices: range, device: torch.device
+    ) -> list[State]:
+        states = []
+        for rows, index in zip(subsets, indices, strict=True):
+            states.append(train_one(self.task, rows, self.seed, index, device))
+            advance(1 / len(subsets))
         return states
 
     def _outputs(self, states: list[State]) -> np.ndarray[Any, Any]:
@@ -206,9 +230,10 @@ def train_models(
         subsets: rows of each model.
         to: folder of the store.
         keep: "weights" to store the state dicts beside the outputs.
-        device: where to compute.
-        workers: processes; None for one per core, 0 for this process.
-        scheduler: address of an existing dask scheduler instead.
+        device: where to compute; cuda gives each local worker a GPU of its own, and asks a
+            scheduler's workers for the resource GPU if some declare it.
+        workers: processes; None for one per core or GPU, 0 for this process.
+        scheduler: address of an existing dask scheduler instead; one thread a worker.
         models_at_once: models of a block; changes the numbers in their last digits, so a store
             made with another number is refused. None: 50, or 1 where trained one by one.
 
@@ -248,8 +273,38 @@ def train_models(
             )
         work = _TrainBlock(task, store.path, subsets.seed, reason is None, str(device))
         title = f"training {os.path.basename(store.path)}"
-        run_blocks(work, store.pending(), title=title, workers=workers, scheduler=scheduler)
+        run_blocks(
+            in_turns(work, store),
+            store.pending(),
+            title=title,
+            workers=workers,
+            scheduler=scheduler,
+            gpus=visible_gpus(device, workers, scheduler),
+        )
     return Ensemble.open(store.finalize().path, task)
+
+
+def subsets_left(path: Where) -> Subsets | None:
+    """The subsets of an ensemble from which rows were purged, without these rows.
+
+    They were drawn from more rows, and the same draw from those that are left would be another.
+
+    Args:
+        path: folder of the ensemble.
+
+    Returns:
+        The subsets; None where there is no ensemble, or no row was purged from it.
+
+    Example:
+        >>> subsets_left("nowhere")
+    """
+    if not taken_out(path):
+        return None
+    store = Store.open(path, "ensemble")
+    told = store.attributes
+    without = tuple(str(row) for row in told["without"])
+    masks, judges = store.constant("mask"), store.constant("judge")
+    return Subsets(masks, str(told["design"]), int(told["seed"]), judges, without)
 
 
 def why_not_many(task: Task) -> str | None:

@@ -173,18 +173,45 @@ def parse_forget(task: Task, spec: str) -> ForgetSet:
         >>> parse_forget(task, "cluster:60:0").kind
         'cluster'
     """
-    named = re.fullmatch(r"([\w.-]+)=(.+)", spec, flags=re.DOTALL)
-    name, body = named.groups() if named else (spec, spec)
-    if body.startswith("@"):
-        return ForgetSet.of(task, read_ids(body[1:]), name, "file")
+    name, body = _name_and_body(spec)
     if re.match(r"rows:", body):
         rows = np.arange(len(task.train_ids))[_slice(body)]
         return ForgetSet.at(task, rows, name, "rows")
-    if re.match(r"(random|cluster):", body):
+    ids = named_ids(spec)
+    if ids is None:
         kind, size, seed = _drawn(task, body)
         draw = random_rows if kind == "random" else cluster_rows
         return ForgetSet.at(task, draw(task, size, seed), name, kind)
-    return ForgetSet.of(task, [part.strip() for part in body.split(",") if part.strip()], name)
+    return ForgetSet.of(task, ids, name, "file" if body.startswith("@") else "ids")
+
+
+def _name_and_body(spec: str) -> tuple[str, str]:
+    named = re.fullmatch(r"([\w.-]+)=(.+)", spec, flags=re.DOTALL)
+    return (named[1], named[2]) if named else (spec, spec)
+
+
+def named_ids(spec: str) -> list[str] | None:
+    """The ids that a command line names, whether or not there are such rows.
+
+    Args:
+        spec: the text, as for `parse_forget`.
+
+    Returns:
+        The ids; None where it tells positions or a draw.
+
+    Raises:
+        ValueError: a file of ids cannot be read.
+
+    Example:
+        >>> named_ids("two=train-3, train-5"), named_ids("random:50:0")
+        (['train-3', 'train-5'], None)
+    """
+    _, body = _name_and_body(spec)
+    if body.startswith("@"):
+        return read_ids(body[1:])
+    if re.match(r"(rows|random|cluster):", body):
+        return None
+    return [part.strip() for part in body.split(",") if part.strip()]
 
 
 def read_ids(path: str) -> list[str]:

@@ -81,7 +81,7 @@ class Model:
             raise ValueError(f"cannot write {os.fspath(path)!r}: {error}") from error
 
 
-def load_model(task: Task, path: str | os.PathLike[str]) -> Model:
+def load_model(task: Task, path: str | os.PathLike[str], *, purged: int = 0) -> Model:
     """Reads a model from safetensors, or from a `.pt` file of tensors only.
 
     A file without our provenance is taken as trained on all rows.
@@ -89,9 +89,11 @@ def load_model(task: Task, path: str | os.PathLike[str]) -> Model:
     Args:
         task: what it was trained for.
         path: the file.
+        purged: rows that were taken out of the task's data since, which the model may have
+            forgotten before.
 
     Returns:
-        The model.
+        The model; of the rows it has forgotten, those that the task still has.
 
     Raises:
         ValueError: the file cannot be read, does not fit the task's model (by key), holds
@@ -107,7 +109,7 @@ def load_model(task: Task, path: str | os.PathLike[str]) -> Model:
     name = os.fspath(path)
     state, told = _read(name)
     check_state(task, state, name)
-    forgotten = _known_again(task, told, name)
+    forgotten = _known_again(task, told, name, purged)
     kept = {key: value for key, value in told.items() if key not in ("salt", "forgotten")}
     return Model(task, state, forgotten, kept | {"file": Path(name).name})
 
@@ -187,18 +189,18 @@ def _salted(salt: str, row: str) -> str:
     return hashlib.sha256(f"{salt}:{row}".encode()).hexdigest()
 
 
-def _known_again(task: Task, told: Mapping[str, Any], name: str) -> ForgetSet | None:
+def _known_again(task: Task, told: Mapping[str, Any], name: str, purged: int) -> ForgetSet | None:
     wanted = set(told.get("forgotten", ()))
     if not wanted:
         return None
     salt = told["salt"]
     ids = [row for row in task.train_ids if _salted(salt, row) in wanted]
-    if len(ids) != len(wanted):
+    if len(wanted) - len(ids) > purged:
         raise ValueError(
             f"{name!r} has forgotten {len(wanted)} rows, of which task {task.name!r} knows"
             f" {len(ids)}: open it with the task it was made from"
         )
-    return ForgetSet.of(task, ids, "forgotten")
+    return ForgetSet.of(task, ids, "forgotten") if ids else None
 
 
 def with_forgotten(model: Model, state: State, forget: ForgetSet, **told: Any) -> Model:

@@ -15,7 +15,16 @@ from attribution.model import Model
 from attribution.outputs import evaluate
 from attribution.task import State, Task
 from attribution.training import threads
-from stores import ArraySpec, Provenance, Store, StoreSpec, Where, run_blocks, versions
+from stores import (
+    ArraySpec,
+    Provenance,
+    Store,
+    StoreSpec,
+    Where,
+    in_turns,
+    run_blocks,
+    versions,
+)
 
 ROWS_AT_ONCE = 256
 
@@ -275,7 +284,7 @@ def compute_moments(
         attributes={"layers": list(widths)},
     )
     if store.pending():
-        work = _MomentBlock(task, ensemble.store, store.path)
+        work = in_turns(_MomentBlock(task, ensemble.store, store.path), store)
         title = f"moments of {os.path.basename(ensemble.store.path)}"
         at = None if scheduler else workers
         run_blocks(work, store.pending(), title=title, workers=at, scheduler=scheduler)

@@ -12,17 +12,18 @@ import torch
 from attribution.calibration_bank import calibration_bank, cases_of
 from attribution.combined import Combined, weigh
 from attribution.datamodels import fit_datamodels
-from attribution.ensemble import train_models
+from attribution.ensemble import subsets_left, train_models
 from attribution.gradients import Projection, featurize, gradient_projector
 from attribution.model import Model, load_model
 from attribution.moments import compute_moments
 from attribution.newton import GroupNewton, calibrate, predicted_changes
+from attribution.purging.tombstones import task_left
 from attribution.run import CALIBRATION, SCHEMA, SETTINGS, Run, RunSettings, read_settings
 from attribution.run_calibration import RunCalibration
 from attribution.subsets import draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task, task_place
-from stores import Where, place
+from stores import Where, place, taken_out
 
 
 def precompute(
@@ -59,7 +60,7 @@ def precompute(
     Raises:
         ValueError: bad input, or a folder that holds a run with other settings or data.
     """
-    task = load_task(task_spec, outside=path)
+    task = task_left(load_task(task_spec, outside=path), path)
     spec = task_place(task_spec)
     if checkpoints is None:
         checkpoints = min(8, full_models)
@@ -67,7 +68,10 @@ def precompute(
     _check_numbers(settings)
     # Drawing the subsets first refuses bad settings before anything is written.
     full_subsets = draw_subsets(task, models=full_models, design="full", seed=seed + 1)
-    subsets = draw_subsets(task, models=subset_models, design=design, seed=seed)
+    # Those of a run from which rows were purged are no longer what would be drawn.
+    subsets = subsets_left(place(path) / f"ensemble-{settings.subsets}") or draw_subsets(
+        task, models=subset_models, design=design, seed=seed
+    )
     task.check()
     projection = Projection(seed=seed)
     if checkpoints:
@@ -79,12 +83,13 @@ def precompute(
     full = train_models(task, full_subsets, run.path / "full", keep="weights", **where)
     ensemble = train_models(task, subsets, run.path / f"ensemble-{settings.subsets}", **where)
     to = run.path / f"datamodel-{settings.subsets}"
-    fit_datamodels(ensemble, anchor=full, to=to, seed=seed, **at)
+    if not taken_out(to):  # otherwise it was fitted before rows were purged
+        fit_datamodels(ensemble, anchor=full, to=to, seed=seed, **at)
     compute_moments(full, run.path / "moments", **at)
     if checkpoints:
         models = full.checkpoints(checkpoints)
         featurize(task, models, run.path / "features", projection=projection, **where)
-    if checkpoints > 1:
+    if checkpoints > 1 and not _calibrated_before(run):
         calibrate_run(run, **where)
     # The stores took this task for theirs, so it may be found where it lies now.
     _write_settings(path, settings)
@@ -125,7 +130,7 @@ def precompute_checkpoints(
     """
     if not files:
         raise ValueError("expected at least one checkpoint, got none")
-    task = load_task(task_spec, outside=path)
+    task = task_left(load_task(task_spec, outside=path), path)
     names = tuple(os.path.basename(os.fspath(file)) for file in files)
     settings = RunSettings(task_place(task_spec), 0, 0, "none", seed, len(files), names, damping)
     models = [load_model(task, file) for file in files]
@@ -189,6 +194,12 @@ def calibrate_run(
     found = RunCalibration(newton, both.weights, errors)
     found.save(run.path / CALIBRATION)
     return found
+
+
+def _calibrated_before(run: Run) -> bool:
+    """Whether the calibration was fitted on these checkpoints before rows were purged."""
+    changes = run.path / "calibration" / f"newton-{len(run.features)}" / "changes"
+    return run.path.exists(CALIBRATION) and taken_out(changes) is not None
 
 
 def _check_numbers(settings: RunSettings) -> None:

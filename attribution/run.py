@@ -16,12 +16,14 @@ from attribution.model import Model
 from attribution.moments import Moments
 from attribution.newton import GroupNewton
 from attribution.oracle import Oracle
+from attribution.purging.journal import refuse_unfinished
+from attribution.purging.tombstones import read_tombstones, task_left
 from attribution.run_calibration import RunCalibration
 from attribution.subsets import draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task
-from attribution.trak import fit_trak
-from stores import Place, Provenance, Store, Where, check_provenance, digest, place
+from attribution.trak import TrakScores, fit_trak
+from stores import Place, Provenance, Store, Where, check_provenance, digest, place, taken_out
 
 SCHEMA = 1
 SETTINGS, CALIBRATION, ROOT = "run.json", "calibration.json", "zarr.json"
@@ -88,7 +90,8 @@ class Run:
                 what the run's models were trained on.
         """
         settings = read_settings(path)
-        run = cls(place(path), settings, load_task(settings.task, outside=path))
+        task = task_left(load_task(settings.task, outside=path), path)
+        run = cls(place(path), settings, task)
         _refuse_changed_task(run)
         return run
 
@@ -135,6 +138,8 @@ class Run:
     @cached_property
     def trak(self) -> LinearDatamodel:
         """TRAK scores as a linear datamodel; computed from the features the first time."""
+        if taken_out(self.trak_path / "scores"):  # they were made before rows were purged
+            return LinearDatamodel.from_scores(TrakScores.open(self.trak_path))
         scores = fit_trak(self.features, self.trak_path, damping=self.trak_damping)
         return LinearDatamodel.from_scores(scores)
 
@@ -252,6 +257,11 @@ class Run:
                 " without --checkpoint"
             )
 
+    @property
+    def purged(self) -> int:
+        """Rows that were purged from the run; models trained before have seen them."""
+        return len(read_tombstones(self.path))
+
     def stores(self) -> list[Store]:
         """All stores of the run that exist, finished or not."""
         ends = f"/{ROOT}"
@@ -271,18 +281,21 @@ def _above(name: str) -> list[str]:
     return ["/".join(parts[:count]) for count in range(1, len(parts))]
 
 
-def read_settings(path: Where) -> RunSettings:
+def read_settings(path: Where, *, finishing: bool = False) -> RunSettings:
     """Settings of a run, without loading its task.
 
     Args:
         path: the run's folder.
+        finishing: whether the caller finishes an interrupted purge, which is refused otherwise.
 
     Returns:
         The settings.
 
     Raises:
-        ValueError: no run there, or one of a later schema.
+        ValueError: no run there, one of a later schema, or one that is purged in part.
     """
+    if not finishing:
+        refuse_unfinished(path)
     where = place(path)
     try:
         told = json.loads(where.read(SETTINGS))

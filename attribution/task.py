@@ -119,7 +119,8 @@ class Task:
         test_data: likewise; its rows are targets only.
         model: returns a new model; seeded by torch's global generator.
         recipe: the built-in training, or None.
-        train: your own training, train(indices [row], seed, device) -> state_dict, or None.
+        train: your own training, train(indices [row], seed, device) -> state_dict, or None; if it
+            calls `stores.advance()` now and then, it stops at once where a run is cancelled.
         version: your own name for `train`; stores made under another version are refused.
         loss: what was minimised; also defines the margin.
         train_ids: stable ids of the training rows; train-0, train-1, ... if none are given.

@@ -12,6 +12,7 @@ from torch import Tensor
 from attribution.descent import SGD, Batch, Descent, stack, unstack
 from attribution.seeds import derive_seed, generator
 from attribution.task import Recipe, Rows, State, Task
+from stores import advance
 
 PADDING = -1
 
@@ -202,7 +203,8 @@ def train_many(
         for part in [list(group)] if many else [[i] for i in group]:
             chosen = [(subsets[i], indices[i]) for i in part]
             with seeded(derive_seed(seed, "forward passes", indices[part[0]])):
-                group_states = _train_group(task, data, chosen, seed, many=many)
+                share = len(part) / len(subsets)
+                group_states = _train_group(task, data, chosen, seed, many=many, share=share)
             states |= zip(part, group_states, strict=True)
     return [states[i] for i in range(len(subsets))]
 
@@ -223,10 +225,13 @@ def _train_group(
     seed: int,
     *,
     many: bool,
+    share: float,
 ) -> list[State]:
     descent, steps = start_training(task, data, chosen, seed, many=many)
+    count = require_recipe(task).steps(len(chosen[0][0]))
     for step in steps:
         descent.step(step.batch, step.rate)
+        advance(share / count)
     final = {name: tensor.cpu() for name, tensor in descent.state.items()}
     return [unstack(final, i) for i in range(len(chosen))] if many else [final]
 

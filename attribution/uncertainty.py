@@ -54,6 +54,9 @@ class RidgePosterior(Uncertainty):
     @cached_property
     def shrink(self) -> tuple[float, float]:
         """Factors fitted on held-out models."""
+        if "shrink" in self.store.attributes:  # rows were purged after the fit
+            own, other = self.store.attributes["shrink"]
+            return float(own), float(other)
         aa, ab, bb, ay, by = self.store.numpy("cross_products").sum(0, dtype=np.float64)
         own, other = np.linalg.lstsq(np.array([[aa, ab], [ab, bb]]), np.array([ay, by]))[0]
         return max(0.0, float(own)), max(0.0, float(other))

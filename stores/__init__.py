@@ -1,12 +1,15 @@
 """Arrays on disk: blocks written once, read lazily or row by row, computed by workers."""
 
+from stores.advance import BlockCancelled, advance
 from stores.jobs import BlocksFailed, pickle_by_value, run_blocks
 from stores.layout import score_block
 from stores.places import Place, Where, place, read_file, write_file
 from stores.provenance import Provenance, check_provenance, digest, versions
+from stores.removal import Remains, take_rows_out, taken_out
 from stores.rows import column, gather, mapped, total
 from stores.schema import ArraySpec, StoreSpec
 from stores.store import Store
+from stores.turns import in_turns
 from stores.writing import BlockDone, BlockWriter
 
 __all__ = [
@@ -32,8 +35,15 @@ __all__ = [
     "gather",
     "mapped",
     "total",
+    # Stores without some of their rows
+    "Remains",
+    "take_rows_out",
+    "taken_out",
     # Blocks as tasks
     "run_blocks",
+    "in_turns",
+    "advance",
+    "BlockCancelled",
     "BlocksFailed",
     "pickle_by_value",
 ]

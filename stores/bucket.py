@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, TypeAlias, TypeVar, final
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import numpy as np
 
@@ -16,16 +16,17 @@ from stores.bucket_memory import forget, remembered_file, remembered_tag
 from stores.places import Place, Ranges, check_size
 
 if TYPE_CHECKING:
+    from obstore import GetOptions
     from obstore.store import S3Store
 
 _ADDRESS = re.compile(r"s3://([^/]+)((?:/[^/]+)*)")
 # Ranges nearer than this are read as one: what a connection carries in the time of one request.
 _GAP_BYTES = 128 * 2**10
 _MOST_BYTES = 4 * 2**20  # of one request, so that several share the line
-_REQUESTS = 32  # at a time
+_REQUESTS = 128  # at a time; a service answers each after the same while
+_THREADS = 16
 _ROOT = "zarr.json"
 
-_Item = TypeVar("_Item")
 _Range: TypeAlias = tuple[str, int]
 
 
@@ -109,19 +110,10 @@ class Bucket(Place):
         self, batches: Sequence[Ranges], size: int, length: int
     ) -> Iterator[np.ndarray]:
         """Read ranges of equal length from files of equal size, many at a time."""
-        for ranges in batches:
-            numbered = [(name, start) for name, starts in ranges.items() for start in starts]
-            found = np.empty((len(numbered), length), np.uint8)
-
-            def read(group: list[int], numbered: list[_Range], found: np.ndarray) -> None:
-                (name, first), (_, last) = numbered[group[0]], numbered[group[-1]]
-                content = self._part(name, first, last + length, size)
-                for number in group:
-                    at = numbered[number][1] - first
-                    found[number] = content[at : at + length]
-
-            _each(partial(read, numbered=numbered, found=found), _near(numbered, length))
-            yield found
+        for window in _windows(batches, self.at_once // length):
+            found = np.empty((sum(map(_count, window)), length), np.uint8)
+            _waited(self._fill(window, size, found))
+            yield from np.split(found, np.cumsum([_count(ranges) for ranges in window])[:-1])
 
     def mapped(self, name: str) -> np.ndarray:
         """Content of a file, read as a whole and kept as long as the generation stays the same."""
@@ -131,17 +123,17 @@ class Bucket(Place):
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file in one request, which the service does as a whole or not at all."""
-        forget(self.url)
         with plain_errors(f"writing {self.url}/{name}"):
             self._client.put(self._key(name), content, use_multipart=False)
+        forget(self.url)
 
     def remove(self, name: str) -> None:
         """Remove a file."""
         # The service does not tell whether there was one.
         self.size(name)
-        forget(self.url)
         with plain_errors(f"removing {self.url}/{name}"):
             self._client.delete(self._key(name))
+        forget(self.url)
 
     def names(self, folder: str = "") -> list[str]:
         """Names of the files directly in a folder below."""
@@ -156,19 +148,24 @@ class Bucket(Place):
 
     def clear(self) -> None:
         """Remove all files below."""
-        forget(self.url)
         keys = self._keys()
         if keys:
             with plain_errors(f"removing {self.url}"):
                 self._client.delete(keys)
+        forget(self.url)
 
     def move(self, to: Place) -> None:
         """Write all files anew, the root zarr.json last, then remove the old ones."""
         names = sorted(self.walk(), key=lambda name: name == _ROOT)
         target = Bucket(to.url)
-        _each(lambda name: target._write_once(name, self.read(name)), names[:-1])
-        for name in names[-1:]:
+
+        def copy(name: str) -> None:
             target._write_once(name, self.read(name))
+
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(copy, names[:-1]))
+        for name in names[-1:]:
+            copy(name)
         self.clear()
 
     def sync(self, names: Sequence[str]) -> None:
@@ -198,16 +195,34 @@ class Bucket(Place):
     def _tag(self) -> str | None:
         try:
             with plain_errors(f"looking for {self.url}/{_ROOT}"):
-                return self._client.head(self._key(_ROOT))["e_tag"]
+                told = self._client.head(self._key(_ROOT))
         except FileNotFoundError:
             return None
+        return f"{told['e_tag']} {told['last_modified']}"
 
-    def _part(self, name: str, first: int, end: int, size: int) -> np.ndarray:
+    async def _fill(self, window: Sequence[Ranges], size: int, into: np.ndarray) -> None:
+        ranges = [
+            (name, start) for batch in window for name, starts in batch.items() for start in starts
+        ]
+        length, turn = into.shape[1], asyncio.Semaphore(_REQUESTS)
+
+        async def read(group: list[int]) -> None:
+            (name, first), (_, last) = ranges[group[0]], ranges[group[-1]]
+            async with turn:
+                content = await self._part(name, first, last + length, size)
+            for number in group:
+                at = ranges[number][1] - first
+                into[number] = content[at : at + length]
+
+        await asyncio.gather(*map(read, _near(ranges, length)))
+
+    async def _part(self, name: str, first: int, end: int, size: int) -> np.ndarray:
         file = f"{self.url}/{name}"
         try:
             with plain_errors(f"reading {file}"):
-                found = self._client.get(self._key(name), options={"range": (first, end)})
-                content = found.bytes()
+                options: GetOptions = {"range": (first, end)}
+                found = await self._client.get_async(self._key(name), options=options)
+                content = await found.bytes_async()
         except ConnectionError as error:
             if "416 Range" not in str(error.__cause__):
                 raise
@@ -254,7 +269,22 @@ def _near(ranges: Sequence[_Range], length: int) -> list[list[int]]:
     return groups
 
 
-def _each(work: Callable[[_Item], None], items: Sequence[_Item]) -> None:
-    with ThreadPoolExecutor(max(1, min(_REQUESTS, len(items)))) as threads:
-        for _ in threads.map(work, items):
-            pass
+def _windows(batches: Sequence[Ranges], most: int) -> Iterator[list[Ranges]]:
+    window: list[Ranges] = []
+    for ranges in batches:
+        if window and sum(map(_count, window)) + _count(ranges) > most:
+            yield window
+            window = []
+        window.append(ranges)
+    if window:
+        yield window
+
+
+def _count(ranges: Ranges) -> int:
+    return sum(map(len, ranges.values()))
+
+
+def _waited(work: Coroutine[Any, Any, None]) -> None:
+    # On a thread of its own, as the caller's may run an event loop already; notebooks do.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, work).result()

@@ -116,10 +116,10 @@ class BucketStore(ObjectStore[Any]):
 
     async def set(self, key: str, value: Buffer) -> None:
         """Write an object."""
-        forget(f"s3://{self.store.config['bucket']}/{self.store.prefix or ''}".rstrip("/"))
         with plain_errors(f"writing {key}"):
             # An upload in parts that is killed leaves parts that nobody sees and somebody pays.
             await self.store.put_async(key, value.as_buffer_like(), use_multipart=False)
+        forget(f"s3://{self.store.config['bucket']}/{self.store.prefix or ''}".rstrip("/"))
 
 
 def _opened(bucket: str, prefix: str, read_only: bool) -> BucketStore:

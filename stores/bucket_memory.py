@@ -85,3 +85,6 @@ def forget(url: str) -> None:
         >>> forget("s3://bucket/a")
     """
     _tags.pop(url, None)
+    with _lock:
+        for kept in [key for key in _files if key[0] == url]:
+            del _files[kept]

@@ -20,4 +20,9 @@ def watch_driver() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=watch_driver, daemon=True).start()
-    main()
+    try:
+        main()
+    except Exception as error:
+        # The driver starts another one. Python itself cannot end while the thread above reads.
+        print(f"a worker process did not start: {error.__cause__ or error}", file=sys.stderr)
+        os._exit(1)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import traceback
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
-from typing import TypeAlias, cast
 
 import cloudpickle
-from distributed import Client, KilledWorker, WorkerPlugin, as_completed, get_worker
-from tqdm import tqdm
+from distributed import Client, KilledWorker
 
 from stores.blocks import name_blocks
+from stores.cancelling import stop, terminating
+from stores.progress import Progress
+from stores.sent import Work, attempt
+from stores.tasks import Outcome, Tasks, sent
 from stores.workers import local_client, stop_local_workers
-from stores.writing import BlockDone
-
-_Work: TypeAlias = Callable[[int], None]
-_Outcome: TypeAlias = tuple[int, BaseException | None]
 
 
 class BlocksFailed(RuntimeError):
@@ -50,27 +47,35 @@ class BlocksFailed(RuntimeError):
 
 
 def run_blocks(
-    work: _Work,
+    work: Work,
     blocks: Sequence[int],
     *,
     title: str,
     workers: int | None = None,
     scheduler: str | None = None,
+    gpus: Sequence[str] | None = None,
     retries: int = 1,
 ) -> None:
     """Run a function for each block, on worker processes or in this one.
 
     A block whose function raises is tried again, and then set aside while the others go on. A
-    ValueError or TypeError means bad input: it stops the run and is raised as it is.
+    ValueError or TypeError means bad input: it stops the run and is raised as it is. Where the
+    call is interrupted, or ends by an error or SIGTERM, it stops what it started: local workers
+    are killed; on a scheduler, a block that calls `stores.advance` stops by itself, and the worker
+    of any other one is restarted.
 
     Args:
         work: Computes and writes one block, given its number; it should keep its results in a
-            store and return nothing.
+            store and return nothing. `stores.in_turns` keeps it apart from other processes.
         blocks: Numbers of the blocks, usually `store.pending()`.
         title: What is computed, for the progress bar.
         workers: Number of local processes with one thread each; 0 runs the blocks one after
-            another in this process, None takes one process per core.
-        scheduler: Address of a dask scheduler to use in place of local processes.
+            another in this process, None takes one process per core, or per GPU.
+        scheduler: Address of a dask scheduler to use in place of local processes; its workers
+            must have one thread each.
+        gpus: Names of this machine's GPUs, as in CUDA_VISIBLE_DEVICES, where a block needs one:
+            each local worker sees one of them alone, and a scheduler's workers are asked for the
+            dask resource GPU if some declare it. None where a block needs none.
         retries: How often a failed block is tried again.
 
     Raises:
@@ -84,16 +89,18 @@ def run_blocks(
         >>> finished
         [2, 0]
     """
-    _check(workers, scheduler, retries)
+    where = _Where(workers, scheduler, gpus)
+    _check(where, retries)
     wanted = list(dict.fromkeys(blocks))
     if not wanted:
         return
     failed: dict[int, str] = {}
-    with _outcomes(work, wanted, workers, scheduler, retries) as outcomes:
-        # The bar shows on a terminal only.
-        for block, error in tqdm(
-            outcomes, total=len(wanted), desc=title, unit="block", disable=None
-        ):
+    with (
+        Progress(title, len(wanted)) as progress,
+        _outcomes(work, wanted, where, retries, progress) as outcomes,
+    ):
+        for block, error in outcomes:
+            progress.finish(block)
             if error is not None:
                 failed[block] = _describe(error)
     if failed:
@@ -113,38 +120,69 @@ def pickle_by_value(module: ModuleType) -> None:
     cloudpickle.register_pickle_by_value(module)
 
 
-def _check(workers: int | None, scheduler: str | None, retries: int) -> None:
-    if workers is not None and scheduler is not None:
-        raise ValueError(f"expected workers or a scheduler, got {workers} and {scheduler}")
+def _check(where: _Where, retries: int) -> None:
+    workers, gpus = where.workers, where.gpus
+    if workers is not None and where.scheduler is not None:
+        raise ValueError(f"expected workers or a scheduler, got {workers} and {where.scheduler}")
     if workers is not None and workers < 0:
         raise ValueError(f"expected 0 or more workers, got {workers}; 0 runs in this process")
+    here = workers == 0 or where.scheduler is not None
+    if gpus is not None and not here and (workers or 1) > len(gpus):
+        raise ValueError(
+            f"expected one visible GPU for each worker, got {len(gpus)} for {workers or 1}; "
+            "give fewer workers, workers=0, or a scheduler elsewhere"
+        )
     if retries < 0:
         raise ValueError(f"expected 0 or more retries, got {retries}")
 
 
+@dataclass(frozen=True)
+class _Where:
+    workers: int | None
+    scheduler: str | None
+    gpus: Sequence[str] | None
+
+    @property
+    def gpu(self) -> bool:
+        return self.gpus is not None
+
+
 @contextmanager
 def _outcomes(
-    work: _Work, blocks: list[int], workers: int | None, scheduler: str | None, retries: int
-) -> Iterator[Iterator[_Outcome]]:
-    if workers == 0:
-        yield ((block, _tried(work, block, retries)) for block in blocks)
+    work: Work, blocks: list[int], where: _Where, retries: int, progress: Progress
+) -> Iterator[Iterator[Outcome]]:
+    if where.workers == 0:
+        yield ((block, _tried(work, block, retries, progress)) for block in blocks)
+    elif where.scheduler is None:
+        with _local(where) as client, sent(client, work, progress, gpu=where.gpu) as tasks:
+            yield tasks.outcomes(blocks, retries)
     else:
-        with _client(workers, scheduler) as client:
-            yield _distributed(client, work, blocks, retries)
+        with (
+            terminating(),
+            _connected(where.scheduler) as client,
+            sent(client, work, progress, gpu=where.gpu) as tasks,
+            _stopping(client, tasks),
+        ):
+            yield tasks.outcomes(blocks, retries)
 
 
 @contextmanager
-def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
-    if scheduler is None:
-        try:
-            yield local_client(workers)
-        except BaseException:
-            # A cancelled task runs on; only killing its worker stops it.
-            stop_local_workers()
-            raise
-    else:
-        with _connected(scheduler) as client:
-            yield client
+def _local(where: _Where) -> Iterator[Client]:
+    try:
+        yield local_client(where.workers, where.gpus)
+    except BaseException:
+        # A cancelled task runs on; only killing its worker stops it.
+        stop_local_workers()
+        raise
+
+
+@contextmanager
+def _stopping(client: Client, tasks: Tasks) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        stop(client, tasks.waiting(), tasks.running)
+        raise
 
 
 def _connected(scheduler: str) -> Client:
@@ -157,91 +195,19 @@ def _connected(scheduler: str) -> Client:
         ) from error
 
 
-def _tried(work: _Work, block: int, retries: int) -> Exception | None:
-    for attempt in range(retries + 1):
+def _tried(work: Work, block: int, retries: int, progress: Progress) -> Exception | None:
+    for attempted in range(retries + 1):
+        progress.begin(block)
         try:
-            refusal = _attempt(work, block)
+            refusal = attempt(work, block, partial(progress.add, block))
         except Exception as error:
-            if attempt == retries:
+            if attempted == retries:
                 return error
         else:
             break
     if refusal is not None:
         raise refusal
     return None
-
-
-def _attempt(work: _Work, block: int) -> Exception | None:
-    try:
-        work(block)
-    except BlockDone:
-        # The worker was lost after it wrote the block and before it could say so.
-        return None
-    except (ValueError, TypeError) as error:
-        error.add_note(f"raised for block {block}:\n{traceback.format_exc()}")
-        return error
-    return None
-
-
-class _SentWork(WorkerPlugin):
-    """The work function on a worker; workers that are started later get it too."""
-
-    def __init__(self, name: str, work: _Work) -> None:
-        self.name = name
-        self.payload = cloudpickle.dumps(work)
-
-    @cached_property
-    def work(self) -> _Work:
-        # Not before the first block, so that what cannot be imported fails as a block does.
-        return cast(_Work, cloudpickle.loads(self.payload))
-
-
-def _attempt_sent(block: int, name: str) -> Exception | None:
-    sent = cast(_SentWork, get_worker().plugins[name])
-    return _attempt(sent.work, block)
-
-
-def _distributed(
-    client: Client, work: _Work, blocks: list[int], retries: int
-) -> Iterator[_Outcome]:
-    name = f"work-{uuid.uuid4().hex}"
-    client.register_plugin(_SentWork(name, work))
-    try:
-        yield from _all_completed(client, name, blocks, retries)
-    finally:
-        # A scheduler that is lost has forgotten the work already.
-        with suppress(OSError):
-            client.unregister_worker_plugin(name)
-
-
-def _all_completed(
-    client: Client, name: str, blocks: list[int], retries: int
-) -> Iterator[_Outcome]:
-    killed = []
-    for block, error in _completed(client, name, blocks, retries):
-        if isinstance(error, KilledWorker):
-            killed.append(block)
-        else:
-            yield block, error
-    # A dying worker takes the blocks that wait for it along; alone, only the guilty ones fail.
-    for block in killed:
-        yield from _completed(client, name, [block], retries)
-
-
-def _completed(client: Client, name: str, blocks: list[int], retries: int) -> Iterator[_Outcome]:
-    keys = [f"{name}-{uuid.uuid4().hex}-{block}" for block in blocks]
-    futures = client.map(_attempt_sent, blocks, name=name, key=keys, retries=retries)
-    places = dict(zip(keys, blocks, strict=True))
-    pending = as_completed(futures)
-    # Whoever holds the futures makes dask compute finished blocks again when a worker dies.
-    del futures
-    for future in pending:
-        error = future.exception()
-        refusal = None if error else future.result()
-        future.release()
-        if refusal is not None:
-            raise refusal
-        yield places[future.key], error
 
 
 def _describe(error: BaseException) -> str:

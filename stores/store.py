@@ -13,7 +13,6 @@ import numpy as np
 import zarr
 
 from stores.blocks import (
-    mark_file,
     marked,
     refuse_pending,
     refuse_unmarked,
@@ -23,9 +22,9 @@ from stores.blocks import (
 from stores.creation import create_group
 from stores.places import Place, Where, place
 from stores.provenance import Provenance, check_provenance, plain_json, refuse_differences
-from stores.roots import check_ids_equal, check_known, read_root, set_state
+from stores.roots import check_ids_equal, check_known, read_root
 from stores.schema import Json, StoreSpec, check_schema
-from stores.verification import sound
+from stores.verification import complete, discard, sound
 from stores.writing import BlockWriter, writing
 
 if TYPE_CHECKING:
@@ -370,11 +369,7 @@ class Store:
         Raises:
             ValueError: The block is not done.
         """
-        if not self.place.exists(mark_file(block)):
-            raise ValueError(f"expected a done block to discard, got block {block}")
-        # Before the mark goes, so that nobody who remembers a complete store trusts the block.
-        set_state(self.place, "open")
-        self.place.remove(mark_file(block))
+        discard(self.place, block)
 
     def finalize(self) -> Store:
         """Declare the store complete and sweep what killed writers left behind.
@@ -386,10 +381,7 @@ class Store:
             ValueError: A block is pending.
         """
         refuse_pending(self.place, range(self.spec.blocks))
-        for leftover in self.place.walk():
-            if leftover.endswith(".partial"):
-                self.place.remove(leftover)
-        set_state(self.place, "complete")
+        complete(self.place)
         return self
 
     @cached_property

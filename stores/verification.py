@@ -1,13 +1,16 @@
-"""Reading blocks again to compare them with their marks."""
+"""Whether blocks are what their marks say, and what follows: taken back, or declared complete."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
 import zarr
 
-from stores.blocks import refuse_unreadable, region
+from stores.blocks import mark_file, refuse_unreadable, region
+from stores.places import Place
+from stores.roots import set_state
 from stores.schema import StoreSpec
 from stores.writing import checksum, mark_of
 
@@ -85,3 +88,34 @@ def slabs(spec: StoreSpec, name: str, block: int) -> list[tuple[slice, ...]]:
     length, height = spec.array(name).shape[0], spec.chunks(name)[0]
     cuts = (slice(start, min(length, start + height)) for start in range(0, length, height))
     return [(cut, *whole[1:]) for cut in cuts]
+
+
+def discard(place: Place, block: int) -> None:
+    """Take the mark off a block, so that it is pending and can be written again.
+
+    Args:
+        place: Where the store lies.
+        block: Number of a done block.
+
+    Raises:
+        ValueError: The block is not done.
+    """
+    if not place.exists(mark_file(block)):
+        raise ValueError(f"expected a done block to discard, got block {block}")
+    # Before the mark goes, so that nobody who remembers a complete store trusts the block.
+    set_state(place, "open")
+    place.remove(mark_file(block))
+
+
+def complete(place: Place) -> None:
+    """Declare a store complete and sweep what killed writers left behind.
+
+    Args:
+        place: Where the store lies; no block is pending.
+    """
+    for leftover in place.walk():
+        if leftover.endswith(".partial"):
+            # Another process may sweep at the same time.
+            with suppress(FileNotFoundError):
+                place.remove(leftover)
+    set_state(place, "complete")

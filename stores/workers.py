@@ -9,6 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
 
 from dask.system import CPU_COUNT
 from distributed import Client, SpecCluster
@@ -21,7 +24,7 @@ _ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
 }
-_clients: dict[int, Client] = {}
+_clients: dict[tuple[int, tuple[str, ...] | None], Client] = {}
 
 
 class LocalWorker(ProcessInterface):
@@ -30,49 +33,80 @@ class LocalWorker(ProcessInterface):
     Args:
         scheduler: Address of the scheduler, in the driver's process.
         name: Name of the worker.
+        gpu: The one GPU that it sees, as in CUDA_VISIBLE_DEVICES; None leaves it those it has.
     """
 
-    def __init__(self, scheduler: str, name: int) -> None:
+    def __init__(self, scheduler: str, name: int, gpu: str | None = None) -> None:
         """Hold the address; `start` starts the process."""
         super().__init__(scheduler=scheduler, name=name)
-        self.command = _command(scheduler, name)
+        self.command = _command(scheduler, name, gpu)
+        self.environment = _environment(gpu)
+        self.turn = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
         """Start the process."""
-        # A session of its own keeps Ctrl-C for the driver, which then stops the workers.
-        self.process = subprocess.Popen(
-            self.command, env=_environment(), stdin=subprocess.PIPE, start_new_session=True
-        )
+        self.process = self._started()
+        threading.Thread(target=self._keep, args=[self.process], daemon=True).start()
         await super().start()
 
     async def close(self) -> None:
         """Kill the process and whatever it started."""
-        if self.process is not None and self.process.returncode is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.communicate()
+        with self.turn:
+            process, self.process = self.process, None
+        if process is not None:
+            _kill(process)
         await super().close()
 
+    def _started(self) -> subprocess.Popen[bytes]:
+        # A session of its own keeps Ctrl-C for the driver, which then stops the workers.
+        return subprocess.Popen(
+            self.command, env=self.environment, stdin=subprocess.PIPE, start_new_session=True
+        )
 
-def local_client(workers: int | None) -> Client:
+    def _keep(self, process: subprocess.Popen[bytes]) -> None:
+        # The process restarts a worker that dies, but none that dies while it starts; and it may
+        # be killed itself.
+        while True:
+            process.wait()
+            with self.turn:
+                if self.process is None:
+                    return
+                _kill(process)
+                self.process = process = self._started()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    # Children may be left where the process itself is gone.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    if process.stdin is not None:
+        process.stdin.close()
+    process.wait()
+
+
+def local_client(workers: int | None, gpus: Sequence[str] | None = None) -> Client:
     """Give a client of local worker processes, started on first use.
 
     Args:
-        workers: Number of processes, one thread each; None means one per core.
+        workers: Number of processes, one thread each; None means one per core, or per GPU.
+        gpus: Names of GPUs, as in CUDA_VISIBLE_DEVICES, at least one for each process, which
+            sees its own alone and declares the dask resource GPU; None for processes without.
 
     Returns:
-        The client; the processes are kept until this process ends or another number is wanted.
+        The client; the processes are kept until this process ends or others are wanted.
 
     Example:
         >>> local_client(1).submit(abs, -2).result()
         2
         >>> stop_local_workers()
     """
-    number = CPU_COUNT if workers is None else workers
-    if number not in _clients or _clients[number].status != "running":
+    number = workers or (CPU_COUNT if gpus is None else len(gpus))
+    wanted = number, None if gpus is None else tuple(gpus[:number])
+    if wanted not in _clients or _clients[wanted].status != "running":
         stop_local_workers()
-        _clients[number] = _start(number)
-    return _clients[number]
+        _clients[wanted] = _start(*wanted)
+    return _clients[wanted]
 
 
 @atexit.register
@@ -90,11 +124,14 @@ def stop_local_workers() -> None:
             cluster.close()
 
 
-def _start(number: int) -> Client:
+def _start(number: int, gpus: tuple[str, ...] | None) -> Client:
     # Closing tells the user of lost connections otherwise; blocks that fail are reported anyway.
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     cluster = SpecCluster(
-        workers={index: {"cls": LocalWorker} for index in range(number)},
+        workers={
+            index: {"cls": LocalWorker, "options": {"gpu": gpus[index] if gpus else None}}
+            for index in range(number)
+        },
         scheduler={"cls": "distributed.Scheduler", "options": _scheduler_options()},
         silence_logs=logging.CRITICAL,
         name="stores",
@@ -115,10 +152,12 @@ def _scheduler_options() -> dict[str, object]:
     }
 
 
-def _command(scheduler: str, name: int) -> list[str]:
+def _command(scheduler: str, name: int, gpu: str | None) -> list[str]:
     options = {
-        "name": name,
+        # SpecCluster would give a worker up for lost that it knows by name and misses for a while.
+        "name": f"local-{name}",
         "nthreads": 1,
+        "resources": {} if gpu is None else {"GPU": 1},
         "host": "127.0.0.1",
         "dashboard": False,
         # The share of one worker is too little for one large block among small ones.
@@ -129,11 +168,12 @@ def _command(scheduler: str, name: int) -> list[str]:
     return [sys.executable, "-m", "stores.guard", scheduler, "--spec", spec]
 
 
-def _environment() -> dict[str, str]:
+def _environment(gpu: str | None) -> dict[str, str]:
     folders = [os.path.abspath(folder) for folder in sys.path]
     return {
         **_ALLOCATOR,
         **os.environ,
+        **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
         "PYTHONPATH": os.pathsep.join(folders),
         # A work function may start processes itself, such as those of a data loader.
         "DASK_DISTRIBUTED__WORKER__DAEMON": "False",

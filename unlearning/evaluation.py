@@ -121,6 +121,7 @@ def evaluate_methods(
             "klom": {"direction": "KL(unlearned||oracle)", "bins": 20},
             "retrain": retrain,
             "predictor": chosen,
+            "purged": run.purged,
             "forget_sets": blocks,
             "pooled": pooled_predictions(compared),
         }

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from attribution import Prediction, Task
+from attribution.purging.purge import Purged
 from attribution.task import Rows
 
 SHOWN_TARGETS = 20
@@ -181,3 +182,53 @@ def status_table(stores: Sequence[Mapping[str, Any]], *, verified: bool) -> str:
     ]
     text = _lines(["store", "kind", "blocks", "done", "pending"], rows)
     return text + ("\nall checksums hold" if verified else "")
+
+
+def purge_notes(evaluation: Mapping[str, Any]) -> list[str]:
+    """What an evaluation must say of rows that were purged from its run.
+
+    Args:
+        evaluation: what `evaluate_methods` returned.
+
+    Returns:
+        A sentence, or none where nothing was purged.
+
+    Example:
+        >>> purge_notes({"purged": 0})
+        []
+    """
+    rows = evaluation.get("purged")
+    if not rows:
+        return []
+    return [
+        f"{rows} rows were purged from the run. Models trained before that, and so those that every"
+        " method starts from, have seen them; models retrained since have not, and the distance"
+        " between the two is in part the effect of these rows."
+    ]
+
+
+def purge_text(run: str, done: Purged) -> str:
+    """What a purge did, and what it leaves to other steps.
+
+    Args:
+        run: name of the run.
+        done: what `purge` returned.
+
+    Returns:
+        A few lines.
+
+    Example:
+        >>> print(purge_text("runs/a", Purged(0, 2, False, (), (), 10, 10, tombstones=2)))
+        runs/a: these 2 rows have been purged before; nothing was left to do
+    """
+    if not done.rows:
+        return f"{run}: these {done.already} rows have been purged before; nothing was left to do"
+    before, after = done.bytes_before / 1e6, done.bytes_after / 1e6
+    return (
+        f"{run}: {done.rows} rows purged"
+        + (" by the purge that was interrupted" if done.finished else "")
+        + (f" ({done.already} others had been before)" if done.already else "")
+        + f"; {len(done.rewritten)} stores written anew, {len(done.removed)} stores and files"
+        f" removed, {before:.1f} MB before and {after:.1f} MB now\n"
+        "weights that were trained on these rows are as they were: dmm unlearn makes models forget"
+    )

@@ -87,6 +87,7 @@ def evaluate_checkpoints(
         "klom": {"direction": "KL(unlearned||oracle)", "bins": 20},
         "retrain": {"seconds": None, "gradient_evaluations": None},
         "predictor": chosen,
+        "purged": run.purged,
         "forget_sets": blocks,
         "pooled": [],
         "missing": list(MISSING),

@@ -103,3 +103,27 @@ def _pieces(features: Tensor, outputs: Tensor) -> list[tuple[Tensor, Tensor]]:
 def _sum(loss: Loss, temperature: float, features: Tensor, outputs: Tensor) -> Tensor:
     weighted = (loss.hessian(outputs / temperature) / temperature).to(features) @ features
     return (features.flatten(0, 1).T @ weighted.flatten(0, 1)).double()
+
+
+def rows_curvature(
+    loss: Loss, features: Tensor, outputs: Tensor, temperature: float = 1.0
+) -> Matrix:
+    """H = sum_i J_i^T R_i J_i over some rows; what they add to the curvature of the training loss.
+
+    Args:
+        loss: gives R, its Hessian at the outputs.
+        features: J, [row, output, k].
+        outputs: of the checkpoint on the rows, [row, output].
+        temperature: T; R_i is taken at outputs / T and divided by T.
+
+    Returns:
+        H, [k, k].
+
+    Example:
+        >>> from attribution.losses import SquaredError
+        >>> rows_curvature(SquaredError(), torch.ones(3, 1, 1), torch.zeros(3, 1)).tolist()
+        [[3.0]]
+    """
+    found = sum(_sum(loss, temperature, *piece) for piece in _pieces(features, outputs))
+    assert isinstance(found, Tensor)
+    return ((found + found.T) / 2).numpy()

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import numpy as np
 
 from attribution.counterfactual import check_ids
+from attribution.devices import visible_gpus
 from attribution.gradients.curvature import stored_curvature
 from attribution.gradients.feature_store import (
     DTYPES,
@@ -29,7 +30,15 @@ from attribution.gradients.projection import Projection
 from attribution.gradients.projector import GradientProjector
 from attribution.model import Model, check_state
 from attribution.task import Rows, Task
-from stores import BlocksFailed, Store, Where, gather, place, run_blocks
+from stores import (
+    BlocksFailed,
+    Store,
+    Where,
+    gather,
+    in_turns,
+    place,
+    run_blocks,
+)
 
 
 @dataclass(frozen=True)
@@ -234,7 +243,8 @@ class Features:
         if missing:
             refuse_changed_task(self.task, store)
         try:
-            run_blocks(FeatureBlock(self.task, (store.path,)), missing, title="features", workers=0)
+            work = in_turns(FeatureBlock(self.task, (store.path,)), store)
+            run_blocks(work, missing, title="features", workers=0)
         except BlocksFailed as error:
             raise ValueError(
                 f"{store.path} does not have the features of all these targets yet, and computing"
@@ -329,7 +339,14 @@ def featurize(
     ]
     work = FeatureBlock(task, tuple(store.path for store in stores))
     at = None if scheduler else workers
-    run_blocks(work, missing, title=f"features of {task.name}", workers=at, scheduler=scheduler)
+    run_blocks(
+        in_turns(work, *stores),
+        missing,
+        title=f"features of {task.name}",
+        workers=at,
+        scheduler=scheduler,
+        gpus=visible_gpus(device, at, scheduler),
+    )
     for store in stores:
         if store.complete:
             store.finalize()

@@ -15,6 +15,7 @@ from attribution.outputs import Array
 from attribution.seeds import derive_seed
 from attribution.task import Rows, State, Task
 from attribution.training import Step, require_recipe, seeded, start_training
+from stores import advance
 
 # Share of a gradient that is left in the velocity when it is followed no longer.
 LEAST_SHARE = 1e-4
@@ -143,6 +144,7 @@ def run_values(
         first = judged.losses(descent.state)
         for step in steps:
             held.append(_taken(descent, step, judged, order))
+            advance()
             if len(held) == most:
                 _credit(values, held, most - ahead, recipe.momentum, products)
                 del held[: most - ahead]

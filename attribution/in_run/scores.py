@@ -10,12 +10,23 @@ import numpy as np
 import torch
 
 from attribution.counterfactual import target_positions
+from attribution.devices import visible_gpus
 from attribution.in_run.recording import held_steps, run_values, why_not_recorded
 from attribution.model import Model
 from attribution.outputs import Array
 from attribution.task import Rows, Task
 from attribution.training import require_recipe, threads
-from stores import ArraySpec, Provenance, Store, StoreSpec, Where, digest, run_blocks, versions
+from stores import (
+    ArraySpec,
+    Provenance,
+    Store,
+    StoreSpec,
+    Where,
+    digest,
+    in_turns,
+    run_blocks,
+    versions,
+)
 
 MEANING = "value for this run, not a retrained output"
 MEAN = "mean of the targets"
@@ -204,7 +215,14 @@ def record_run(
         work = _RunBlock(task, store.path, seed, index, order, per_target, str(device))
         title = f"recording {os.path.basename(store.path)}"
         at = None if scheduler else workers
-        run_blocks(work, store.pending(), title=title, workers=at, scheduler=scheduler)
+        run_blocks(
+            in_turns(work, store),
+            store.pending(),
+            title=title,
+            workers=at,
+            scheduler=scheduler,
+            gpus=visible_gpus(device, at, scheduler),
+        )
     return InRunScores.open(store.finalize().path)
 
 

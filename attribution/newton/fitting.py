@@ -15,7 +15,17 @@ from attribution.newton.calibration import Calibration
 from attribution.newton.group import GroupNewton
 from attribution.outputs import Array
 from attribution.training import threads
-from stores import ArraySpec, Place, Provenance, Store, StoreSpec, Where, place, run_blocks
+from stores import (
+    ArraySpec,
+    Place,
+    Provenance,
+    Store,
+    StoreSpec,
+    Where,
+    in_turns,
+    place,
+    run_blocks,
+)
 
 # Candidates for T, and for lambda in units of T^2 x (number of rows) x weight decay.
 TEMPERATURES = (1.0, 1.4, 2.0)
@@ -208,6 +218,7 @@ def _run(
     scheduler: str | None,
 ) -> None:
     if store.pending():
+        work = in_turns(work, store)
         run_blocks(work, store.pending(), title=title, workers=workers, scheduler=scheduler)
     store.finalize()
 

@@ -17,7 +17,17 @@ from attribution.gradients.feature_store import KIND, Layout, stored_model
 from attribution.model import Model, check_state
 from attribution.task import Rows, Task
 from attribution.training import threads
-from stores import Place, Provenance, Store, Where, digest, place, run_blocks, versions
+from stores import (
+    Place,
+    Provenance,
+    Store,
+    Where,
+    digest,
+    in_turns,
+    place,
+    run_blocks,
+    versions,
+)
 
 GRADIENT_BYTES = 2**26  # of the gradients that are projected at once
 CUDA_BATCH = 32  # rows that fast_jl takes at once
@@ -103,7 +113,8 @@ def featurize_with_trak(
     work = _TrakBlock(task, tuple(store.path for store in stores))
     at = None if scheduler else workers
     title = f"features of {task.name} by trak"
-    run_blocks(work, missing, title=title, workers=at, scheduler=scheduler)
+    turns = in_turns(work, *stores)
+    run_blocks(turns, missing, title=title, workers=at, scheduler=scheduler)
     return Features(task, tuple(store.finalize() for store in stores))
 
 

@@ -142,7 +142,9 @@ def test_interrupted_equals_uninterrupted(task, trained, tmp_path, monkeypatch, 
         Ensemble.open(tmp_path / "half", task)
     counted = []
     monkeypatch.setattr(
-        ensemble, "train_many", lambda *args: counted.append(args) or train_many(*args)
+        ensemble,
+        "train_many",
+        lambda *args, **options: counted.append(args) or train_many(*args, **options),
     )
     assert_same_bits(bank(task, tmp_path / "half"), trained)
     assert len(counted) == 3 - calls

@@ -17,6 +17,7 @@ from attribution.training import (
     train_one,
     training_order,
 )
+from stores.advance import BlockCancelled, listening
 from tests.references import plain_training
 from tests.tasks import CPU, binary, blobs, line, normalised_mlp, ridge_task
 
@@ -249,3 +250,28 @@ def test_frozen_parameters_stay(many):
     assert torch.equal(state["0.weight"], before["0.weight"])
     assert not torch.equal(state["0.bias"], before["0.bias"])
     assert not math.isnan(float(state["2.weight"].sum()))
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_training_tells_its_shares_and_keeps_its_bits(many):
+    task = blobs(recipe=RECIPE)
+    alone = train_many(task, SUBSETS, SEED, INDICES, CPU, many=many)
+    shares = []
+    with listening(shares.append):
+        watched = train_many(task, SUBSETS, SEED, INDICES, CPU, many=many)
+    assert_equal_states(watched, alone, 0)
+    assert sum(shares) == pytest.approx(1)
+    assert len(shares) == (50 + 30 if many else 4 * 50 + 30)
+
+
+def test_training_stops_at_the_step_at_which_it_is_cancelled():
+    shares = []
+
+    def cancel(share):
+        shares.append(share)
+        if len(shares) == 7:
+            raise BlockCancelled
+
+    with listening(cancel), pytest.raises(BlockCancelled):
+        train_many(blobs(recipe=RECIPE), SUBSETS, SEED, INDICES, CPU)
+    assert len(shares) == 7

@@ -3,8 +3,9 @@ import sys
 
 import pytest
 
-from stores import place
+from stores import bucket_memory, place
 from stores.bucket import Bucket
+from stores.bucket_client import client, plain_errors
 from tests.stores.place_contract import PlaceTests
 
 
@@ -95,3 +96,51 @@ def test_errors_of_the_service_are_plain(bucket):
     # An address that is not looked at first.
     with pytest.raises(ConnectionError, match=r"listing s3://gone.* failed: NoSuchBucket"):
         Bucket("s3://gone/run").walk()
+
+
+class TestMemory:
+    @pytest.fixture
+    def store(self, bucket):
+        store = place(f"{bucket}/store")
+        store.write("zarr.json", b"1")
+        store.write("a/c/0", b"123")
+        return store
+
+    def behind(self, store, name, content):
+        """Write as another process would."""
+        with plain_errors("writing"):
+            client(store.url.split("/")[2]).put(f"store/{name}", content)
+
+    def test_a_mapped_file_is_read_once(self, store):
+        store.mapped("a/c/0")
+        self.behind(store, "a/c/0", b"456")
+        assert store.mapped("a/c/0").tobytes() == b"123"
+
+    def test_what_others_write_shows_when_the_root_is_asked_for_again(self, store, monkeypatch):
+        store.mapped("a/c/0")
+        self.behind(store, "a/c/0", b"456")
+        self.behind(store, "zarr.json", b"2")
+        first = store.generation()
+        assert store.mapped("a/c/0").tobytes() == b"123"
+        monkeypatch.setattr(bucket_memory, "_FRESH_SECONDS", 0)
+        assert store.generation() != first
+        assert store.mapped("a/c/0").tobytes() == b"456"
+
+    def test_a_file_written_again_is_read_again_under_the_same_root(self, store):
+        first = store.generation()
+        store.mapped("a/c/0")
+        store.remove("a/c/0")
+        with pytest.raises(FileNotFoundError):
+            store.mapped("a/c/0")
+        store.write("a/c/0", b"456")
+        assert store.mapped("a/c/0").tobytes() == b"456"
+        assert store.generation() == first
+
+    def test_the_files_used_last_are_kept(self, store, monkeypatch):
+        monkeypatch.setattr(bucket_memory, "_MOST_BYTES", 7)
+        for name in ("a/c/1", "a/c/2"):
+            store.write(name, b"123")
+        for name in ("a/c/0", "a/c/1", "a/c/0", "a/c/2"):
+            store.mapped(name)
+        kept = [name for url, name in bucket_memory._files if url == store.url]
+        assert kept == ["a/c/0", "a/c/2"]

@@ -10,7 +10,16 @@ import dask
 import numpy as np
 import pytest
 
-from stores import BlocksFailed, Store, pickle_by_value, run_blocks, workers
+from stores import (
+    ArraySpec,
+    BlocksFailed,
+    Provenance,
+    Store,
+    StoreSpec,
+    pickle_by_value,
+    run_blocks,
+    workers,
+)
 from stores.jobs import _describe
 from stores.writing import BlockDone
 
@@ -129,6 +138,42 @@ def test_workers_use_one_thread_and_the_drivers_import_path(tmp_path):
     assert (tmp_path / "seen").read_text() == "1 1 1"
 
 
+def test_blocks_are_written_by_several_workers_and_not_by_the_driver(tmp_path):
+    arrays = {"writer": ArraySpec(("model",), (6,), "int64")}
+    store = Store.create(tmp_path / "s", StoreSpec("writers", "model", 1, arrays), Provenance({}))
+
+    def work(block):
+        (tmp_path / f"process-{os.getpid()}").touch()
+        wait_until(lambda: len(list(tmp_path.glob("process-*"))) == 2, 40)
+        store.write_block(block, {"writer": np.array([os.getpid()])})
+
+    run_blocks(work, store.pending(), title="writing", workers=2)
+    writers = set(store.numpy("writer"))
+    assert writers == {int(path.name.split("-")[1]) for path in tmp_path.glob("process-*")}
+    assert os.getpid() not in writers
+
+
+def test_each_local_worker_sees_a_gpu_of_its_own(tmp_path):
+    def work(block):
+        (tmp_path / f"gpu-{os.environ['CUDA_VISIBLE_DEVICES']}").touch()
+        wait_until(lambda: len(list(tmp_path.glob("gpu-*"))) == 2, 40)
+
+    run_blocks(work, range(4), title="looking", gpus=["5", "MIG-7"])
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu-5", "gpu-MIG-7"}
+
+
+def test_a_process_that_dies_while_it_starts_is_started_again(tmp_path):
+    workers.stop_local_workers()
+    client = workers.local_client(1)
+    local = client.cluster.workers[0]
+    before = local.process
+    before.kill()
+    before.wait()
+    wait_until(lambda: local.process is not before, 40)
+    run_blocks(Append(tmp_path / "log"), range(3), title="a", workers=1)
+    assert sorted(blocks_in(tmp_path / "log")) == [0, 1, 2]
+
+
 def test_an_existing_scheduler_is_used(tmp_path):
     client = workers.local_client(2)
     run_blocks(
@@ -153,6 +198,10 @@ def test_unusable_arguments_are_refused():
         run_blocks(print, [0], title="a", workers=2, scheduler="tcp:")
     with pytest.raises(ValueError, match="expected 0 or more workers, got -1"):
         run_blocks(print, [0], title="a", workers=-1)
+    with pytest.raises(ValueError, match="one visible GPU for each worker, got 1 for 2"):
+        run_blocks(print, [0], title="a", workers=2, gpus=["0"])
+    with pytest.raises(ValueError, match="one visible GPU for each worker, got 0 for 1"):
+        run_blocks(print, [0], title="a", gpus=[])
     with pytest.raises(ValueError, match="expected 0 or more retries, got -1"):
         run_blocks(print, [0], title="a", retries=-1)
 

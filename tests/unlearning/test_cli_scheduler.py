@@ -47,3 +47,13 @@ def test_precompute_runs_on_an_existing_scheduler(cluster, tmp_path, capsys):
     assert arrays(run) == arrays(tmp_path / "here")
     assert main(["predict", "--run", str(run), "--forget", "rows:3:8"]) == 0
     assert main(["status", "--run", str(run), "--verify"]) == 0
+
+
+def test_workers_with_several_threads_are_bad_input(tmp_path, capsys):
+    options = {"host": "127.0.0.1", "dashboard_address": None, "silence_logs": 50}
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=2, processes=True, **options
+    ) as cluster:
+        words = ["precompute", write_task(tmp_path), *SIZES, "--run", str(tmp_path / "run")]
+        assert main([*words, "--scheduler", cluster.scheduler_address]) == 2
+    assert "expected workers with one thread each, got 2 threads" in capsys.readouterr().err

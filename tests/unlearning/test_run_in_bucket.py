@@ -13,10 +13,12 @@ import pytest
 from attribution import ForgetSet
 from attribution.newton import Calibration
 from attribution.precompute import precompute
+from attribution.purging.purge import purge
 from attribution.run import Run
 from attribution.run_calibration import RunCalibration
 from stores import place
 from tests import s3_server
+from tests.interruptions import Killed, kill_after
 from tests.small_runs import write_task
 from unlearning.cli import main
 
@@ -155,3 +157,23 @@ def test_a_calibration_lies_in_a_bucket(bucket):
     found = RunCalibration(newton, {}, {"newton": 0.2})
     found.save(f"{bucket}/run/calibration.json")
     assert RunCalibration.load(place(bucket) / "run/calibration.json") == found
+
+
+@pytest.mark.filterwarnings("ignore:2 rows of task 'small' were purged")
+def test_a_purge_in_a_bucket_is_killed_and_finished(address, here):
+    # Last in this file: the run is another one afterwards.
+    on_disk = purge(here.path, "rows:3:5")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_after(patch, 25, kind=type(place(address)))
+        with pytest.raises(Killed):
+            purge(address, "rows:3:5")
+    with pytest.raises(ValueError, match="was interrupted: finish it with dmm purge --run s3://"):
+        Run.open(address)
+    told = purge(address)
+    assert (told.finished, told.rewritten) == (True, on_disk.rewritten)
+    one, two = Run.open(here.path), Run.open(address)
+    assert one.task.train_ids == two.task.train_ids
+    for mine, theirs in zip(one.stores(), two.stores(), strict=True):
+        assert theirs.verify() == []
+        for name in mine.spec.arrays:
+            np.testing.assert_array_equal(mine.numpy(name), theirs.numpy(name))

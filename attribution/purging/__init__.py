@@ -1,0 +1,1 @@
+"""Purging: rows leave everything that a run holds of them; `purge.purge` is the door."""

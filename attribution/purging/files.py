@@ -1,0 +1,85 @@
+"""Files of a run beside its stores: which of them tell of rows that are purged."""
+
+import html
+import json
+import re
+from collections.abc import Sequence
+
+from attribution.model import TORCH_FILES
+from attribution.purging.context import leftover, lone_arrays, store_places
+from attribution.purging.journal import FILE as JOURNAL
+from attribution.purging.tombstones import FILE as TOMBSTONES
+from stores import Place
+
+# What precompute keeps; none of it names a row.
+_KEPT = ("run.json", "calibration.json", TOMBSTONES, JOURNAL)
+# What is measured on models and rows as they were before.
+_DERIVED = ("evaluation.json", "report.html")
+_MODELS = (".safetensors", *TORCH_FILES)
+
+
+def telling_files(run: Place, ids: Sequence[str]) -> list[str]:
+    """Names of the files that tell of rows: evaluations, reports, and whatever names an id.
+
+    Models are left out: their weights are another matter, and they hold salted digests of ids.
+
+    Args:
+        run: the run's folder.
+        ids: of the rows.
+
+    Returns:
+        Names below the folder, in order.
+
+    Example:
+        >>> import tempfile
+        >>> from stores import place
+        >>> run = place(tempfile.mkdtemp())
+        >>> run.write("page.html", b"<td>train-3</td>")
+        >>> run.write("other.html", b"<td>train-30</td>")
+        >>> telling_files(run, ["train-3"])
+        ['page.html']
+    """
+    stores = tuple(f"{name}/" for name in (*store_places(run), *lone_arrays(run)))
+    loose = [name for name in run.walk() if not name.startswith(stores) and name not in _KEPT]
+    texts = [text for row in ids for text in _spellings(row)]
+    return [
+        name
+        for name in loose
+        if not leftover(name)
+        and not name.endswith(_MODELS)
+        and (name in _DERIVED or _tells(run.read(name), texts))
+    ]
+
+
+def leftovers(run: Place) -> tuple[list[str], list[str]]:
+    """Folders and files that killed writers left behind.
+
+    Args:
+        run: the run's folder.
+
+    Returns:
+        Names of folders, and of files outside them.
+
+    Example:
+        >>> import tempfile
+        >>> from stores import place
+        >>> run = place(tempfile.mkdtemp())
+        >>> run.write("full.0123.tmp/mask/c/0", b"")
+        >>> run.write("run.json.partial", b"")
+        >>> leftovers(run)
+        (['full.0123.tmp'], ['run.json.partial'])
+    """
+    names = [name for name in run.walk() if leftover(name)]
+    folders = {match[1] for name in names if (match := re.match(r"((?:.*?/)?[^/]*\.tmp)/", name))}
+    files = [name for name in names if not name.startswith(tuple(f"{f}/" for f in folders))]
+    return sorted([*folders, *lone_arrays(run)]), files
+
+
+def _spellings(row: str) -> set[bytes]:
+    return {text.encode() for text in (row, json.dumps(row)[1:-1], html.escape(row))}
+
+
+def _tells(content: bytes, texts: Sequence[bytes]) -> bool:
+    # An id that is a part of a longer word is another one.
+    alone = rb"(?<![0-9A-Za-z])%s(?![0-9A-Za-z])"
+    return any(text in content and re.search(alone % re.escape(text), content) for text in texts)

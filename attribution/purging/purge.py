@@ -1,0 +1,157 @@
+"""Purge: takes rows out of everything a run holds, and finishes where it was interrupted."""
+
+from dataclasses import dataclass
+
+from attribution.forget import ForgetSet, named_ids, parse_forget
+from attribution.purging.context import Context
+from attribution.purging.files import leftovers
+from attribution.purging.journal import FILE, Journal, read_journal, write_journal
+from attribution.purging.kinds import remains_of
+from attribution.purging.plan import plan_purge
+from attribution.purging.tombstones import (
+    Tombstones,
+    purged_rows,
+    read_tombstones,
+    write_tombstones,
+)
+from attribution.retained import retained_task
+from attribution.run import Run, read_settings
+from attribution.task import Task
+from attribution.task_file import load_task
+from stores import Place, Remains, Store, Where, place, take_rows_out
+
+
+@dataclass(frozen=True)
+class Purged:
+    """What a purge did.
+
+    Args:
+        rows: rows that were purged now.
+        already: rows that were asked for and had been purged before.
+        finished: whether an interrupted purge was finished.
+        rewritten: stores that were written anew without the rows, below the run's folder.
+        removed: stores, folders and files that were removed.
+        bytes_before: size of the run.
+        bytes_after: size of the run now.
+        tombstones: rows that were ever purged from the run.
+    """
+
+    rows: int
+    already: int
+    finished: bool
+    rewritten: tuple[str, ...]
+    removed: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+    tombstones: int
+
+
+def purge(path: Where, forget: str | None = None) -> Purged:
+    """Removes rows from all that a run holds of them; killed at any moment, the same call finishes.
+
+    Rows, columns, masks, features, lists of strongest rows and ids lose them; sums over the
+    training rows are formed without them; evaluations, reports, pages and banks of oracles that
+    tell of them are removed. Weights of models that were trained on them stay as they are:
+    unlearning is another step. Salted digests of the ids stay as tombstones, by which the run
+    leaves the rows out of a task that still holds them.
+
+    Args:
+        path: the run's folder.
+        forget: the rows, as on the command line; None finishes an interrupted purge.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: no run, unknown ids or all of them, a store that cannot be purged, other rows
+            than those of an interrupted purge, or None where none was interrupted; nothing has
+            changed then.
+        RuntimeError: a damaged block; nothing has changed then.
+        OSError: something cannot be written; the same call goes on where it stopped.
+
+    Example:
+        >>> purge("nowhere")
+        Traceback (most recent call last):
+            ...
+        ValueError: no purge of ...nowhere was interrupted: name the rows with --forget
+    """
+    run, journal = place(path), read_journal(path)
+    if journal is not None:
+        return _finished(_interrupted(run, journal, forget), journal, finished=True)
+    if forget is None:
+        raise ValueError(f"no purge of {run} was interrupted: name the rows with --forget")
+    opened = Run.open(path)
+    gone, already = _wanted(opened.task, forget, read_tombstones(run))
+    if gone is None:
+        size, stones = _size(run), read_tombstones(run)
+        return Purged(0, already, False, (), (), size, size, len(stones))
+    context, journal = plan_purge(run, opened.task, gone)
+    write_journal(run, journal)
+    return _finished(context, journal, already=already)
+
+
+def _wanted(task: Task, spec: str, stones: Tombstones) -> tuple[ForgetSet | None, int]:
+    """The rows that are still there, and how many have been purged before."""
+    ids = named_ids(spec)
+    already = [ids[i] for i in stones.matching(ids)] if ids else []
+    if not ids or not already:
+        return parse_forget(task, spec), 0
+    left = [row for row in ids if row not in already]
+    return (ForgetSet.of(task, left) if left else None), len(already)
+
+
+def _interrupted(run: Place, journal: Journal, spec: str | None) -> Context:
+    settings = read_settings(run, finishing=True)
+    task = load_task(settings.task, outside=run)
+    earlier = purged_rows(task, journal.before)
+    task = task if earlier is None else retained_task(task, earlier)
+    if task.digests["train"] not in journal.digests:
+        raise ValueError(
+            f"the purge of {run} was interrupted, and task {task.name!r} holds other rows now:"
+            " finish it with the data that it began with"
+        )
+    gone = ForgetSet.at(task, journal.positions)
+    if spec is not None and parse_forget(task, spec).positions != gone.positions:
+        raise ValueError(
+            f"a purge of {len(gone)} other rows from {run} was interrupted: finish it first with"
+            f" dmm purge --run {run}"
+        )
+    return Context(run, task, gone, journal.own, journal.digests)
+
+
+def _finished(
+    context: Context, journal: Journal, *, already: int = 0, finished: bool = False
+) -> Purged:
+    run = context.run
+    for name in journal.clear:
+        (run / name).clear()
+    for name in journal.files:
+        if run.exists(name):
+            run.remove(name)
+    for name in journal.rewrite:
+        take_rows_out(run / name, journal.token, lambda store: _remains(context, store))
+    folders, _ = leftovers(run)
+    for name in folders:
+        (run / name).clear()
+    write_tombstones(run, journal.stones)
+    run.remove(FILE)
+    return Purged(
+        rows=len(context.gone),
+        already=already,
+        finished=finished,
+        rewritten=journal.rewrite,
+        removed=(*journal.clear, *journal.files),
+        bytes_before=journal.bytes_before,
+        bytes_after=_size(run),
+        tombstones=len(journal.stones),
+    )
+
+
+def _remains(context: Context, store: Store) -> Remains:
+    found = remains_of(context, store)
+    assert found is not None  # the plan would have removed it
+    return found
+
+
+def _size(run: Place) -> int:
+    return sum(run.size(name) for name in run.walk())

@@ -1,0 +1,84 @@
+import json
+
+import pytest
+
+from attribution.purging.files import leftovers, telling_files
+from attribution.purging.tombstones import FILE, Tombstones, read_tombstones, write_tombstones
+from stores import Provenance, Store, StoreSpec, place
+from stores.schema import ArraySpec
+
+ROW = 'Zoë "Z" <1>'
+
+
+@pytest.fixture
+def run(tmp_path):
+    spec = StoreSpec("prediction", "target", 1, {"mean": ArraySpec(("target",), (1,), "float32")})
+    Store.create(tmp_path / "in/store", spec, Provenance({}), ids={"target": ["row-1"]})
+    return place(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "row-1",
+        '{"row": "row-1"}',
+        "a,row-1,2\n",
+        "<td>row-1</td>",
+        "first row-10 and then row-1",
+        "/row-1/",
+    ],
+)
+def test_a_file_that_names_a_row_is_found(run, text):
+    run.write("deep/file.txt", text.encode())
+    assert telling_files(run, ["row-1", "row-2"]) == ["deep/file.txt"]
+
+
+@pytest.mark.parametrize("text", ["row-10", "arow-1", "row-1a", "row 1", ""])
+def test_a_file_that_names_another_row_is_not(run, text):
+    run.write("file.txt", text.encode())
+    assert telling_files(run, ["row-1", "row-2"]) == []
+
+
+@pytest.mark.parametrize("text", [ROW, json.dumps(ROW), "Zoë &quot;Z&quot; &lt;1&gt;"])
+def test_ids_are_found_as_json_and_html_spell_them(run, text):
+    run.write("file", text.encode())
+    assert telling_files(run, [ROW]) == ["file"]
+
+
+def test_what_is_measured_before_goes_and_what_names_no_row_stays(run):
+    for name in ("evaluation.json", "report.html", "in/report.html"):
+        run.write(name, b"{}")
+    for name in ("run.json", "calibration.json", FILE, "model.safetensors", "old.pt"):
+        run.write(name, b"row-1")
+    assert telling_files(run, ["row-1"]) == ["evaluation.json", "report.html"]
+
+
+def test_leftovers_of_killed_writers_are_found(run):
+    spec = StoreSpec("prediction", "target", 1, {"mean": ArraySpec(("target",), (1,), "float32")})
+    Store.create(run / "other", spec, Provenance({}), ids={"target": ["row-1"]})
+    run.remove("other/zarr.json")  # as a creation in a bucket looks that was killed
+    run.write("in/a.01.tmp/mask/zarr.json", b"row-1")
+    run.write("in/store/mean/c/0.02.partial", b"")
+    run.write("b.03.partial", b"row-1")
+    folders, files = leftovers(run)
+    assert folders == ["in/a.01.tmp", "other/done", "other/mean", "other/target_id"]
+    assert files == ["b.03.partial", "in/store/mean/c/0.02.partial"]
+    assert telling_files(run, ["row-1"]) == []
+
+
+def test_tombstones_know_rows_by_their_digests_alone(run):
+    stones = read_tombstones(run).adding(["row-1", "row-2"])
+    write_tombstones(run, stones)
+    assert b"row" not in run.read(FILE)
+    assert read_tombstones(run) == stones
+    assert stones.matching(["row-3", "row-2", "row-1"]) == [1, 2]
+    assert not set(stones.digests) & set(Tombstones.drawn().adding(["row-1", "row-2"]).digests)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"schema": 9, "salt": "", "digests": []}']
+)
+def test_spoiled_tombstones_are_refused(run, content):
+    run.write(FILE, content)
+    with pytest.raises(ValueError, match=r"cannot read the tombstones in '.*tombstones\.json'"):
+        read_tombstones(run)

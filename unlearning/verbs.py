@@ -1,0 +1,253 @@
+"""The verbs of the command line: each reads its options and calls one public function."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, TypeAlias
+
+from attribution import Model, load_model, parse_forget
+from attribution.counterfactual import parse_targets
+from attribution.precompute import precompute, precompute_checkpoints
+from attribution.prediction_files import (
+    check_prediction_file,
+    check_writable,
+    write_prediction,
+)
+from attribution.purging.journal import refuse_unfinished
+from attribution.purging.purge import purge
+from attribution.run import Run, read_settings
+from stores import place
+from unlearning.evaluation import evaluate_methods, plain
+from unlearning.explanation import explain, explanation_table, render_explanation, run_scores
+from unlearning.methods import METHODS, Evidence, build_method, check_method
+from unlearning.report import render_report
+from unlearning.run_files import EVALUATION, REPORT, beside, read_evaluation, write_text
+from unlearning.tables import (
+    evaluation_table,
+    prediction_table,
+    purge_notes,
+    purge_text,
+    status_table,
+)
+from unlearning.thumbnails import report_thumbnails, row_thumbnails
+from unlearning.unaudited import evaluate_checkpoints
+
+Told: TypeAlias = tuple[Any, str]
+"""What --json prints, and what is printed without it."""
+
+
+def _precompute(options: argparse.Namespace) -> Told:
+    if options.checkpoint:
+        return _precompute_checkpoints(options)
+    if options.damping is not None:
+        raise ValueError("--damping goes with --checkpoint: otherwise the calibration finds it")
+    run = precompute(
+        options.task,
+        options.run,
+        full_models=options.full_models,
+        subset_models=options.subset_models,
+        design=options.design,
+        checkpoints=options.newton_checkpoints,
+        seed=options.seed,
+        **_where(options),
+    )
+    own, other = run.datamodel.shrink
+    told = {"run": options.run, "stores": [s.path for s in run.stores()], "shrink": [own, other]}
+    told |= {"predictors": run.predictors, "best": run.best}
+    text = (
+        f"{options.run}: {len(run.full)} full models, {options.subset_models} models on"
+        f" {options.design} subsets, datamodels of {len(run.task.target_ids)} targets\n"
+        f"next: dmm predict --run {options.run} --forget random:50:0"
+    )
+    return told, text
+
+
+def _precompute_checkpoints(options: argparse.Namespace) -> Told:
+    run = precompute_checkpoints(
+        options.task,
+        options.run,
+        options.checkpoint,
+        damping=options.damping,
+        seed=options.seed,
+        **_where(options),
+    )
+    told = {"run": options.run, "stores": [s.path for s in run.stores()]}
+    told |= {"predictors": run.predictors, "best": run.best}
+    text = (
+        f"{options.run}: gradients of {len(run.features)} checkpoints, {run.features.width}"
+        " features; group Newton predicts from them, uncalibrated, because nothing was retrained\n"
+        f"next: dmm predict --run {options.run} --forget random:50:0"
+    )
+    return told, text
+
+
+def _predict(options: argparse.Namespace) -> Told:
+    if options.out:
+        check_prediction_file(options.out)
+    run = Run.open(options.run)
+    forget = parse_forget(run.task, options.forget)
+    targets = parse_targets(run.task, options.targets or "forget", forget)
+    model = _model(run, options.checkpoint)
+    chosen = options.predictor or run.best
+    prediction = run.predictor(chosen).predict(model, forget, targets)
+    if options.out:
+        write_prediction(prediction, options.out, forget)
+    columns = ("before", "mean", "std", "noise")
+    told: dict[str, Any] = {"predictor": chosen, "calibrated": run.calibration is not None}
+    told |= {"forget": list(forget.ids), "targets": list(prediction.targets)}
+    told |= {name: getattr(prediction, name).tolist() for name in columns}
+    bare = " (uncalibrated)" if chosen != "datamodel" and run.calibration is None else ""
+    return told, f"{prediction_table(run.task, prediction, targets)}\npredicted by {chosen}{bare}"
+
+
+def _explain(options: argparse.Namespace) -> Told:
+    if options.thumbnails and not options.out:
+        raise ValueError("--thumbnails shows images on a page: name it with --out FILE.html")
+    if options.out:
+        check_writable(options.out)
+    run = Run.open(options.run)
+    found = explain(run_scores(run, options.predictor), run.task, options.target, options.top)
+    text = explanation_table(found)
+    if options.out:
+        ids = [found.target, *(row.id for row in found.rows)]
+        images = row_thumbnails(run.task, ids) if options.thumbnails else None
+        write_text(options.out, render_explanation(found, thumbnails=images))
+        text += f"\n\nwritten to {options.out}"
+    return asdict(found), text
+
+
+def _unlearn(options: argparse.Namespace) -> Told:
+    check_method(options.method)
+    if not options.out.endswith(".safetensors"):
+        raise ValueError(f"models are written as .safetensors, got {options.out!r}")
+    if "://" in options.out:
+        raise ValueError(f"models are written to files, got {options.out!r}")
+    check_writable(options.out)
+    run = Run.open(options.run)
+    forget = parse_forget(run.task, options.forget)
+    model = _model(run, options.checkpoint)
+    where = {key: value for key, value in _where(options).items() if value is not None}
+    evidence = Evidence(
+        predictor=lambda name: run.predictor(name or options.predictor),
+        oracle=lambda: run.oracle(forget, len(run.full), **where),
+        moments=lambda: run.moments,
+    )
+    method = build_method(options.method, evidence, _settings(options.set))
+    result = method(model, run.task, forget, seed=options.seed, device=options.device)
+    result.model.save(options.out)
+    told = {
+        "out": options.out,
+        "method": options.method,
+        "status": result.status,
+        "seconds": result.seconds,
+        "gradient_evaluations": result.gradient_evaluations,
+        "history": list(result.history),
+        "forgotten": len(result.model.forgotten) if result.model.forgotten else 0,
+    }
+    return told, (
+        f"{options.out}: {len(forget)} rows forgotten by {options.method} ({result.status}) in"
+        f" {result.seconds:.2f} s, {result.gradient_evaluations} gradient evaluations"
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> Told:
+    methods = [name for part in options.methods for name in part.split(",") if name]
+    if not methods:
+        raise ValueError(f"name at least one method: {', '.join(METHODS)}")
+    for name in methods:
+        check_method(name)
+    out = options.out or beside(options.run, EVALUATION)
+    check_writable(out)
+    run = Run.open(options.run)
+    forgets = [parse_forget(run.task, spec) for spec in options.forget]
+    shared = {"seed": options.seed, "predictor": options.predictor}
+    if run.settings.files:
+        told = evaluate_checkpoints(run, forgets, methods, device=options.device, **shared)
+    else:
+        more = _where(options) | {"n_models": options.n_models, "lds_models": options.lds_models}
+        told = evaluate_methods(run, forgets, methods, **shared, **more)
+    told = plain(told)
+    write_text(out, json.dumps(told, indent=1) + "\n")
+    parts = [evaluation_table(told), *told.get("missing", ()), *purge_notes(told)]
+    return told, "\n\n".join(parts) + f"\nwritten to {out}"
+
+
+def _status(options: argparse.Namespace) -> Told:
+    settings = read_settings(options.run)
+    run = Run(place(options.run), settings, task=None)  # type: ignore[arg-type]
+    found = []
+    for store in run.stores():
+        bad = store.verify() if options.verify or options.discard else []
+        for block in bad if options.discard else []:
+            store.discard(block)
+        found.append(
+            {
+                "store": store.path.removeprefix(f"{run.path}/"),
+                "kind": store.spec.kind,
+                "blocks": store.spec.blocks,
+                "done": len(store.done()),
+                "pending": len(store.pending()),
+                "bad": bad,
+            }
+        )
+    damaged = [f"{row['store']} blocks {row['bad']}" for row in found if row["bad"]]
+    if damaged and not options.discard:
+        raise RuntimeError(
+            f"damaged: {'; '.join(damaged)}; dmm status --run {options.run} --discard makes these"
+            " blocks pending, and the command that made them computes them again"
+        )
+    text = status_table(found, verified=options.verify and not damaged)
+    text += f"\n{run.purged} rows were purged" if run.purged else ""
+    return {"run": options.run, "stores": found, "purged": run.purged}, text
+
+
+def _purge(options: argparse.Namespace) -> Told:
+    done = purge(options.run, options.forget)
+    return asdict(done), purge_text(options.run, done)
+
+
+def _report(options: argparse.Namespace) -> Told:
+    refuse_unfinished(options.run)
+    evaluation, out = read_evaluation(options.run), options.out or beside(options.run, REPORT)
+    check_writable(out)
+    images = (
+        report_thumbnails(Run.open(options.run).task, evaluation) if options.thumbnails else None
+    )
+    title = f"Unlearning on {evaluation.get('task', 'a task')}"
+    missing = [*evaluation.get("missing", ()), *purge_notes(evaluation)]
+    write_text(out, render_report(evaluation, title=title, thumbnails=images, missing=missing))
+    return {"out": out}, f"written to {out}"
+
+
+def _where(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "device": options.device,
+        "workers": options.workers,
+        "scheduler": options.scheduler,
+    }
+
+
+def _model(run: Run, checkpoint: str | None) -> Model:
+    if not checkpoint:
+        return run.model(0)
+    return load_model(run.task, checkpoint, purged=run.purged)
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, str]:
+    wrong = [pair for pair in pairs if "=" not in pair]
+    if wrong:
+        raise ValueError(f"--set takes field=value, got {wrong[0]!r}")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+VERBS: dict[str, Callable[[argparse.Namespace], Told]] = {
+    "precompute": _precompute,
+    "predict": _predict,
+    "explain": _explain,
+    "unlearn": _unlearn,
+    "evaluate": _evaluate,
+    "status": _status,
+    "purge": _purge,
+    "report": _report,
+}
