@@ -233,6 +233,7 @@ class Run:
         which: int,
         models: int,
         *,
+        weights: bool = False,
         device: str = "cpu",
         workers: int | None = None,
         scheduler: str | None = None,
@@ -243,6 +244,7 @@ class Run:
             forget: rows that no model sees.
             which: 0 for the audit, 1 for targets and the null.
             models: how many.
+            weights: keep the weights too; the bank then lies in a folder of its own.
             device: where to compute.
             workers: processes; None for one per core, 0 for this process.
             scheduler: address of an existing dask scheduler instead.
@@ -258,9 +260,15 @@ class Run:
             seed=self.settings.seed + 2 + which,
             without=forget,
         )
-        to = self.path / "oracles" / f"{folder}-{models}" / ("audit" if which == 0 else "targets")
+        name = ("audit" if which == 0 else "targets") + ("-weights" if weights else "")
         return train_models(
-            self.task, subsets, to, device=device, workers=workers, scheduler=scheduler
+            self.task,
+            subsets,
+            self.path / "oracles" / f"{folder}-{models}" / name,
+            keep="weights" if weights else "outputs",
+            device=device,
+            workers=workers,
+            scheduler=scheduler,
         )
 
     def oracle(self, forget: ForgetSet, models: int, **where: Any) -> Oracle:

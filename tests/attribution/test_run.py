@@ -63,6 +63,13 @@ def test_a_bank_is_trained_once_and_without_the_forget_set(run, few):
     assert len(others | {bank.store.path}) == 4
 
 
+def test_a_bank_with_weights_holds_the_same_models(run, few):
+    bank, kept = (run.bank(few, 0, 4, weights=weights, workers=0) for weights in (False, True))
+    assert (bank.keeps_weights, kept.keeps_weights) == (False, True)
+    assert np.array_equal(bank.outputs, kept.outputs)
+    np.testing.assert_allclose(kept.model(1).outputs(), kept.outputs[1], atol=1e-5)
+
+
 def test_the_oracle_uses_the_bank_that_does_not_judge(run, few):
     oracle = run.oracle(few, 4, workers=0)
     assert oracle.bank.store.path == run.bank(few, 1, 4).store.path
