@@ -141,7 +141,8 @@ def _attacks(told: Mapping[str, Any]) -> list[str]:
     if attacks is None:
         return ["-", "-", "-"]
     balanced = attacks["ulira"]["accuracy"]["forget"]["mean"]
-    return [_percent(balanced), _number(attacks["rmia"]["auc"]), _number(told["tow"])]
+    pulled = "-" if told["tow"] is None else f"{told['tow']:.3f}"
+    return [_percent(balanced), _number(attacks["rmia"]["auc"]), pulled]
 
 
 def prediction_table(task: Task, prediction: Prediction, targets: Rows) -> str:
