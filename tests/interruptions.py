@@ -25,12 +25,13 @@ def _counted(change, left):
         if clearing and not (names or self.taken()):
             return
         left[0] -= 1
-        if clearing and not left[0]:
+        last = not left[0]  # removing files counts on
+        if clearing and last:
             for name in names[::2]:
                 self.remove(name)
         else:
             change(self, *arguments)
-        if not left[0]:
+        if last:
             raise Killed
 
     return call
