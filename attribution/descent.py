@@ -8,17 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.optim.sgd import sgd
 
 from attribution.task import State
-from attribution.tracing import trace
+from attribution.tracing import Recording, record
 
 Cotangent = Callable[[Tensor, Tensor, Tensor], Tensor]
 Gradients = Callable[["Batch"], Sequence[Tensor]]
 Project = Callable[[State], State]
+Recordings = dict[tuple[Any, ...], Recording]
+Update = Callable[[Sequence[Tensor], float], None]
 
 
 @dataclass(frozen=True)
@@ -50,24 +54,47 @@ class SGD:
     momentum: float = 0.0
     weight_decay: float = 0.0
 
-    def bind(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """The optimiser of these tensors."""
-        return torch.optim.SGD(
-            parameters,
-            lr=0.0,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            fused=_fusible(parameters),
-        )
+    def bind(self, parameters: Sequence[Tensor]) -> Update:
+        """The update of these tensors, which keeps their momentum."""
+        held = list(parameters)
+        velocity: list[Tensor | None] = []
+        if self.momentum:
+            velocity += [torch.zeros_like(tensor) for tensor in held]
+        settings: dict[str, Any] = {
+            "weight_decay": self.weight_decay,
+            "momentum": self.momentum,
+            "dampening": 0.0,
+            "nesterov": False,
+            "maximize": False,
+            "fused": _fusible(held),
+        }
+
+        def update(gradients: Sequence[Tensor], rate: float) -> None:
+            # The function inside torch.optim.SGD: the class takes longer than the kernel.
+            sgd(held, _laid_out(gradients, held), velocity, lr=rate, **settings)
+
+        return update
 
 
 @dataclass(frozen=True)
 class Adam:
     """Adam with its usual constants (.9, .999, 1e-8) and no weight decay."""
 
-    def bind(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """The optimiser of these tensors."""
-        return torch.optim.Adam(parameters, lr=0.0, fused=_fusible(parameters))
+    def bind(self, parameters: Sequence[Tensor]) -> Update:
+        """The update of these tensors, which keeps their moments."""
+        optimizer = torch.optim.Adam(parameters, lr=0.0, fused=_fusible(parameters))
+        (group,) = optimizer.param_groups
+
+        def update(gradients: Sequence[Tensor], rate: float) -> None:
+            group["lr"] = rate
+            laid_out = _laid_out(gradients, parameters)
+            for tensor, gradient in zip(parameters, laid_out, strict=True):
+                tensor.grad = gradient
+            optimizer.step()
+            # The next gradients then take the same memory, still in the cache.
+            optimizer.zero_grad()
+
+        return update
 
 
 Optimizer = SGD | Adam
@@ -75,6 +102,16 @@ Optimizer = SGD | Adam
 
 def _fusible(parameters: Sequence[Tensor]) -> bool:
     return parameters[0].device.type in ("cpu", "cuda")
+
+
+def _laid_out(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    # Fused kernels walk through memory and would take a transposed gradient as it lies.
+    return [
+        gradient
+        if gradient.stride() == tensor.stride()
+        else torch.empty_like(tensor).copy_(gradient)
+        for gradient, tensor in zip(gradients, parameters, strict=True)
+    ]
 
 
 def stack(states: Sequence[Mapping[str, Tensor]]) -> State:
@@ -172,7 +209,13 @@ def _call(module: nn.Module, rest: State, inputs: Tensor, parameters: State) -> 
 
 
 def _many_gradients(
-    module: nn.Module, parameters: State, rest: State, cotangent: Cotangent, first: Batch
+    module: nn.Module,
+    parameters: State,
+    rest: State,
+    cotangent: Cotangent,
+    first: Batch,
+    *,
+    recordings: Recordings,
 ) -> Gradients:
     def one(p: State, b: State, rows: tuple[Tensor, ...]) -> State:
         inputs, labels, weight, targets = rows
@@ -181,12 +224,21 @@ def _many_gradients(
         (gradients,) = pullback(cotangent(outputs, labels, targets) * weight.unsqueeze(-1))
         return gradients  # type: ignore[no-any-return]
 
-    held = {name: tensor.detach() for name, tensor in parameters.items()}
-    # Held, not given: the recording then makes views of the parameters only once.
-    traced = trace(partial(vmap(one), held, rest), first.tensors)
+    def many(*tensors: Tensor) -> list[Tensor]:
+        each = iter(tensors)
+        p, b = ({name: next(each) for name in state} for state in (parameters, rest))
+        return list(vmap(one)(p, b, tuple(each)).values())
 
-    def gradients(batch: Batch) -> list[Tensor]:
-        return list(traced(batch.tensors).values())
+    held = [tensor.detach() for tensor in (*parameters.values(), *rest.values())]
+    taken = (*held, *first.tensors)
+    key = tuple((x.shape, x.stride(), x.dtype, x.device) for x in taken)
+    if key not in recordings:
+        recordings[key] = record(many, held, first.tensors)
+    replay = recordings[key].bind(*held)
+
+    def gradients(batch: Batch) -> Sequence[Tensor]:
+        pulled: list[Tensor] = replay(*batch.tensors)
+        return pulled
 
     return gradients
 
@@ -216,6 +268,8 @@ class Descent:
         many: whether the state is stacked.
         training: whether the forward pass runs in train mode (BatchNorm statistics then move).
         project: maps each update, by parameter name, to the update that is made instead.
+        recordings: of earlier descents with the same structure, cotangent and mode, by the shapes
+            of what they took; a new one is added. Recording takes as long as many steps.
     """
 
     def __init__(
@@ -228,11 +282,14 @@ class Descent:
         many: bool,
         training: bool = False,
         project: Project | None = None,
+        recordings: Recordings | None = None,
     ) -> None:
         self.module = deepcopy(module).train(training)
         self.parameters, self.rest = split_state(self.module, self._held(state, many))
         self.cotangent, self.project, self.many = cotangent, project, many
-        self.optimizer = optimizer.bind(list(self.parameters.values()))
+        self.optimizer = optimizer
+        self.update = optimizer.bind(list(self.parameters.values()))
+        self.recordings = {} if recordings is None else recordings
         self.gradients: Gradients | None = None
 
     def _held(self, state: State, many: bool) -> State:
@@ -247,29 +304,29 @@ class Descent:
     def _bind(self, first: Batch) -> Gradients:
         if not self.many:
             return _one_gradients(self.module, self.parameters, self.cotangent)
-        return _many_gradients(self.module, self.parameters, self.rest, self.cotangent, first)
+        return _many_gradients(
+            self.module,
+            self.parameters,
+            self.rest,
+            self.cotangent,
+            first,
+            recordings=self.recordings,
+        )
 
     @torch.no_grad()
     def step(self, batch: Batch, rate: float) -> None:
         """One step at this learning rate."""
         if self.gradients is None:
             self.gradients = self._bind(batch)
-        tensors = list(self.parameters.values())
-        before = [tensor.clone() for tensor in tensors] if self.project else []
-        for tensor, gradient in zip(tensors, self._allowed(self.gradients(batch)), strict=True):
-            tensor.grad = gradient
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        # The next gradients then take the same memory, still in the cache.
-        self.optimizer.zero_grad()
+        before = [each.clone() for each in self.parameters.values()] if self.project else []
+        self.update(self._allowed(self.gradients(batch)), rate)
         if self.project:
             self._apply_projected(before, self.project)
 
     def _allowed(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
         # Adam rescales each number, so that the projection of its step may lead uphill unless
         # its gradient was projected too.
-        if self.project is None or not isinstance(self.optimizer, torch.optim.Adam):
+        if self.project is None or not isinstance(self.optimizer, Adam):
             return gradients
         named = dict(zip(self.parameters, gradients, strict=True))
         return list(self.project(named).values())

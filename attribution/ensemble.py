@@ -10,31 +10,23 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from attribution.descent import stack, unstack, why_one_by_one
+from attribution.descent import Recordings, stack, unstack, why_one_by_one
 from attribution.devices import visible_gpus
+from attribution.ensemble_store import ensemble_store, state_keys
 from attribution.forget import ForgetSet
 from attribution.model import Model, check_state
 from attribution.outputs import Array, evaluate, evaluate_many, target_margins
-from attribution.products import products_by
 from attribution.subsets import Subsets
 from attribution.task import State, Task
 from attribution.training import threads, train_many, train_one
 from stores import (
-    ArraySpec,
-    Provenance,
     Store,
-    StoreSpec,
     Where,
     advance,
-    digest,
     in_turns,
     run_blocks,
     taken_out,
-    versions,
 )
-
-# Models trained together; more of them no longer run faster and would not fit the cache.
-MODELS_AT_ONCE = 50
 
 
 @dataclass(frozen=True)
@@ -134,7 +126,7 @@ class Ensemble:
                 " train_models(..., keep='weights')"
             )
         chosen = list(range(len(self)) if models is None else models)
-        keys = _keys(self.store)
+        keys = state_keys(self.store)
         return {key: torch.from_numpy(self._rows(name, chosen)) for name, key in keys.items()}
 
     def _rows(self, name: str, models: Sequence[int]) -> np.ndarray[Any, Any]:
@@ -164,6 +156,8 @@ class _TrainBlock:
     seed: int
     many: bool
     device: str
+    # A worker keeps this object for all its blocks.
+    recordings: Recordings = field(default_factory=dict, repr=False)
 
     def __call__(self, block: int) -> None:
         store = Store.open(self.path, "ensemble")
@@ -173,13 +167,15 @@ class _TrainBlock:
             states = self._trained(subsets, range(span.start, span.stop))
             arrays = {"outputs": self._outputs(states)}
         both = stack(states)
-        arrays |= {name: both[key].numpy() for name, key in _keys(store).items()}
+        arrays |= {name: both[key].numpy() for name, key in state_keys(store).items()}
         store.write_block(block, arrays)
 
     def _trained(self, subsets: list[Any], indices: range) -> list[State]:
         device = torch.device(self.device)
         if self.many:
-            return train_many(self.task, subsets, self.seed, indices, device)
+            return train_many(
+                self.task, subsets, self.seed, indices, device, recordings=self.recordings
+            )
         if self.task.train is None:
             states = train_many(self.task, subsets, self.seed, indices, device, many=False)
         else:
@@ -257,7 +253,7 @@ def train_models(
     """
     task.check()
     reason = why_not_many(task)
-    store = _store(
+    store = ensemble_store(
         task,
         subsets,
         to,
@@ -332,79 +328,3 @@ def why_not_many(task: Task) -> str | None:
         )
     inputs, _ = task.rows("train", [0, 1] if len(task.train_ids) > 1 else [0])
     return why_one_by_one(task.new_model(0), inputs, training=True)
-
-
-def _store(
-    task: Task,
-    subsets: Subsets,
-    to: Where,
-    *,
-    keep: str,
-    device: str,
-    many: bool,
-    models_at_once: int | None,
-) -> Store:
-    if keep not in ("outputs", "weights"):
-        raise ValueError(f"keep must be 'outputs' or 'weights', got {keep!r}")
-    if models_at_once is not None and models_at_once < 1:
-        raise ValueError(f"models_at_once must be above 0, got {models_at_once}")
-    rows = subsets.masks.shape[1]
-    if rows != len(task.train_ids):
-        raise ValueError(
-            f"the subsets are drawn from {rows} rows, task {task.name!r} has {len(task.train_ids)}:"
-            " draw them with this task"
-        )
-    block = models_at_once or (MODELS_AT_ONCE if many else 1)
-    keys = list(task.new_model(0).state_dict()) if keep == "weights" else []
-    return Store.open_or_create(
-        to,
-        StoreSpec("ensemble", "model", min(block, len(subsets)), _arrays(task, len(subsets), keep)),
-        _provenance(task, subsets, device, many, block),
-        constants={"mask": subsets.masks, "judge": subsets.judges},
-        ids={"train": task.train_ids, "target": task.target_ids},
-        attributes={
-            "design": subsets.design,
-            "seed": subsets.seed,
-            "without": list(subsets.without),
-            "keys": keys,
-        },
-    )
-
-
-def _keys(store: Store) -> dict[str, str]:
-    """Key of the state dict by name of the array."""
-    return {f"weights_{i}": str(key) for i, key in enumerate(store.attributes["keys"])}
-
-
-def _arrays(task: Task, models: int, keep: str) -> dict[str, ArraySpec]:
-    module = task.new_model(0)
-    outputs = evaluate(module, module.state_dict(), task.targets([0])[0])
-    shape = (models, len(task.target_ids), outputs.shape[1])
-    dtype = str(outputs.dtype).removeprefix("torch.")
-    arrays = {"outputs": ArraySpec(("model", "target", "output"), shape, dtype)}
-    if keep == "weights":
-        for i, tensor in enumerate(module.state_dict().values()):
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            axes = ("model", *(None for _ in tensor.shape))
-            arrays[f"weights_{i}"] = ArraySpec(axes, (models, *tensor.shape), dtype)
-    return arrays
-
-
-def _provenance(task: Task, subsets: Subsets, device: str, many: bool, block: int) -> Provenance:
-    settings = task.settings() | {
-        "device": torch.device(device).type,
-        "design": subsets.design,
-        "seed": subsets.seed,
-        "models": len(subsets),
-        "masks": digest(subsets.masks),
-        "without": digest(*subsets.without),
-        "path": "many at once" if many else "one by one",
-        "models_at_once": block,
-    }
-    recorded = {
-        "device": device,
-        "versions": versions("torch", "numpy", "datamodel-matching"),
-        "products": products_by(),
-        "sources": task.sources(),
-    }
-    return Provenance(settings, recorded)

@@ -7,9 +7,9 @@ told which kernels to take.
 
 import ctypes
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from torch import Tensor
 
 ROW_MAJOR, PLAIN, TRANSPOSED = 101, 111, 112
 LARGEST = 2**31 - 1
-# Below so many columns a product with a transposed right side is faster than making a copy of it.
-COPIED_FROM = 16
+# Products of fewer columns than that are too narrow for a vector register.
+NARROW = 16
+_Shape = tuple[int, ...]
+_Layout = tuple[int, int, int]
 
 
 @contextmanager
@@ -116,29 +118,57 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
         >>> multiply(a, b).shape if can_multiply(a, b) else torch.Size([2, 3, 5])
         torch.Size([2, 3, 5])
     """
+    return _product(a.shape, a.stride(), b.shape, b.stride())(a, b)
+
+
+def is_narrow(a: Tensor, b: Tensor) -> bool:
+    """Whether the products of these have so few columns that `multiply_narrow` is faster."""
+    return b.shape[2] < NARROW <= a.shape[1]
+
+
+def multiply_narrow(a: Tensor, b: Tensor) -> Tensor:
+    """Products of pairs of matrices like `multiply`, that lie transposed in memory.
+
+    Few columns leave vector registers half empty, here and wherever a kernel goes along the rows
+    of the product afterwards; many rows fill them.
+
+    Args:
+        a: left matrices, [model, row, inner], float32.
+        b: right matrices, [model, inner, column], float32.
+
+    Returns:
+        Products, [model, row, column], the rows beside each other.
+
+    Example:
+        >>> multiply_narrow(torch.ones(2, 30, 4), torch.ones(2, 4, 5)).shape
+        torch.Size([2, 30, 5])
+    """
+    return multiply(b.mT, a.mT).mT
+
+
+@lru_cache(maxsize=1024)
+def _product(
+    shape: _Shape, stride: _Shape, right_shape: _Shape, right_stride: _Shape
+) -> Callable[[Tensor, Tensor], Tensor]:
     library = _library()
-    left, right = _layout(a), _layout(b)
+    left, right = _layout(shape, stride), _layout(right_shape, right_stride)
     if library is None or left is None or right is None:
-        return torch.bmm(a, b)
-    (models, rows, inner), columns = a.shape, b.shape[2]
-    copied = left[0] == PLAIN and columns >= COPIED_FROM
-    if copied and b.stride() == (inner * columns, 1, inner):
-        # All transposed matrices side by side, [inner, model, column].
-        b = _transposed(library, b, models * columns, inner)
-        right = (PLAIN, models * columns, columns)
-    out = torch.empty(models, rows, columns)
-    library.scipy_cblas_sgemm_batch_strided(
-        *(ROW_MAJOR, left[0], right[0], rows, columns, inner),
-        *(1.0, a.data_ptr(), *left[1:], b.data_ptr(), *right[1:]),
-        *(0.0, out.data_ptr(), columns, rows * columns, models),
-    )
-    return out
+        return torch.bmm
+    models, rows, inner = shape
+    columns = right_shape[2]
+    along = left[0] == PLAIN and right[0] == TRANSPOSED
+    if along and min(rows, columns) >= NARROW and stride == (rows * inner, inner, 1):
+        # OpenBLAS is slow where both sides lie along the inner axis, slower than with a copy.
+        beside = (TRANSPOSED, models * rows, rows)
+        product = _strided(library, (models, rows, columns, inner), beside, right)
+        turn = _transposition(library, models * rows, inner)
+        return lambda a, b: product(turn(a), b)
+    return _strided(library, (models, rows, columns, inner), left, right)
 
 
-def _layout(x: Tensor) -> tuple[int, int, int] | None:
+def _layout(shape: _Shape, stride: _Shape) -> _Layout | None:
     """Order of the elements, step between rows (columns if transposed), step between models."""
-    _, rows, columns = x.shape
-    model, row, column = x.stride()
+    (_, rows, columns), (model, row, column) = shape, stride
     if column == 1 and row >= columns:
         return PLAIN, row, model
     if row == 1 and column >= rows:
@@ -146,9 +176,49 @@ def _layout(x: Tensor) -> tuple[int, int, int] | None:
     return None
 
 
-def _transposed(library: ctypes.CDLL, b: Tensor, rows: int, inner: int) -> Tensor:
-    side = torch.empty(inner, rows)
-    library.scipy_cblas_somatcopy(
-        ROW_MAJOR, TRANSPOSED, rows, inner, 1.0, b.data_ptr(), inner, side.data_ptr(), rows
+def _strided(
+    library: ctypes.CDLL, sizes: tuple[int, int, int, int], left: _Layout, right: _Layout
+) -> Callable[[Tensor, Tensor], Tensor]:
+    models, rows, columns, _ = sizes
+    # Numbers are turned into those of C here, once, because that takes longer than the call.
+    whole = [ctypes.c_int(x) for x in (ROW_MAJOR, left[0], right[0], *sizes[1:])]
+    call = partial(library.scipy_cblas_sgemm_batch_strided, *whole, ctypes.c_float(1.0))
+    row, model, right_row, right_model, count = map(ctypes.c_int, (*left[1:], *right[1:], models))
+    nothing, out_row, out_model = (
+        ctypes.c_float(0.0),
+        ctypes.c_int(columns),
+        ctypes.c_int(rows * columns),
     )
-    return side
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        out = torch.empty(models, rows, columns)
+        at, right_at, out_at = a.data_ptr(), b.data_ptr(), out.data_ptr()
+        call(
+            at,
+            row,
+            model,
+            right_at,
+            right_row,
+            right_model,
+            nothing,
+            out_at,
+            out_row,
+            out_model,
+            count,
+        )
+        return out
+
+    return product
+
+
+def _transposition(library: ctypes.CDLL, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+    whole = [ctypes.c_int(x) for x in (ROW_MAJOR, TRANSPOSED, rows, columns)]
+    call = partial(library.scipy_cblas_somatcopy, *whole, ctypes.c_float(1.0))
+    row, out_row = ctypes.c_int(columns), ctypes.c_int(rows)
+
+    def transposed(x: Tensor) -> Tensor:
+        out = torch.empty(columns, rows)
+        call(x.data_ptr(), row, out.data_ptr(), out_row)
+        return out
+
+    return transposed

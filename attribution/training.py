@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution.descent import SGD, Batch, Descent, stack, unstack
+from attribution.descent import SGD, Batch, Descent, Recordings, stack, unstack
 from attribution.seeds import derive_seed, generator
 from attribution.task import Recipe, Rows, State, Task
 from stores import advance
@@ -171,6 +171,7 @@ def train_many(
     device: torch.device,
     *,
     many: bool = True,
+    recordings: Recordings | None = None,
 ) -> list[State]:
     """Trains models by the recipe, those with equally many steps all at once.
 
@@ -181,6 +182,7 @@ def train_many(
         indices: number of each model in the ensemble.
         device: where to compute.
         many: vectorise over the models; False trains one after the other.
+        recordings: of earlier calls with this very task, see `Descent`.
 
     Returns:
         Their state dicts, on the CPU.
@@ -203,8 +205,15 @@ def train_many(
         for part in [list(group)] if many else [[i] for i in group]:
             chosen = [(subsets[i], indices[i]) for i in part]
             with seeded(derive_seed(seed, "forward passes", indices[part[0]])):
-                share = len(part) / len(subsets)
-                group_states = _train_group(task, data, chosen, seed, many=many, share=share)
+                group_states = _train_group(
+                    task,
+                    data,
+                    chosen,
+                    seed,
+                    many=many,
+                    share=len(part) / len(subsets),
+                    recordings=recordings,
+                )
             states |= zip(part, group_states, strict=True)
     return [states[i] for i in range(len(subsets))]
 
@@ -226,8 +235,9 @@ def _train_group(
     *,
     many: bool,
     share: float,
+    recordings: Recordings | None,
 ) -> list[State]:
-    descent, steps = start_training(task, data, chosen, seed, many=many)
+    descent, steps = start_training(task, data, chosen, seed, many=many, recordings=recordings)
     count = require_recipe(task).steps(len(chosen[0][0]))
     for step in steps:
         descent.step(step.batch, step.rate)
@@ -258,6 +268,7 @@ def start_training(
     seed: int,
     *,
     many: bool,
+    recordings: Recordings | None = None,
 ) -> tuple[Descent, Iterator[Step]]:
     """New models before their first step, and the steps that training takes, made one by one.
 
@@ -267,6 +278,7 @@ def start_training(
         chosen: rows and number of each model; all take equally many steps.
         seed: seed of the ensemble.
         many: whether the models are stacked; else there is one.
+        recordings: of earlier calls with this very task, see `Descent`.
 
     Returns:
         The descent and the steps to give to it. Dropout draws from torch's global generator:
@@ -298,6 +310,7 @@ def start_training(
         SGD(recipe.momentum, recipe.weight_decay),
         many=many,
         training=True,
+        recordings=recordings,
     )
     order = torch.from_numpy(np.moveaxis(orders, 1, 0).copy() if many else orders[0])
     seeds = [derive_seed(seed, "augment", index) for _, index in chosen]
@@ -310,16 +323,17 @@ def _steps(
     inputs, labels = data
     weights = row_weights(order, inputs.dtype)
     # Padding takes the last row, as it does in `take`.
-    places = order % len(inputs)
+    places = torch.where(order < 0, len(inputs) - 1, order)
     nothing = torch.zeros(*order.shape[1:], 0, device=inputs.device)
     per_epoch = len(order) // recipe.epochs
-    for step, rate in enumerate(recipe.rates(len(order))):
-        now = order[step]
-        x = _augmented(recipe, _rows(inputs, places[step]), now, seeds, step // per_epoch)
-        batch = Batch(x, _rows(labels, places[step]), weights[step], nothing)
+    each = zip(order, places, weights, recipe.rates(len(order)), strict=True)
+    for step, (now, place, weight, rate) in enumerate(each):
+        x = _augmented(recipe, _rows(inputs, place), now, seeds, step // per_epoch)
+        batch = Batch(x, _rows(labels, place), weight, nothing)
         if now.ndim == 1 and (step + 1) % per_epoch == 0:
-            now, batch = now[now != PADDING], _without_padding(batch)
-        yield Step(now, batch, float(rate))
+            yield Step(now[now != PADDING], _without_padding(batch), float(rate))
+        else:
+            yield Step(now, batch, float(rate))
 
 
 def _rows(values: Tensor, places: Tensor) -> Tensor:

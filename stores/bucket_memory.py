@@ -35,7 +35,8 @@ def remembered_tag(url: str, ask: Callable[[], str | None]) -> str | None:
     when, tag = _tags.get(url, (0.0, None))
     if tag is None or time.monotonic() - when > _FRESH_SECONDS:
         asked, tag = time.monotonic(), ask()
-        _tags[url] = asked, tag
+        with _lock:
+            _tags[url] = asked, tag
     return tag
 
 
@@ -76,15 +77,20 @@ def remembered_file(
 
 
 def forget(url: str) -> None:
-    """Forget a store that this process writes to.
+    """Forget what this process writes to, or removes.
 
     Args:
-        url: Its address.
+        url: Address of the place, of one in it or of one that it lies in.
 
     Example:
         >>> forget("s3://bucket/a")
     """
-    _tags.pop(url, None)
     with _lock:
-        for kept in [key for key in _files if key[0] == url]:
+        for known in [known for known in _tags if _overlap(known, url)]:
+            del _tags[known]
+        for kept in [kept for kept in _files if _overlap(kept[0], url)]:
             del _files[kept]
+
+
+def _overlap(one: str, two: str) -> bool:
+    return f"{one}/".startswith(f"{two}/") or f"{two}/".startswith(f"{one}/")

@@ -100,7 +100,7 @@ def taken_out(where: Where) -> str | None:
     """
     try:
         token = _root(place(where)).get(_STAMP)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return None if token is None else str(token)
 

@@ -25,13 +25,12 @@ def _counted(change, left):
         if clearing and not (names or self.taken()):
             return
         left[0] -= 1
-        last = not left[0]  # removing files counts on
-        if clearing and last:
+        if clearing and not left[0]:
             for name in names[::2]:
                 self.remove(name)
-        else:
-            change(self, *arguments)
-        if last:
+            raise Killed
+        change(self, *arguments)
+        if not left[0]:
             raise Killed
 
     return call

@@ -92,7 +92,7 @@ def read_journal(where: Where) -> Journal | None:
         stones = Tombstones(told["stones"]["salt"], tuple(told["stones"]["digests"]))
         tuples = {name: tuple(told[name]) for name in _TUPLES}
         return Journal(**told | tuples | {"stones": stones})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot read the journal {str(run / FILE)!r}: {error}") from error

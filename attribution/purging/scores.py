@@ -1,15 +1,18 @@
 """Scores without the purged rows: what is ranked or summed over rows is formed anew."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
+from attribution.effects import PIECE_BYTES
 from attribution.gradients import Features
 from attribution.purging.context import Context
-from attribution.strongest import strongest
+from attribution.strongest import Strongest
 from attribution.task import Rows
 from stores import Store, gather, mapped
 
@@ -35,23 +38,39 @@ class Ranked:
 
     def __call__(self, targets: Rows) -> dict[str, Numbers]:
         """Arrays `top_rows` and `top_values` of some targets."""
-        scores = self._scores(slice(targets[0], targets[-1] + 1))
-        left = scores[self.context.kept["train"]][:, targets - targets[0]]
-        rows, values = strongest(left, self.count)
-        return {"top_rows": rows, "top_values": values}
+        dtype = getattr(torch, self.store.spec.array("top_values").dtype)
+        found, first = Strongest.empty(len(targets), self.count, dtype), 0
+        for rows in self._pieces(len(targets)):
+            found.add(first, torch.from_numpy(self._ranks(rows, targets)).to(dtype))
+            first += len(rows)
+        return dict(zip(("top_rows", "top_values"), found.found(), strict=True))
 
-    def _scores(self, targets: slice) -> Numbers:
-        if self.name in self.store.spec.arrays:
-            return self._in_full(self.name, targets)
-        slopes = np.asarray(self.store.array("slopes")[targets])
-        return np.asarray((self._in_full("effects", targets) * slopes).sum(2))
+    def _pieces(self, targets: int) -> Iterator[Rows]:
+        outputs = math.prod(self.store.spec.array(self._source).shape[2:])
+        kept, height = self.context.kept["train"], max(1, PIECE_BYTES // (4 * targets * outputs))
+        yield from (kept[start : start + height] for start in range(0, len(kept), height))
 
-    def _in_full(self, name: str, targets: slice) -> Numbers:
-        values, scale = (
-            np.asarray(self.store.array(name)[:, targets]),
-            self.store.spec.array(name).scale,
+    @property
+    def _source(self) -> str:
+        return self.name if self.name in self.store.spec.arrays else "effects"
+
+    def _ranks(self, rows: Rows, targets: Rows) -> Numbers:
+        values = self._in_full(self._source, rows, targets)
+        if self._source == self.name:
+            return values
+        slopes = np.asarray(self.store.array("slopes")[targets[0] : targets[-1] + 1])
+        return np.asarray((values * slopes[targets - targets[0]]).sum(2))
+
+    def _in_full(self, name: str, rows: Rows, targets: Rows) -> Numbers:
+        across = slice(targets[0], targets[-1] + 1)
+        values = np.asarray(self.store.array(name)[rows[0] : rows[-1] + 1, across])
+        values = values[rows - rows[0]][:, targets - targets[0]]
+        scale = self.store.spec.array(name).scale
+        if scale is None:
+            return np.asarray(values)
+        return np.asarray(
+            values * np.asarray(self.store.array(scale)[across])[targets - targets[0]]
         )
-        return values if scale is None else values * np.asarray(self.store.array(scale)[targets])
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def read_tombstones(where: Where) -> Tombstones:
         if told["schema"] != SCHEMA:
             raise ValueError(f"its schema is {told['schema']}, this version reads {SCHEMA}")
         return Tombstones(str(told["salt"]), tuple(map(str, told["digests"])))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Tombstones.drawn()
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

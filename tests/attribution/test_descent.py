@@ -297,3 +297,50 @@ def test_a_model_that_branches_on_values_is_trained_one_by_one():
     reason = why_one_by_one(_Branching(3, 2), torch.ones(2, 3), training=True)
     assert reason is not None
     assert "control flow" in reason
+
+
+class Transposed(nn.Module):
+    """A linear layer that holds its matrix the other way round."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(inputs, outputs) / inputs)
+
+    def forward(self, inputs):
+        return nn.functional.linear(inputs, self.matrix.T)
+
+
+SHAPES = {
+    "few inputs, many hidden": lambda: [nn.Linear(3, 40), nn.Tanh(), nn.Linear(40, 2)],
+    "wide": lambda: [nn.Linear(3, 20), nn.ReLU(), nn.Linear(20, 33), nn.ReLU(), nn.Linear(33, 2)],
+    "transposed": lambda: [Transposed(3, 20), nn.ReLU(), Transposed(20, 2)],
+}
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS[1:], ids=str)
+@pytest.mark.parametrize("layers", SHAPES.values(), ids=SHAPES.keys())
+def test_gradients_of_any_layout_move_the_right_numbers(layers, optimizer, many):
+    model, batches = nn.Sequential(*layers()), make_batches(0)
+    # Rows enough for every way to multiply.
+    batches = [Batch(*(torch.cat([part] * 3) for part in batch.tensors)) for batch in batches]
+    state = stack([model.state_dict()] * MODELS) if many else model.state_dict()
+    descent = Descent(model, state, cross_entropy_gradient, optimizer, many=many)
+    found = descend(descent, [stacked([each] * MODELS) if many else each for each in batches])
+    expected = plainly(model, batches, optimizer)
+    for index in range(MODELS if many else 1):
+        assert_close_states(unstack(found, index) if many else found, expected, 2e-5)
+
+
+def test_a_recording_serves_other_models():
+    recordings = {}
+    batches = make_batches(0)
+    for model in (small_mlp(), small_mlp()):
+        states = stack([model.state_dict()] * MODELS)
+        descents = [
+            Descent(model, states, cross_entropy_gradient, SGD(0.9), many=True, recordings=known)
+            for known in (recordings, {})
+        ]
+        found, expected = (descend(d, [stacked([b] * MODELS) for b in batches]) for d in descents)
+        assert_close_states(found, expected, 0)
+    assert len(recordings) == 1

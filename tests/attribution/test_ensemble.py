@@ -144,7 +144,7 @@ def test_interrupted_equals_uninterrupted(task, trained, tmp_path, monkeypatch, 
     monkeypatch.setattr(
         ensemble,
         "train_many",
-        lambda *args, **options: counted.append(args) or train_many(*args, **options),
+        lambda *args, **named: counted.append(args) or train_many(*args, **named),
     )
     assert_same_bits(bank(task, tmp_path / "half"), trained)
     assert len(counted) == 3 - calls

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from attribution.products import can_multiply, multiply
+from attribution.products import can_multiply, multiply, multiply_narrow
 
 MODELS, ROWS, INNER, COLUMNS = 3, 7, 5, 17
 
@@ -11,6 +11,7 @@ def draw(*shape):
 
 
 LEFT = {
+    "many rows": draw(MODELS, 19, INNER),
     "plain": draw(MODELS, ROWS, INNER),
     "transposed": draw(MODELS, INNER, ROWS).mT,
     "part": draw(MODELS, ROWS + 1, INNER + 2)[:, 1:, 2:],
@@ -31,6 +32,14 @@ RIGHT = {
 def test_products_equal_those_in_double_precision(a, b):
     expected = (a.double() @ b.double()).float()
     torch.testing.assert_close(multiply(a, b), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("a", LEFT.values(), ids=LEFT.keys())
+@pytest.mark.parametrize("b", RIGHT.values(), ids=RIGHT.keys())
+def test_narrow_products_lie_transposed(a, b):
+    found, expected = multiply_narrow(a, b), (a.double() @ b.double()).float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert found.mT.is_contiguous()
 
 
 def test_a_model_gets_the_same_bits_in_any_company():

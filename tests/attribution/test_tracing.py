@@ -2,13 +2,18 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from attribution.tracing import aten, trace
+from attribution.tracing import record
 
 ROWS, WIDTH = 5, 3
 
 
-def nodes(traced):
-    return [node.target for node in traced.graph.nodes if node.op == "call_function"]
+def trace(function, *example):
+    return record(function, [], example).bind()
+
+
+def nodes(function, *example):
+    graph = record(function, [], example).traced.graph
+    return [node.target for node in graph.nodes if node.op == "call_function"]
 
 
 FUNCTIONS = {
@@ -47,8 +52,8 @@ def test_replaying_equals_running(function):
 
 def test_kernels_that_change_nothing_are_left_out():
     x = torch.randn(ROWS, WIDTH)
-    assert nodes(trace(FUNCTIONS["same shape"], x)) == [aten.mul.Tensor]
-    assert nodes(trace(FUNCTIONS["there and back"], x)) == [aten.add.Tensor]
+    assert nodes(FUNCTIONS["same shape"], x) == [torch.Tensor.mul]
+    assert nodes(FUNCTIONS["there and back"], x) == [torch.Tensor.add]
 
 
 def test_whole_numbers_times_one_point_nought_become_fractions():
@@ -57,11 +62,39 @@ def test_whole_numbers_times_one_point_nought_become_fractions():
     torch.testing.assert_close(traced(numbers), numbers * 1.0)
 
 
-def test_dicts_and_tuples_are_taken():
-    def function(state, parts):
-        return {"sum": state["a"] + parts[0], "product": state["b"] * parts[1]}
+def test_several_tensors_are_taken_and_given():
+    def function(a, b, c):
+        return [a + c, b * c]
 
-    values = {"a": torch.randn(2), "b": torch.randn(2)}, (torch.randn(2), torch.randn(2))
+    values = torch.randn(2), torch.randn(2), torch.randn(2)
     traced = trace(function, *values)
-    other = {name: 2 * tensor for name, tensor in values[0].items()}
-    torch.testing.assert_close(traced(other, values[1]), function(other, values[1]))
+    other = [2 * tensor for tensor in values]
+    torch.testing.assert_close(traced(*other), function(*other))
+
+
+def product_of(held, x):
+    return (held.mT.unsqueeze(0) @ x) + torch.arange(WIDTH).unsqueeze(-1)
+
+
+def test_held_tensors_are_read_at_every_call():
+    held, x = torch.randn(ROWS, WIDTH), torch.randn(2, ROWS, 1)
+    replay = record(product_of, [held], [x]).bind(held)
+    for _ in range(2):
+        held.add_(1)
+        torch.testing.assert_close(replay(x), product_of(held, x))
+
+
+def test_one_recording_serves_several_held_tensors():
+    first, second, x = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH), torch.randn(2, ROWS, 1)
+    recording = record(product_of, [first], [x])
+    replays = [(recording.bind(held), held) for held in (first, second)]
+    for replay, held in replays:
+        torch.testing.assert_close(replay(x), product_of(held, x))
+
+
+def test_views_of_held_tensors_are_made_once():
+    held, x = torch.randn(ROWS, WIDTH), torch.randn(2, ROWS, 1)
+    views = {torch.Tensor.transpose, torch.Tensor.unsqueeze}
+    assert views < set(nodes(product_of, held, x))
+    graph = record(product_of, [held], [x]).traced.graph
+    assert not views & {node.target for node in graph.nodes}

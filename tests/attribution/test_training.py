@@ -95,8 +95,13 @@ def test_the_size_of_a_group_changes_last_digits_only(case, size):
 
 def test_the_same_group_gives_the_same_bits(case):
     task, _ = case
-    first, second = (train_many(task, SUBSETS, SEED, INDICES, CPU) for _ in range(2))
+    recordings = {}
+    first, second, third = (
+        train_many(task, SUBSETS, SEED, INDICES, CPU, recordings=known)
+        for known in ({}, recordings, recordings)
+    )
     assert_equal_states(first, second, 0)
+    assert_equal_states(first, third, 0)
 
 
 def test_the_order_of_a_group_is_kept(case):

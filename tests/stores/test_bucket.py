@@ -135,6 +135,8 @@ class TestMemory:
         store.write("a/c/0", b"456")
         assert store.mapped("a/c/0").tobytes() == b"456"
         assert store.generation() == first
+        store.parent.write("store/a/c/0", b"789")
+        assert store.mapped("a/c/0").tobytes() == b"789"
 
     def test_the_files_used_last_are_kept(self, store, monkeypatch):
         monkeypatch.setattr(bucket_memory, "_MOST_BYTES", 7)

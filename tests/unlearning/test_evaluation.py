@@ -12,6 +12,7 @@ from attribution.moments import compute_moments
 from attribution.outputs import target_margins
 from attribution.run import Run, RunSettings
 from attribution.subsets import draw_subsets
+from stores import place
 from tests.small_runs import FULL_MODELS, TRAIN_ROWS, finished_run
 from tests.tasks import ridge_task
 from unlearning import (
@@ -310,7 +311,7 @@ def test_models_that_are_all_the_same_give_null_and_no_nan(tmp_path):
     ensemble = train_models(task, subsets, tmp_path / "ensemble", workers=0)
     fit_datamodels(ensemble, anchor=full, to=tmp_path / f"datamodel-{settings.subsets}")
     compute_moments(full, tmp_path / "moments")
-    run = Run(tmp_path, settings, task)
+    run = Run(place(tmp_path), settings, task)
     forget = ForgetSet.at(task, [1, 2, 3])
     told = evaluate_methods(run, [forget], ["do_nothing"], n_models=2, workers=0)
     json.dumps(told, allow_nan=False)

@@ -1,0 +1,112 @@
+"""The store of an ensemble: its arrays, and what it was made from."""
+
+import torch
+
+from attribution.outputs import evaluate
+from attribution.products import products_by
+from attribution.subsets import Subsets
+from attribution.task import Task
+from stores import ArraySpec, Provenance, Store, StoreSpec, Where, digest, versions
+
+# Models trained together; more of them no longer run faster and would not fit the cache.
+MODELS_AT_ONCE = 50
+
+
+def ensemble_store(
+    task: Task,
+    subsets: Subsets,
+    to: Where,
+    *,
+    keep: str,
+    device: str,
+    many: bool,
+    models_at_once: int | None,
+) -> Store:
+    """Opens or creates the store of an ensemble.
+
+    Args:
+        task: what is trained.
+        subsets: rows of each model.
+        to: folder of the store.
+        keep: "outputs", or "weights" for the state dicts too.
+        device: where models are trained.
+        many: whether a block's models are trained at once.
+        models_at_once: models of a block; None: 50, or 1 where trained one by one.
+
+    Returns:
+        The store.
+
+    Raises:
+        ValueError: a bad number, subsets of other rows, or a store made from something else.
+    """
+    if keep not in ("outputs", "weights"):
+        raise ValueError(f"keep must be 'outputs' or 'weights', got {keep!r}")
+    if models_at_once is not None and models_at_once < 1:
+        raise ValueError(f"models_at_once must be above 0, got {models_at_once}")
+    rows = subsets.masks.shape[1]
+    if rows != len(task.train_ids):
+        raise ValueError(
+            f"the subsets are drawn from {rows} rows, task {task.name!r} has {len(task.train_ids)}:"
+            " draw them with this task"
+        )
+    block = models_at_once or (MODELS_AT_ONCE if many else 1)
+    keys = list(task.new_model(0).state_dict()) if keep == "weights" else []
+    return Store.open_or_create(
+        to,
+        StoreSpec("ensemble", "model", min(block, len(subsets)), _arrays(task, len(subsets), keep)),
+        _provenance(task, subsets, device, many, block),
+        constants={"mask": subsets.masks, "judge": subsets.judges},
+        ids={"train": task.train_ids, "target": task.target_ids},
+        attributes={
+            "design": subsets.design,
+            "seed": subsets.seed,
+            "without": list(subsets.without),
+            "keys": keys,
+        },
+    )
+
+
+def state_keys(store: Store) -> dict[str, str]:
+    """Keys of the state dict by the names of the arrays that hold them.
+
+    Args:
+        store: of an ensemble.
+
+    Returns:
+        Key by name; empty where no weights are kept.
+    """
+    return {f"weights_{i}": str(key) for i, key in enumerate(store.attributes["keys"])}
+
+
+def _arrays(task: Task, models: int, keep: str) -> dict[str, ArraySpec]:
+    module = task.new_model(0)
+    outputs = evaluate(module, module.state_dict(), task.targets([0])[0])
+    shape = (models, len(task.target_ids), outputs.shape[1])
+    dtype = str(outputs.dtype).removeprefix("torch.")
+    arrays = {"outputs": ArraySpec(("model", "target", "output"), shape, dtype)}
+    if keep == "weights":
+        for i, tensor in enumerate(module.state_dict().values()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            axes = ("model", *(None for _ in tensor.shape))
+            arrays[f"weights_{i}"] = ArraySpec(axes, (models, *tensor.shape), dtype)
+    return arrays
+
+
+def _provenance(task: Task, subsets: Subsets, device: str, many: bool, block: int) -> Provenance:
+    settings = task.settings() | {
+        "device": torch.device(device).type,
+        "design": subsets.design,
+        "seed": subsets.seed,
+        "models": len(subsets),
+        "masks": digest(subsets.masks),
+        "without": digest(*subsets.without),
+        "path": "many at once" if many else "one by one",
+        "models_at_once": block,
+    }
+    recorded = {
+        "device": device,
+        "versions": versions("torch", "numpy", "datamodel-matching"),
+        "products": products_by(),
+        "sources": task.sources(),
+    }
+    return Provenance(settings, recorded)
