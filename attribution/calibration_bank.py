@@ -19,6 +19,9 @@ KINDS = ("forget", "retain", "test")
 SHARES = (0.01, 0.1)  # of the training rows: the smallest and the largest forget set
 FEWEST = 10  # rows of a forget set, where there are rows enough
 SMALLEST = 1e-30  # a squared change that is none
+# Of fitting variances: how often the expected size is taken anew, and its floor as a share of the
+# variances before they have factors.
+ROUNDS, LEAST = 8, 1e-3
 
 
 def calibration_bank(
@@ -217,19 +220,22 @@ def joined(parts: Sequence[Array]) -> Array:
     return np.concatenate([part.ravel() for part in parts]).astype(np.float64)
 
 
-def variance_factors(left: Array, first: Array, second: Array) -> tuple[float, float]:
-    """Factors a, b >= 0 of two standard deviations whose variances add up to what is left.
+def variance_factors(
+    left: Array, *variances: Array, weight: Array | None = None
+) -> tuple[float, ...]:
+    """Factors a >= 0 of standard deviations whose variances add up to what is left.
 
-    left = a^2 first + b^2 second, least squares, weighted by the expected size, because a squared
-    deviation is off in proportion to itself.
+    left = sum_k a_k^2 variance_k, least squares, weighted by the expected size, because a squared
+    deviation is off in proportion to itself; the size expected is what the last fit says.
 
     Args:
-        left: squared deviations, [value]; where both variances are 0 they tell nothing.
-        first: a variance, [value]; not finite where it is unknown, which leaves the value out.
-        second: another, [value].
+        left: squared deviations, [value]; where all variances are 0 they tell nothing.
+        variances: one or more, each [value]; not finite where one is unknown, which leaves the
+            value out.
+        weight: of each value's squared error, [value]; None: all alike.
 
     Returns:
-        a and b; NaN where no value is left.
+        One factor a variance; NaN where no value is left.
 
     Example:
         >>> variances = np.array([1.0, 2.0, 3.0]), np.array([2.0, 1.0, 1.0])
@@ -237,16 +243,52 @@ def variance_factors(left: Array, first: Array, second: Array) -> tuple[float, f
         >>> round(a, 3), round(b, 3)
         (2.0, 3.0)
     """
-    known = np.isfinite(first) & np.isfinite(second)
+    columns = np.stack(variances, 1)
+    known = np.isfinite(columns).all(1)
     if not known.any():
-        return float("nan"), float("nan")
-    left, first, second = left[known], first[known], second[known]
-    known = first + second > 0
-    left, first, second = left[known], first[known], second[known]
-    weight = 1 / (first + second)
-    columns = np.stack([first, second], 1) * weight[:, None]
-    both, *_ = np.linalg.lstsq(columns, left * weight)
-    if both.min() < 0:
-        alone = columns.T @ (left * weight) / np.square(columns).sum(0)
-        both = np.where(both < 0, 0, np.where(both[::-1] < 0, alone, both))
-    return float(np.sqrt(both[0])), float(np.sqrt(both[1]))
+        return (float("nan"),) * len(variances)
+    total = columns.sum(1)
+    known &= total > 0
+    columns, left, expected = columns[known], left[known], total[known]
+    shares = 1.0 if weight is None else np.sqrt(weight[known])
+    found = np.zeros(len(variances))
+    for _ in range(ROUNDS):
+        scale = shares / expected
+        found = _nonnegative(columns * scale[:, None], left * scale)
+        expected = np.maximum(columns @ found, LEAST * total[known])
+    return tuple(float(root) for root in np.sqrt(found))
+
+
+def _nonnegative(columns: Any, wanted: Any) -> Any:
+    """Non-negative least squares for a few columns: the best of all choices of columns."""
+    gram, right = columns.T @ columns, columns.T @ wanted
+    best, lowest = np.zeros(len(gram)), 0.0
+    for number in range(1, 2 ** len(gram)):
+        chosen = np.flatnonzero([number >> k & 1 for k in range(len(gram))])
+        part = np.linalg.lstsq(gram[np.ix_(chosen, chosen)], right[chosen])[0]
+        height = -float(part @ right[chosen])  # of the parabola, at its lowest point
+        if part.min() >= 0 and height < lowest:
+            best, lowest = np.zeros(len(gram)), height
+            best[chosen] = part
+    return best
+
+
+def common_share(change: Array) -> float:
+    """How much of a change all rows have in common: |mean|^2 over the mean of |change|^2.
+
+    Near 1 for rows that go together, such as a cluster of one class; about 1 / rows for rows that
+    have nothing in common.
+
+    Args:
+        change: of the forget rows' outputs, [row, output].
+
+    Returns:
+        The share, in [0, 1]; 0 where nothing changes.
+
+    Example:
+        >>> common_share(np.array([[1.0, 0.0], [1.0, 0.0]])), common_share(np.eye(2))
+        (1.0, 0.5)
+    """
+    power = float(np.square(change, dtype=np.float64).sum(1).mean())
+    mean = np.square(change.mean(0, dtype=np.float64)).sum()
+    return float(mean) / power if power else 0.0

@@ -19,35 +19,36 @@ class Weights:
     Args:
         first: factor on the first one's change, >= 0.
         second: factor on the second one's.
-        spread: factor on the standard deviation that the two add up to.
+        spread: factor on the first one's standard deviation, beside its weight.
         noise: factor on the first one's spread of one retraining.
+        second_spread: factor on the second one's standard deviation; None: the first one's.
     """
 
     first: float
     second: float
     spread: float
     noise: float
+    second_spread: float | None = None
+
+    @property
+    def row(self) -> tuple[float, ...]:
+        """Both weights, both factors on standard deviations, and the factor on the noise."""
+        other = self.spread if self.second_spread is None else self.second_spread
+        return self.first, self.second, self.spread, other, self.noise
 
 
 @dataclass(frozen=True)
 class Combined(Counterfactual):
     """A weighed sum of two predictions, with weights of its own for each kind of row.
 
-    mean = a m_1 + b m_2, std^2 = c^2 ((a s_1)^2 + (b s_2)^2), noise = e n_1, where a, b, c and e
-    are those of forget rows, other training rows or test rows. Retrained models (datamodels) know
-    what the path of training does, gradients what the curvature at its end does.
+    mean = a m_1 + b m_2, std^2 = (c a s_1)^2 + (d b s_2)^2, noise = e n_1, where a to e are those
+    of forget rows, other training rows or test rows. Retrained models (datamodels) know what the
+    path of training does, gradients what the curvature at its end does.
 
     Args:
         first: a predictor, usually group Newton.
         second: another, usually a linear datamodel.
         weights: by kind of row (forget, retain, test); see `weigh`.
-
-    Example:
-        >>> unit = np.ones((1, 1), dtype=np.float32)
-        >>> one, two = Change(2 * unit, unit, unit), Change(3 * unit, unit, unit)
-        >>> weights = dict.fromkeys(KINDS, Weights(first=0.5, second=1.0, spread=1.0, noise=1.0))
-        >>> Combined(None, None, weights).sum(one, two, np.array([0])).mean
-        array([[4.]], dtype=float32)
     """
 
     first: Counterfactual = field(repr=False)
@@ -66,31 +67,42 @@ class Combined(Counterfactual):
         one = self.first.change(forget, already, targets)
         two = self.second.change(forget, already, targets)
         places = np.arange(len(one.mean)) if targets is None else targets
-        found = self.sum(one, two, row_kinds(forget, places))
+        found = weighed_sum(self.weights, one, two, row_kinds(forget, places))
         if already is None:
             return found
         # Rows that are gone already are of the kind that they were when they were removed.
         mean = self.change(forget, None, targets).mean - self.change(already, None, targets).mean
         return replace(found, mean=mean)
 
-    def sum(self, one: Change, two: Change, kinds: Rows) -> Change:
-        """The weighed sum of two changes.
 
-        Args:
-            one: what the first predictor says of some targets.
-            two: what the second one says of them.
-            kinds: kind of each of these targets, [target]; see `row_kinds`.
+def weighed_sum(weights: Mapping[str, Weights], one: Change, two: Change, kinds: Rows) -> Change:
+    """The weighed sum of two changes.
 
-        Returns:
-            The sum.
-        """
-        table = np.array([list(vars(self.weights[kind]).values()) for kind in KINDS])
-        a, b, spread, noise = table.astype(np.float32)[kinds].T[..., None]
-        std = spread * np.sqrt(_variance(a, one.std) + _variance(b, two.std))
-        return Change(a * one.mean + b * two.mean, std, noise * one.noise)
+    Args:
+        weights: by kind of row; see `weigh`.
+        one: what the first predictor says of some targets.
+        two: what the second one says of them.
+        kinds: kind of each of these targets, [target]; see `row_kinds`.
+
+    Returns:
+        The sum.
+
+    Example:
+        >>> unit = np.ones((1, 1), dtype=np.float32)
+        >>> one, two = Change(2 * unit, unit, unit), Change(3 * unit, unit, unit)
+        >>> weights = dict.fromkeys(KINDS, Weights(first=0.5, second=1.0, spread=1.0, noise=1.0))
+        >>> weighed_sum(weights, one, two, np.array([0])).mean
+        array([[4.]], dtype=float32)
+    """
+    table = np.array([weights[kind].row for kind in KINDS])
+    a, b, spread, other, noise = table.astype(np.float32)[kinds].T[..., None]
+    std = np.hypot(_part(spread * a, one.std), _part(other * b, two.std))
+    return Change(a * one.mean + b * two.mean, std, noise * one.noise)
 
 
-def weigh(cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]]) -> dict[str, Weights]:
+def weigh(
+    cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]], *, trusted: bool = True
+) -> dict[str, Weights]:
     """Fits the weights of two predictors on models retrained without forget sets of their own.
 
     Non-negative least squares for each kind of row, every forget set weighing the same; a kind
@@ -99,6 +111,7 @@ def weigh(cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]]) -> dict
     Args:
         cases: the forget sets.
         pairs: what the two predictors say of each, for all targets.
+        trusted: False leaves the second one's standard deviation out.
 
     Returns:
         Weights by kind of row.
@@ -112,10 +125,12 @@ def weigh(cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]]) -> dict
         >>> round(weigh([case], [told])["test"].first, 3)
         3.0
     """
-    return {kind: _fitted(number, cases, pairs) for number, kind in enumerate(KINDS)}
+    return {kind: _fitted(number, cases, pairs, trusted) for number, kind in enumerate(KINDS)}
 
 
-def _fitted(kind: int, cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]]) -> Weights:
+def _fitted(
+    kind: int, cases: Sequence[Case], pairs: Sequence[tuple[Change, Change]], trusted: bool
+) -> Weights:
     parts = [
         (case, one, two, case.kinds[kind])
         for case, (one, two) in zip(cases, pairs, strict=True)
@@ -132,16 +147,21 @@ def _fitted(kind: int, cases: Sequence[Case], pairs: Sequence[tuple[Change, Chan
     a, b = _nonnegative(one, two, truth, weight)
     left = np.square(truth - a * one - b * two)
     variance = joined(
-        [_variance(a, x.std[rows]) + _variance(b, y.std[rows]) for _, x, y, rows in parts]
+        [
+            np.square(_part(a, x.std[rows])) + np.square(_part(b * trusted, y.std[rows]))
+            for _, x, y, rows in parts
+        ]
     )
     noise = joined([x.noise[rows] for _, x, _, rows in parts])
-    return Weights(a, b, *variance_factors(left, variance, np.square(noise)))
+    alike = joined([np.full(c.mean[rows].shape, 1 / c.mean[rows].size) for _, c, _, rows in parts])
+    spread, factor = variance_factors(left, variance, np.square(noise), weight=alike)
+    return Weights(a, b, spread, factor, None if trusted else 0.0)
 
 
-def _variance(factor: Array | float, std: Array) -> Array:
-    """What a prediction adds to the variance; nothing without weight, even where it is unknown."""
+def _part(factor: Array | float, std: Array) -> Array:
+    """What a prediction adds to the deviation; nothing without weight, even where unknown."""
     known = np.broadcast_to(np.not_equal(factor, 0), std.shape)
-    return np.asarray(np.square(np.multiply(factor, std, where=known, out=np.zeros_like(std))))
+    return np.asarray(np.multiply(factor, std, where=known, out=np.zeros_like(std)))
 
 
 def _nonnegative(one: Array, two: Array, truth: Array, weight: Array) -> tuple[float, float]:

@@ -9,21 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from attribution.calibration_bank import calibration_bank, cases_of
-from attribution.combined import Combined, weigh
+from attribution.calibration_bank import Case, calibration_bank, cases_of, common_share
+from attribution.combined import Weights, weigh, weighed_sum
+from attribution.counterfactual import Change
 from attribution.datamodels import REGRESSIONS, fit_datamodels
-from attribution.ensemble import subsets_left, train_models
+from attribution.ensemble import Ensemble, subsets_left, train_models
 from attribution.gradients import Projection, featurize, gradient_projector
+from attribution.linear_datamodel import LinearDatamodel
 from attribution.model import Model, load_model
 from attribution.moments import compute_moments
 from attribution.newton import GroupNewton, calibrate, predicted_changes
 from attribution.purging.tombstones import task_left
+from attribution.residual import models_like_requests, residual_models
 from attribution.run import CALIBRATION, SCHEMA, SETTINGS, Run, RunSettings, read_settings
 from attribution.run_calibration import RunCalibration
 from attribution.subsets import draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task, task_place
-from stores import Where, place, taken_out
+from stores import Store, Where, place, taken_out
+
+FEWEST_MODELS = 10  # that a datamodel is fitted to
+RESIDUAL_MODELS = 150  # at most; group Newton takes about a second of one core for each on digits
 
 
 def precompute(
@@ -183,20 +189,25 @@ def calibrate_run(
     cases = cases_of(bank, before)
     chosen = replace(plain, damping=newton.damping, temperature=newton.temperature)
     raw = predicted_changes(chosen, cases, bank, folder / "changes", **at)
-    pairs = [
-        (newton.applied(change, case.forget, case.targets), run.datamodel.change(case.forget))
+    first = [
+        newton.applied(
+            change, case.forget, case.targets, common_share(change.mean[case.forget.rows])
+        )
         for case, change in zip(cases, raw, strict=True)
     ]
-    both = Combined(chosen, run.datamodel, weigh(cases, pairs))
-    tried = [
-        {"datamodel": two, "newton": one, "combined": both.sum(one, two, case.kind_numbers)}
-        for case, (one, two) in zip(cases, pairs, strict=True)
-    ]
+    changes = {"datamodel": [run.datamodel.change(c.forget) for c in cases], "newton": first}
+    changes["combined"], weights = _weighed(cases, first, changes["datamodel"])
+    residual: dict[str, Weights] = {}
+    missed = _fit_residual(run, chosen, **at)
+    if missed is not None:
+        lacking = [missed.change(case.forget) for case in cases]
+        # Few models leave the posterior of a row's effect on itself wide open; the prior does not.
+        changes["residual"], residual = _weighed(cases, first, lacking, trusted=False)
     errors = {
-        name: float(np.mean([c.error(t[name].mean) for c, t in zip(cases, tried, strict=True)]))
-        for name in tried[0]
+        name: float(np.mean([c.error(x.mean) for c, x in zip(cases, told, strict=True)]))
+        for name, told in changes.items()
     }
-    found = RunCalibration(newton, both.weights, errors)
+    found = RunCalibration(newton, weights, errors, residual)
     found.save(run.path / CALIBRATION)
     return found
 
@@ -207,14 +218,49 @@ def _calibrated_before(run: Run) -> bool:
     return run.path.exists(CALIBRATION) and taken_out(changes) is not None
 
 
+def _fit_residual(run: Run, newton: GroupNewton, **at: Any) -> LinearDatamodel | None:
+    """The datamodel of what group Newton lacks, if some models are like deletion requests."""
+    to = run.residual_path
+    if to.taken() and not Store.open(to).pending():
+        # Once fitted it stays, also where gradients of more checkpoints have joined since.
+        return LinearDatamodel.open(to)
+    ensemble = Ensemble.open(run.path / f"ensemble-{run.settings.subsets}", run.task)
+    seed = run.settings.seed
+    chosen = models_like_requests(ensemble, RESIDUAL_MODELS, seed)
+    if len(chosen) < FEWEST_MODELS:
+        return None
+    folder = run.path / "calibration" / "residual"
+    left = residual_models(ensemble, newton, folder, anchor=run.full, models=chosen, **at)
+    return fit_datamodels(left, anchor=run.full, to=to, seed=seed, **at)
+
+
+def _weighed(
+    cases: Sequence[Case],
+    first: Sequence[Change],
+    second: Sequence[Change],
+    *,
+    trusted: bool = True,
+) -> tuple[list[Change], dict[str, Weights]]:
+    """Weighed sums of two predictors' changes, and the weights."""
+    pairs = list(zip(first, second, strict=True))
+    weights = weigh(cases, pairs, trusted=trusted)
+    sums = [
+        weighed_sum(weights, one, two, case.kind_numbers)
+        for case, (one, two) in zip(cases, pairs, strict=True)
+    ]
+    return sums, weights
+
+
 def _check_numbers(settings: RunSettings) -> None:
     if settings.datamodel not in REGRESSIONS:
         known = ", ".join(REGRESSIONS)
         raise ValueError(f"unknown regression {settings.datamodel!r}: choose from {known}")
     if settings.full_models < 2:
         raise ValueError(f"a run needs at least 2 full models, got {settings.full_models}")
-    if settings.subset_models < 10:
-        raise ValueError(f"datamodels need at least 10 models, got {settings.subset_models}")
+    if settings.subset_models < FEWEST_MODELS:
+        raise ValueError(
+            f"datamodels need at least {FEWEST_MODELS} models, got {settings.subset_models}"
+        )
     if settings.design == "full":
         raise ValueError("datamodels need models on different subsets: choose another design")
     if settings.checkpoints < 0 or settings.checkpoints > settings.full_models:

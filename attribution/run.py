@@ -27,7 +27,7 @@ from stores import Place, Provenance, Store, Where, check_provenance, digest, pl
 
 SCHEMA = 1
 SETTINGS, CALIBRATION, ROOT = "run.json", "calibration.json", "zarr.json"
-PREDICTORS = ("datamodel", "newton", "combined", "trak")
+PREDICTORS = ("datamodel", "newton", "combined", "residual", "trak")
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,19 @@ class Run:
             raise ValueError(f"{self.path} has no calibration bank: use another predictor")
         return Combined(self.newton, self.datamodel, self.calibration.weights)
 
+    @cached_property
+    def residual(self) -> Combined:
+        """Group Newton and what it lacks: a datamodel with its prediction as the prior mean."""
+        if self.calibration is None or not self.calibration.residual:
+            raise ValueError(f"{self.path} has no calibration bank: use another predictor")
+        lacking = LinearDatamodel.open(self.residual_path)
+        return Combined(self.newton, lacking, self.calibration.residual)
+
+    @property
+    def residual_path(self) -> Place:
+        """Folder of the effects that group Newton lacks."""
+        return self.path / f"residual-{self.settings.subsets}"
+
     @property
     def predictors(self) -> tuple[str, ...]:
         """Names of the predictors that the run has, or can make from what it has."""
@@ -178,6 +191,7 @@ class Run:
             "datamodel": (self.path / f"datamodel-{self.settings.subsets}").taken(),
             "newton": gradients,
             "combined": self.calibration is not None and bool(self.calibration.weights),
+            "residual": self.calibration is not None and bool(self.calibration.residual),
             "trak": gradients,
         }
         return tuple(name for name in PREDICTORS if has.get(name))
@@ -197,6 +211,7 @@ class Run:
             "datamodel": lambda: self.datamodel,
             "newton": lambda: self.newton,
             "combined": lambda: self.combined,
+            "residual": lambda: self.residual,
             "trak": lambda: self.trak,
         }
         chosen = self.best if name is None else name
@@ -218,6 +233,7 @@ class Run:
         which: int,
         models: int,
         *,
+        weights: bool = False,
         device: str = "cpu",
         workers: int | None = None,
         scheduler: str | None = None,
@@ -228,6 +244,7 @@ class Run:
             forget: rows that no model sees.
             which: 0 for the audit, 1 for targets and the null.
             models: how many.
+            weights: keep the weights too; the bank then lies in a folder of its own.
             device: where to compute.
             workers: processes; None for one per core, 0 for this process.
             scheduler: address of an existing dask scheduler instead.
@@ -243,9 +260,15 @@ class Run:
             seed=self.settings.seed + 2 + which,
             without=forget,
         )
-        to = self.path / "oracles" / f"{folder}-{models}" / ("audit" if which == 0 else "targets")
+        name = ("audit" if which == 0 else "targets") + ("-weights" if weights else "")
         return train_models(
-            self.task, subsets, to, device=device, workers=workers, scheduler=scheduler
+            self.task,
+            subsets,
+            self.path / "oracles" / f"{folder}-{models}" / name,
+            keep="weights" if weights else "outputs",
+            device=device,
+            workers=workers,
+            scheduler=scheduler,
         )
 
     def oracle(self, forget: ForgetSet, models: int, **where: Any) -> Oracle:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from attribution.combined import Weights
 from attribution.newton import Calibration
@@ -21,6 +21,8 @@ class RunCalibration:
         errors: each predictor's squared error over the squared change, averaged over forget sets,
             outputs and margins, and kinds of row; the noise of one retraining is in it, alike for
             all.
+        residual: weights of group Newton and of the datamodel of what it misses, by kind of row;
+            empty where there is none.
 
     Example:
         >>> import tempfile
@@ -36,6 +38,7 @@ class RunCalibration:
     newton: Calibration
     weights: Mapping[str, Weights]
     errors: Mapping[str, float]
+    residual: Mapping[str, Weights] = field(default_factory=dict)
 
     def save(self, path: Where) -> None:
         """Writes it as JSON.
@@ -63,8 +66,12 @@ class RunCalibration:
             told = json.loads(read_file(path))
             if told["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {told['schema']}, this version reads {SCHEMA}")
-            weights = {kind: Weights(**values) for kind, values in told["weights"].items()}
-            return cls(Calibration(**told["newton"]), weights, dict(told["errors"]))
+            # Runs made before there was a residual have no weights for it.
+            weights, residual = (
+                {kind: Weights(**values) for kind, values in table.items()}
+                for table in (told["weights"], told.get("residual", {}))
+            )
+            return cls(Calibration(**told["newton"]), weights, dict(told["errors"]), residual)
         except ConnectionError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from attribution import ForgetSet, Oracle
@@ -15,14 +14,7 @@ from stores import versions
 from unlearning.audit import Audit
 from unlearning.cost import hardware, measure_request, measure_retraining
 from unlearning.explanation import explained_rows
-from unlearning.klom import (
-    FEWEST_MODELS,
-    FEWEST_ROWS_FOR_P95,
-    gaussian_kl,
-    klom,
-    shift,
-    spread,
-)
+from unlearning.measures import told_accuracy, told_distances
 from unlearning.method import told_settings
 from unlearning.methods import Evidence, build_method, check_method
 from unlearning.predictions import (
@@ -33,6 +25,7 @@ from unlearning.predictions import (
     told_agreement,
 )
 from unlearning.rankings import rank_subsets
+from unlearning.relearning import MODELS, audited_steps, told_relearning
 from unlearning.runner import UnlearnedModels, UnlearningMethod, unlearn_models
 
 SCHEMA = 1
@@ -50,6 +43,7 @@ def evaluate_methods(
     predictors: Sequence[str] | None = None,
     settings: Mapping[str, Mapping[str, str]] | None = None,
     lds_models: int = 0,
+    relearning: bool = False,
     device: str = "cpu",
     workers: int | None = None,
     scheduler: str | None = None,
@@ -67,6 +61,8 @@ def evaluate_methods(
             that the run has.
         settings: changed settings by method name and field.
         lds_models: models trained for linear datamodeling scores; 0: none are computed.
+        relearning: also count the steps of training that bring each forget set back, in 20 models
+            of every method and in 20 oracles, which are retrained once more to keep their weights.
         device: where to compute.
         workers: processes; None for one per core, 0 for this process.
         scheduler: address of an existing dask scheduler instead.
@@ -98,10 +94,16 @@ def evaluate_methods(
             judged = {n: Judged(audit, c.change(forget)) for n, c in counterfactuals.items()}
             compared.append((forget, {name: one.comparisons for name, one in judged.items()}))
             block = _measured(audit) | _predicted(judged, chosen) | {"methods": {}}
+            again = _relearned(run, audit, where) if relearning else None
+            if again is not None:
+                block["null"]["relearning"] = told_relearning(again, again)
             for name in methods:
                 changed = (settings or {}).get(name)
                 method = build_method(name, given, changed)
                 unlearned, told = _audited(audit, method, n_models, seed, device)
+                if again is not None:
+                    steps = audited_steps(audit, unlearned.states, device)
+                    told["relearning"] = told_relearning(steps, again)
                 told["cost_over_retrain"] = _ratio(told["seconds"], retrain["seconds"])
                 block["methods"][name] = told
                 if name == "dmm":
@@ -176,36 +178,19 @@ def _evidence(run: Run, audit: Audit, chosen: str) -> Evidence:
     )
 
 
-def _distances(audit: Audit, margins: np.ndarray[Any, Any], oracles: np.ndarray[Any, Any]) -> Json:
-    """KLOM where there are models enough, Gaussian KL, shift and spread of each split."""
-    enough = min(len(margins), len(oracles)) >= FEWEST_MODELS
-    measures = {"gaussian_kl": gaussian_kl} | ({"klom": klom} if enough else {})
-    found = {name: measure(margins, oracles) for name, measure in measures.items()}
-    told: Json = {"klom": {split: {"mean": None, "p95": None} for split in audit.splits}}
-    for name, values in found.items():
-        told[name] = {split: _summary(values[rows]) for split, rows in audit.splits.items()}
-    apart, wide = shift(margins, oracles), spread(margins, oracles)
-    told["shift"] = {split: _mean(apart[rows]) for split, rows in audit.splits.items()}
-    told["spread"] = {split: _mean(wide[rows]) for split, rows in audit.splits.items()}
-    return told
-
-
-def _summary(values: np.ndarray[Any, Any]) -> Json:
-    enough = len(values) >= FEWEST_ROWS_FOR_P95
-    return {"mean": _mean(values), "p95": float(np.percentile(values, 95)) if enough else None}
-
-
-def _mean(values: np.ndarray[Any, Any]) -> float | None:
-    return float(values.mean()) if values.size else None
-
-
 def _measured(audit: Audit) -> Json:
     return {
         "size": len(audit.forget),
         "kind": audit.forget.kind,
-        "null": _distances(audit, audit.targets.margins, audit.oracles.margins),
-        "oracle_accuracy": _accuracy(audit, audit.oracles.outputs),
+        "null": told_distances(audit, audit.targets.outputs),
+        "oracle_accuracy": told_accuracy(audit, audit.oracles.outputs),
     }
+
+
+def _relearned(run: Run, audit: Audit, where: Json) -> np.ndarray[Any, Any]:
+    few = min(len(audit.oracles), MODELS)
+    bank = run.bank(audit.forget, 0, few, weights=True, **where)
+    return audited_steps(audit, bank.states(), where["device"])
 
 
 def _predicted(judged: Mapping[str, Judged], predictor: str) -> Json:
@@ -216,21 +201,14 @@ def _predicted(judged: Mapping[str, Judged], predictor: str) -> Json:
     }
 
 
-def _accuracy(audit: Audit, outputs: np.ndarray[Any, Any]) -> Json:
-    _, labels = audit.task.targets()
-    values = torch.from_numpy(outputs)
-    quality = audit.task.loss.quality(values, labels.expand(len(values), *labels.shape)).numpy()
-    return {split: _mean(quality[:, rows]) for split, rows in audit.splits.items()}
-
-
 def _audited(
     audit: Audit, method: UnlearningMethod, n_models: int, seed: int, device: str
 ) -> tuple[UnlearnedModels, Json]:
     unlearned = unlearn_models(
         method, audit.full, audit.task, audit.forget, count=n_models, seed=seed, device=device
     )
-    told = _distances(audit, unlearned.margins, audit.oracles.margins)
-    told["accuracy"] = _accuracy(audit, unlearned.outputs)
+    told = told_distances(audit, unlearned.outputs)
+    told["accuracy"] = told_accuracy(audit, unlearned.outputs)
     told["status"] = unlearned.status
     told["settings"] = told_settings(method)
     return unlearned, told | measure_request(method, audit.full.model(0), audit.forget, device)

@@ -1,5 +1,6 @@
 """Takes the steps of a plan, for all models at once or one after the other."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from attribution.descent import Batch, Descent, stack, unstack
 from attribution.outputs import evaluate, evaluate_many
 from attribution.task import State
 from attribution.training import row_weights, take
-from unlearning.method import Plan, Request
+from unlearning.method import Plan, Request, Rewinding, Stopping
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class _Ended:
 
 def _descend(plan: Plan, request: Request, index: int | None) -> _Ended:
     """Steps of all models at once (index None) or of the one at `index`."""
-    states = request.states if index is None else unstack(request.states, index)
+    start = plan.start or request.states
+    states = start if index is None else unstack(start, index)
     chosen = slice(None) if index is None else index
     order = torch.from_numpy(plan.order[chosen]).to(request.device)
     weights = row_weights(order, plan.inputs.dtype)
@@ -91,9 +93,9 @@ def _descend(plan: Plan, request: Request, index: int | None) -> _Ended:
         training=plan.training,
         project=plan.project(index) if plan.project else None,
     )
-    watch = _Watch(plan, request, descent, index)
+    followed = _followed(plan, request, descent, index)
     for step, rate in enumerate(plan.rates):
-        if watch.finished(step):
+        if followed.finished(step):
             break
         now, weight = order[..., step, :], weights[..., step, :]
         if plan.training:  # one model, whose BatchNorm would count padding as rows
@@ -101,9 +103,13 @@ def _descend(plan: Plan, request: Request, index: int | None) -> _Ended:
         batch = take(plan.inputs, now), take(plan.labels, now), weight, _targets(plan, chosen, now)
         descent.step(Batch(*batch), float(rate))
     else:
-        watch.finished(len(plan.rates))
-    done = (order >= 0).sum(-1).cumsum(-1)
-    return watch.ended(len(plan.rates), done)
+        followed.finished(len(plan.rates))
+    states, status, steps = followed.ended(len(plan.rates))
+    done = (order >= 0).sum(-1).cumsum(-1).reshape(followed.count, -1)
+    evaluations = [
+        plan.spent + (float(done[i, at - 1]) if at else 0.0) for i, at in enumerate(steps)
+    ]
+    return _Ended(states, status, tuple(evaluations))
 
 
 def _targets(plan: Plan, chosen: slice | int, now: Tensor) -> Tensor:
@@ -114,49 +120,117 @@ def _targets(plan: Plan, chosen: slice | int, now: Tensor) -> Tensor:
     return mine.gather(-2, index)
 
 
-class _Watch:
-    """Follows the gap of each model and keeps the state of each at its best moment."""
+class _Followed(ABC):
+    """The models of a descent on their way: where they are, and which state each ends with."""
 
-    def __init__(self, plan: Plan, request: Request, descent: Descent, index: int | None) -> None:
-        self.stopping, self.inputs, self.request = plan.stopping, plan.inputs, request
-        self.descent, self.many = descent, index is None
+    def __init__(self, request: Request, descent: Descent, index: int | None) -> None:
+        self.request, self.descent, self.many = request, descent, index is None
         self.models = slice(None) if index is None else slice(index, index + 1)
         self.count = len(request.numbers[self.models])
+
+    @abstractmethod
+    def finished(self, step: int) -> bool:
+        """Looks at the models after so many steps; True when none goes on."""
+
+    @abstractmethod
+    def ended(self, steps: int) -> tuple[State, tuple[str, ...], list[int]]:
+        """The states to keep after so many steps; status and number of steps of each model."""
+
+    def outputs(self, state: State, inputs: Tensor) -> Tensor:
+        """Outputs of these models, [model, row, output]."""
+        if self.many:
+            return evaluate_many(self.request.module, state, inputs)
+        return evaluate(self.request.module, state, inputs)[None]
+
+    def one(self, state: State, index: int) -> State:
+        """State of one of these models."""
+        return unstack(state, index) if self.many else state
+
+    def packed(self, states: list[State]) -> State:
+        """States of these models as the descent holds them."""
+        return stack(states) if self.many else states[0]
+
+
+def _followed(plan: Plan, request: Request, descent: Descent, index: int | None) -> _Followed:
+    if isinstance(plan.stopping, Stopping):
+        inputs = plan.inputs[: plan.stopping.rows]
+        return _Stopped(plan.stopping, inputs, request, descent, index)
+    if isinstance(plan.stopping, Rewinding):
+        return _Rewound(plan.stopping, request, descent, index)
+    return _ToTheEnd(request, descent, index)
+
+
+class _ToTheEnd(_Followed):
+    def finished(self, step: int) -> bool:
+        del step
+        return False
+
+    def ended(self, steps: int) -> tuple[State, tuple[str, ...], list[int]]:
+        return self.descent.state, ("finished",) * self.count, [steps] * self.count
+
+
+class _Stopped(_Followed):
+    """Follows the gap of each model and keeps the state of each at its best moment."""
+
+    def __init__(
+        self,
+        stopping: Stopping,
+        inputs: Tensor,
+        request: Request,
+        descent: Descent,
+        index: int | None,
+    ) -> None:
+        super().__init__(request, descent, index)
+        self.stopping, self.inputs = stopping, inputs
         self.kept: list[State | None] = [None] * self.count
-        self.status = ["never crossed" if plan.stopping else "finished"] * self.count
+        self.status = ["never crossed"] * self.count
         self.stopped = [-1] * self.count
         self.last: tuple[State, Tensor] | None = None
 
     def finished(self, step: int) -> bool:
         """Checks the gaps where a check is due; True when every model has stopped."""
-        if self.stopping is None or step % self.stopping.every:
+        if step % self.stopping.every:
             return False
         state = self.descent.state
-        gaps = self.stopping.gap(self._outputs(state), self.models).cpu()
+        gaps = self.stopping.gap(self.outputs(state, self.inputs), self.models).cpu()
         for i in [i for i in range(self.count) if self.kept[i] is None and gaps[i] > 0]:
             earlier = self.last is not None and abs(self.last[1][i]) < abs(gaps[i])
-            self.kept[i] = self._one(self.last[0] if earlier and self.last else state, i)
+            self.kept[i] = self.one(self.last[0] if earlier and self.last else state, i)
             self.status[i] = "crossed" if step else "too fast"
             self.stopped[i] = step
         self.last = (state, gaps)
         return all(kept is not None for kept in self.kept)
 
-    def _outputs(self, state: State) -> Tensor:
-        assert self.stopping is not None
-        inputs = self.inputs[: self.stopping.rows]
-        if self.many:
-            return evaluate_many(self.request.module, state, inputs)
-        return evaluate(self.request.module, state, inputs)[None]
-
-    def _one(self, state: State, index: int) -> State:
-        return unstack(state, index) if self.many else state
-
-    def ended(self, steps: int, done: Tensor) -> _Ended:
+    def ended(self, steps: int) -> tuple[State, tuple[str, ...], list[int]]:
         """The kept states; models that never stopped keep their last one."""
         final = self.descent.state
-        states = [self._one(final, i) if kept is None else kept for i, kept in enumerate(self.kept)]
+        states = [self.one(final, i) if kept is None else kept for i, kept in enumerate(self.kept)]
         last = [steps if at < 0 else at for at in self.stopped]
-        rows = done if self.many else done[None]
-        evaluations = [float(rows[i, at - 1]) if at else 0.0 for i, at in enumerate(last)]
-        packed = stack(states) if self.many else states[0]
-        return _Ended(packed, tuple(self.status), tuple(evaluations))
+        return self.packed(states), tuple(self.status), last
+
+
+class _Rewound(_Followed):
+    """Keeps states and the outputs that decide among them."""
+
+    def __init__(
+        self, rewinding: Rewinding, request: Request, descent: Descent, index: int | None
+    ) -> None:
+        super().__init__(request, descent, index)
+        self.rewinding = rewinding
+        self.states: list[State] = []
+        self.seen: list[Tensor] = []
+
+    def finished(self, step: int) -> bool:
+        """Keeps the state where one is due; no model stops early."""
+        if step in self.rewinding.steps:
+            self.states.append(self.descent.state)
+            self.seen.append(self.outputs(self.states[-1], self.rewinding.inputs))
+        return False
+
+    def ended(self, steps: int) -> tuple[State, tuple[str, ...], list[int]]:
+        """The chosen states; the gradients of all steps were computed."""
+        chosen = [self.rewinding.choose(outputs) for outputs in torch.stack(self.seen, dim=1)]
+        states = [self.one(self.states[at], i) for i, at in enumerate(chosen)]
+        last = len(self.states) - 1
+        status = ["finished" if at == last else "rewound" for at in chosen]
+        return self.packed(states), tuple(status), [steps] * self.count

@@ -35,15 +35,13 @@ SPREAD_BAND = (0.8, 1.25)
 MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★"}
 
 _COLOURS = {  # Okabe and Ito: told apart with every common colour blindness
-    "do_nothing": "#7f7f7f",
-    "dmm": "#0072b2",
-    "dmm_pgu": "#56b4e9",
-    "om": "#009e73",
-    "pgu": "#e69f00",
-    "gradient_ascent": "#d55e00",
-    "fine_tune": "#cc79a7",
-}
-_FURTHER_COLOURS = ("#332288", "#882255", "#117733", "#999933", "#661100", "#44aa99")
+    "do_nothing": "#7f7f7f", "dmm": "#0072b2", "dmm_pgu": "#56b4e9", "om": "#009e73",
+    "pgu": "#e69f00", "gradient_ascent": "#d55e00", "fine_tune": "#cc79a7",
+}  # fmt: skip
+_FURTHER_COLOURS = (  # Tol: those of his muted scheme and of others that are none of the above
+    "#332288", "#882255", "#117733", "#999933", "#661100", "#44aa99", "#aa4499", "#88ccee",
+    "#ddcc77", "#cc6677", "#225555",
+)  # fmt: skip
 _TICKS = tuple(digit * 10.0**power for power in range(-4, 6) for digit in (1, 3))
 _SIDES = (  # of a point, where its label may stand: offset and alignment
     (0, 6, "center", "bottom"), (7, 0, "left", "center"),

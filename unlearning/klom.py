@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
+Bins = np.ndarray[Any, np.dtype[np.int64]]
 
 BINS = 20
 CLIP = 100.0
@@ -14,9 +15,41 @@ FEWEST_MODELS = 80
 FEWEST_ROWS_FOR_P95 = 20
 
 
-def _frequencies(margins: Array, edges: Array) -> Array:
-    """Share of models in each bin, [bin, row]; the last bin is closed."""
-    places = (margins[:, None] >= edges[None, 1:-1]).sum(1)
+def bin_numbers(unlearned: Array, oracles: Array, bins: int) -> tuple[Bins, Bins]:
+    """Number of the bin that each margin lies in, equal bins over the pooled range of its row.
+
+    Margins are clipped to [-100, 100]; the last bin is closed, so that no model is dropped.
+
+    Args:
+        unlearned: margins [model, target].
+        oracles: margins [model, target].
+        bins: how many.
+
+    Returns:
+        Numbers from 0 on of both sides, each [model, target].
+
+    Raises:
+        ValueError: the shapes do not fit, or a margin is not a number.
+
+    Example:
+        >>> rows = np.array([[0.0], [1.0], [4.0]])
+        >>> bin_numbers(rows, rows, 4)[0].ravel()
+        array([0, 1, 3])
+    """
+    u, o = (np.clip(side, -CLIP, CLIP) for side in check_margins(unlearned, oracles))
+    lowest = np.minimum(u.min(0), o.min(0))
+    highest = np.maximum(u.max(0), o.max(0))
+    # np.linspace of all rows at once rounds otherwise as soon as one row is constant.
+    edges = np.arange(1, bins)[:, None] * ((highest - lowest) / bins) + lowest
+    first, second = (np.zeros(side.shape, dtype=np.int64) for side in (u, o))
+    for edge in edges:
+        first += u >= edge
+        second += o >= edge
+    return first, second
+
+
+def _frequencies(places: Bins) -> Array:
+    """Share of models in each bin, [bin, row]."""
     return np.stack([(places == b).mean(0) for b in range(BINS)])
 
 
@@ -45,13 +78,7 @@ def klom(unlearned: Array, oracles: Array) -> Array:
     Source: Attribute-to-Delete (arXiv 2410.23232); direction and bins as stated here, because
         published implementations differ in both.
     """
-    u, o = _pair(unlearned, oracles)
-    u, o = np.clip(u, -CLIP, CLIP), np.clip(o, -CLIP, CLIP)
-    lowest = np.minimum(u.min(0), o.min(0))
-    highest = np.maximum(u.max(0), o.max(0))
-    # np.linspace of all rows at once rounds otherwise as soon as one row is constant.
-    edges = np.arange(BINS + 1)[:, None] * ((highest - lowest) / BINS) + lowest
-    p, q = _frequencies(u, edges), _frequencies(o, edges)
+    p, q = (_frequencies(places) for places in bin_numbers(unlearned, oracles, BINS))
     q = np.where(p > 0, np.maximum(q, FLOOR), q)
     q = q / q.sum(0)
     ratio = np.log(np.where(p > 0, p, 1.0)) - np.log(np.where(p > 0, q, 1.0))
@@ -130,13 +157,29 @@ def spread(unlearned: Array, oracles: Array) -> Array:
 
 
 def _samples(unlearned: Array, oracles: Array) -> tuple[Array, Array]:
-    u, o = _pair(unlearned, oracles)
+    u, o = check_margins(unlearned, oracles)
     if min(len(u), len(o)) < 2:
         raise ValueError(f"a spread needs at least 2 models, got {len(u)} and {len(o)}")
     return u, o
 
 
-def _pair(unlearned: Array, oracles: Array) -> tuple[Array, Array]:
+def check_margins(unlearned: Array, oracles: Array) -> tuple[Array, Array]:
+    """Both sides in double precision, refused where they cannot be compared.
+
+    Args:
+        unlearned: margins [model, target].
+        oracles: margins [model, target].
+
+    Returns:
+        Both.
+
+    Raises:
+        ValueError: the shapes do not fit, or a margin is not a number.
+
+    Example:
+        >>> check_margins(np.zeros((2, 3), dtype=np.float32), np.zeros((1, 3)))[0].dtype
+        dtype('float64')
+    """
     u, o = np.asarray(unlearned, dtype=np.float64), np.asarray(oracles, dtype=np.float64)
     if u.ndim != 2 or o.ndim != 2 or u.shape[1] != o.shape[1] or 0 in (len(u), len(o)):
         raise ValueError(

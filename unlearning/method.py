@@ -19,6 +19,7 @@ from attribution.training import epoch_order
 PLAIN = (bool, int, float, str)
 Value = Callable[[Tensor, Tensor, Tensor], Tensor]
 Gap = Callable[[Tensor, slice], Tensor]
+Choose = Callable[[Tensor], int]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,21 @@ class Stopping:
 
 
 @dataclass(frozen=True)
+class Rewinding:
+    """Goes back, after the last step, to one of the states that a model has been in.
+
+    Args:
+        steps: numbers of steps after which a state is kept, ascending; the last one ends the plan.
+        inputs: rows whose outputs decide, [row, ...].
+        choose: maps outputs [state, row, output] of one model to the number of its state.
+    """
+
+    steps: tuple[int, ...]
+    inputs: Tensor
+    choose: Choose
+
+
+@dataclass(frozen=True)
 class Plan:
     """Gradient steps, the same for one model and for many.
 
@@ -98,10 +114,13 @@ class Plan:
         cotangent: derivative of a row's objective with respect to its outputs.
         value: a row's objective, for the history.
         optimizer: SGD or Adam.
-        targets: outputs to match, [model, row, output], or None.
+        targets: what a row's objective needs beside its label, [model, row, number], such as
+            outputs to match, or None.
         project: maps updates by parameter name to the updates that are made, or None.
-        stopping: when to stop early, or None.
+        stopping: when to stop early, or which state to go back to; None: neither.
         training: steps in train mode, so that BatchNorm statistics move.
+        start: states before the first step, each tensor [model, ...]; None: the request's.
+        spent: rows that a gradient was computed for before the first step.
     """
 
     inputs: Tensor
@@ -113,11 +132,19 @@ class Plan:
     optimizer: Optimizer = field(default_factory=SGD)
     targets: Tensor | None = None
     project: Callable[[int | None], Project] | None = None
-    stopping: Stopping | None = None
+    stopping: Stopping | Rewinding | None = None
     training: bool = False
+    start: State | None = None
+    spent: int = 0
 
 
-def stream_order(rows: int, steps: int, batch_size: int, request: Request) -> Rows:
+def stream_order(
+    rows: int,
+    steps: int,
+    batch_size: int,
+    request: Request,
+    purpose: str = "unlearning order",
+) -> Rows:
     """Rows of every step of every model: random passes in one stream, no batch cut short.
 
     Args:
@@ -125,6 +152,7 @@ def stream_order(rows: int, steps: int, batch_size: int, request: Request) -> Ro
         steps: number of steps.
         batch_size: rows a step.
         request: gives the models' numbers and the seed.
+        purpose: names the draw; another name gives an independent one.
 
     Returns:
         Positions [model, step, row].
@@ -132,13 +160,19 @@ def stream_order(rows: int, steps: int, batch_size: int, request: Request) -> Ro
     passes = -(-steps * batch_size // rows)
     orders = []
     for number in request.numbers:
-        random = generator(request.seed, "unlearning order", number)
+        random = generator(request.seed, purpose, number)
         stream = np.concatenate([random.permutation(rows) for _ in range(passes)])
         orders.append(stream[: steps * batch_size].reshape(steps, batch_size))
     return np.stack(orders)
 
 
-def epochs_order(rows: int, epochs: int, batch_size: int, request: Request) -> Rows:
+def epochs_order(
+    rows: int,
+    epochs: int,
+    batch_size: int,
+    request: Request,
+    purpose: str = "unlearning order",
+) -> Rows:
     """Rows of every step of every model: whole passes, the last batch of each padded with -1.
 
     Args:
@@ -146,13 +180,14 @@ def epochs_order(rows: int, epochs: int, batch_size: int, request: Request) -> R
         epochs: passes over them.
         batch_size: rows a step.
         request: gives the models' numbers and the seed.
+        purpose: names the draw; another name gives an independent one.
 
     Returns:
         Positions [model, step, row].
     """
     orders = []
     for number in request.numbers:
-        random = generator(request.seed, "unlearning order", number)
+        random = generator(request.seed, purpose, number)
         passes = [epoch_order(np.arange(rows), batch_size, random) for _ in range(epochs)]
         orders.append(np.concatenate(passes))
     return np.stack(orders)
@@ -212,6 +247,21 @@ def check_positive(method: object, names: Sequence[str]) -> None:
             raise ValueError(
                 f"{kind}.{name} must be above 0 and finite, got {getattr(method, name)}"
             )
+
+
+def check_share(method: object, name: str) -> None:
+    """Refuses a setting of a method that is no share strictly between 0 and 1.
+
+    Args:
+        method: a dataclass.
+        name: field to check.
+
+    Raises:
+        ValueError: names the field and its value.
+    """
+    if not 0 < getattr(method, name) < 1:
+        kind = type(method).__name__
+        raise ValueError(f"{kind}.{name} must lie between 0 and 1, got {getattr(method, name)}")
 
 
 def check_batchnorm(batchnorm: str) -> None:

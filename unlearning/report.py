@@ -37,6 +37,12 @@ _LABELS = {  # name: as tables and prose say it, as figures say it
     "pgu": ("PGU", "PGU"),
     "gradient_ascent": ("gradient ascent", "gradient ascent"),
     "fine_tune": ("fine-tune", "fine-tune"),
+    "neggrad_plus": ("NegGrad+", "NegGrad+"),
+    "ascent_descent": ("ascent-descent", "ascent-descent"),
+    "scrub": ("SCRUB", "SCRUB"),
+    "ssd": ("SSD", "SSD"),
+    "salun": ("SalUn", "SalUn"),
+    "bad_teacher": ("bad teacher", "bad teacher"),
 }
 _DISTANCES = {"klom": "KLOM", "gaussian_kl": "Gaussian KL"}
 _STAGES = ("before", "predicted", "retrained", "unlearned")

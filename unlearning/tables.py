@@ -39,7 +39,8 @@ def _percent(value: float | None) -> str:
 def evaluation_table(evaluation: Mapping[str, Any]) -> str:
     """What methods and predictors reach: one table a forget set, then one of all predictions.
 
-    The first hold distance to oracles, shift, spread, accuracy and cost of every method; the last
+    The first hold distance to oracles, shift, spread, U-LiRA (balanced accuracy, forget rows), RMIA
+    (AUC), ToW, accuracy and cost of every method; the last
     holds each predictor's agreement with the oracles on the forget rows, sets of one kind also
     taken together.
 
@@ -112,13 +113,15 @@ def _set_table(name: str, block: Mapping[str, Any]) -> str:
     counted = block["null"]["klom"]["forget"]["mean"] is not None
     measure, title = ("klom", "KLOM") if counted else ("gaussian_kl", "Gaussian KL")
     header = [f"{name} ({block['size']} rows)", f"{title} forget", "retain", "test"]
-    header += ["shift", "spread", "accuracy", "seconds", "of a retrain"]
-    rows = [["two oracle banks", *_distances(block["null"], measure), "", "", ""]]
+    header += ["shift", "spread", "U-LiRA", "RMIA", "ToW", "accuracy", "seconds", "of a retrain"]
+    null = block["null"]
+    rows = [["two oracle banks", *_distances(null, measure), *_attacks(null), "", "", ""]]
     for method, told in block["methods"].items():
         rows.append(
             [
                 method,
                 *_distances(told, measure),
+                *_attacks(told),
                 _number(told["accuracy"]["forget"]),
                 f"{told['seconds']:.3f}",
                 _percent(told["cost_over_retrain"]),
@@ -130,6 +133,15 @@ def _set_table(name: str, block: Mapping[str, Any]) -> str:
 def _distances(told: Mapping[str, Any], measure: str) -> list[str]:
     pairs = [_pair(told[measure][split]) for split in ("forget", "retain", "test")]
     return [*pairs, _number(told["shift"]["forget"]), _number(told["spread"]["forget"])]
+
+
+def _attacks(told: Mapping[str, Any]) -> list[str]:
+    """U-LiRA, RMIA and ToW; dashes where nothing was retrained to compare with."""
+    attacks = told.get("attacks")
+    if attacks is None:
+        return ["-", "-", "-"]
+    balanced = attacks["ulira"]["accuracy"]["forget"]["mean"]
+    return [_percent(balanced), _number(attacks["rmia"]["auc"]), _number(told["tow"])]
 
 
 def prediction_table(task: Task, prediction: Prediction, targets: Rows) -> str:

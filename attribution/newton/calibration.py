@@ -1,6 +1,7 @@
 """Calibration: what a few models really retrained tell about predictions."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,6 +23,8 @@ class Calibration:
         noise: factor on the spread of the checkpoints' outputs, which makes it that of one
             retraining without the forget set.
         forget_sets: how many sets it was fitted on, one retrained model each.
+        shared: factor on the spread of the checkpoints' outputs, which makes it what the linear
+            model gets wrong where all forget rows change alike; none: 0.
 
     Example:
         >>> factors = {"forget": 1.1, "retain": 0.8, "test": 0.9}
@@ -36,21 +39,27 @@ class Calibration:
     spread: dict[str, float]
     noise: dict[str, float]
     forget_sets: int
+    shared: Mapping[str, float] = field(default_factory=dict)
 
-    def applied(self, change: Change, forget: ForgetSet, targets: Rows) -> Change:
+    def applied(
+        self, change: Change, forget: ForgetSet, targets: Rows, common: float = 0.0
+    ) -> Change:
         """A plain prediction, scaled and with calibrated variances.
 
         Args:
             change: as it is without calibration, of these targets.
             forget: the rows that are removed in the end; they tell the kind of a target.
             targets: positions among the task's targets, [target].
+            common: how much of their change the forget rows have in common; see `common_share`.
 
         Returns:
-            mean x scale, std x spread and noise x noise, by kind of row.
+            mean x scale, noise x noise, and as std the root of (std x spread)^2 + common x
+            (noise x shared)^2, by kind of row.
         """
         kinds = row_kinds(forget, targets)
-        scale, spread, noise = (
-            np.array([table[kind] for kind in KINDS], dtype=np.float32)[kinds][:, None]
-            for table in (self.scale, self.spread, self.noise)
+        scale, spread, noise, shared = (
+            np.array([table.get(kind, 0.0) for kind in KINDS], dtype=np.float32)[kinds][:, None]
+            for table in (self.scale, self.spread, self.noise, self.shared)
         )
-        return Change(change.mean * scale, change.std * spread, change.noise * noise)
+        off = np.sqrt(np.float32(common)) * shared * change.noise
+        return Change(change.mean * scale, np.hypot(change.std * spread, off), change.noise * noise)

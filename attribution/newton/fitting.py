@@ -6,9 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from attribution.calibration_bank import KINDS, Case, cases_of, joined, variance_factors
+from attribution.calibration_bank import (
+    KINDS,
+    Case,
+    cases_of,
+    common_share,
+    joined,
+    variance_factors,
+)
 from attribution.counterfactual import Change
 from attribution.ensemble import Ensemble
+from attribution.forget import Mask
 from attribution.gradients import Features
 from attribution.losses import SquaredError
 from attribution.newton.calibration import Calibration
@@ -50,9 +58,12 @@ def calibrate(
     that predictions of single checkpoints scatter around; two of them, a and b, tell it without
     bias: (change - a)(change - b). Then scale s and the variances are least squares,
 
-        change = s x predicted,    (change - s x predicted)^2 = x spread^2 + y noise^2,
+        change = s x predicted,
+        (change - s x predicted)^2 = x spread^2 + z common noise^2 + y noise^2,
 
-    where a forget set weighs one over the squared change of its rows of that kind.
+    where common is the share of their change that the forget rows have in common, because rows
+    that go together change what the linear model takes as fixed. For the scale a forget set weighs
+    one over the squared change of its rows of that kind, for the variances all weigh the same.
 
     Args:
         newton: gives features and number of steps; how it is calibrated now is not used.
@@ -266,27 +277,41 @@ def _error(newton: GroupNewton, case: Case) -> float:
 
 
 def _fitted(newton: GroupNewton, cases: Sequence[Case], changes: Sequence[Change]) -> Calibration:
-    scale, spread, noise = {}, {}, {}
-    for number, kind in enumerate(KINDS):
-        scale[kind], spread[kind], noise[kind] = _fitted_kind(number, cases, changes)
+    factors = [_fitted_kind(number, cases, changes) for number in range(len(KINDS))]
+    scale, spread, shared, noise = (
+        dict(zip(KINDS, column, strict=True)) for column in zip(*factors, strict=True)
+    )
     assert newton.damping is not None
     assert newton.temperature is not None
-    return Calibration(newton.damping, newton.temperature, scale, spread, noise, len(cases))
+    chosen = newton.damping, newton.temperature
+    return Calibration(*chosen, scale, spread, noise, len(cases), shared)
 
 
 def _fitted_kind(
     kind: int, cases: Sequence[Case], changes: Sequence[Change]
-) -> tuple[float, float, float]:
+) -> tuple[float, float, float, float]:
+    """Scale, spread, shared and noise of one kind of row."""
     pairs = [(case, c, case.kinds[kind]) for case, c in zip(cases, changes, strict=True)]
     pairs = [pair for pair in pairs if pair[2].any()]
     if not pairs:
-        return 1.0, 1.0, 1.0
+        return 1.0, 1.0, 0.0, 1.0
     truth = joined([case.change[rows] for case, _, rows in pairs])
     mean = joined([change.mean[rows] for _, change, rows in pairs])
     std = joined([change.std[rows] for _, change, rows in pairs])
     one = joined([change.noise[rows] for _, change, rows in pairs])
-    weight = joined([np.full(c.change[rows].shape, c.weight(kind)) for c, _, rows in pairs])
+    common = _each(pairs, lambda case, change: common_share(change.mean[case.forget.rows]))
+    weight = _each(pairs, lambda case, _: case.weight(kind))
     power = float((weight * mean) @ mean)
     scale = max(0.0, float((weight * mean) @ truth) / power) if power else 1.0
-    left = np.square(truth - scale * mean)
-    return scale, *variance_factors(left, np.square(std), np.square(one))
+    variances = np.square(std), common * np.square(one), np.square(one)
+    # Every forget set alike: a coherent one has fewer rows, and says alone what coherence does.
+    alike = joined([np.full(c.mean[rows].shape, 1 / c.mean[rows].size) for _, c, rows in pairs])
+    found = variance_factors(np.square(truth - scale * mean), *variances, weight=alike)
+    return scale, found[0], found[1], found[2]
+
+
+def _each(
+    pairs: Sequence[tuple[Case, Change, Mask]], value: Callable[[Case, Change], float]
+) -> Array:
+    """A value of each forget set, once for every output of its rows."""
+    return joined([np.full(c.mean[rows].shape, value(case, c)) for case, c, rows in pairs])

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution.calibration_bank import common_share
 from attribution.counterfactual import Change, Counterfactual, check_ids
 from attribution.forget import ForgetSet
 from attribution.gradients import Features
@@ -109,22 +110,23 @@ class GroupNewton(Counterfactual):
             ValueError: a forget set of other data, or too little damping.
         """
         places = np.arange(len(self.task.target_ids)) if targets is None else targets
-        wanted, gone = self.changes(forget, places), None
-        if already is not None:
-            gone = self.changes(already, places)
-        each = wanted if gone is None else wanted - gone
+        steps = self._steps(forget)
+        wanted = self._along(steps, places)
+        each = wanted if already is None else wanted - self.changes(already, places)
         plain = Change(
             wanted.mean(0),
             spread_over_checkpoints(each),
             spread_over_checkpoints(self._outputs(places)),
         )
         if self.calibration is None:
-            return plain if gone is None else replace(plain, mean=each.mean(0))
-        found = self.calibration.applied(plain, forget, places)
-        if already is None or gone is None:
+            return plain if already is None else replace(plain, mean=each.mean(0))
+        common = common_share(self._along(steps, forget.rows).mean(0))
+        found = self.calibration.applied(plain, forget, places, common)
+        if already is None:
             return found
         # Its rows are of the kind that they were when they were removed.
-        before = self.calibration.applied(replace(plain, mean=gone.mean(0)), already, places)
+        gone = replace(plain, mean=(wanted - each).mean(0))
+        before = self.calibration.applied(gone, already, places)
         return replace(found, mean=found.mean - before.mean)
 
     def changes(self, forget: ForgetSet, targets: Rows) -> Array:
@@ -140,11 +142,15 @@ class GroupNewton(Counterfactual):
         Raises:
             ValueError: a forget set of other data, or too little damping.
         """
+        return self._along(self._steps(forget), targets)
+
+    def _steps(self, forget: ForgetSet) -> list[Array]:
+        return [self.step(checkpoint, forget).numpy() for checkpoint in range(len(self.features))]
+
+    def _along(self, steps: list[Array], targets: Rows) -> Array:
+        """First-order changes for a step of each checkpoint, [checkpoint, target, output]."""
         return np.stack(
-            [
-                self.features.product(checkpoint, self.step(checkpoint, forget).numpy(), targets)
-                for checkpoint in range(len(self.features))
-            ]
+            [self.features.product(number, step, targets) for number, step in enumerate(steps)]
         )
 
     def step(

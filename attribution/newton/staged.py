@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from attribution.calibration_bank import KINDS
+from attribution.calibration_bank import KINDS, common_share
 from attribution.counterfactual import Change, Counterfactual
 from attribution.forget import ForgetSet
 from attribution.gradients import Features, featurize
@@ -61,7 +61,8 @@ class StagedNewton(Counterfactual):
         """
         task, features = self.newton.task, self.newton.features
         places = np.arange(len(task.target_ids)) if targets is None else targets
-        each = self.changes(forget, places)
+        every = self.changes(forget, np.concatenate([places, forget.rows]))
+        each, common = every[:, : len(places)], common_share(every[:, len(places) :].mean(0))
         if already is not None:
             each = each - self.changes(already, places)
         outputs = np.stack([features.outputs(c, places) for c in range(len(features))])
@@ -71,7 +72,7 @@ class StagedNewton(Counterfactual):
         if self.newton.calibration is None:
             return plain
         told = replace(self.newton.calibration, scale=dict.fromkeys(KINDS, 1.0))
-        return told.applied(plain, forget, places)
+        return told.applied(plain, forget, places, common)
 
     def changes(self, forget: ForgetSet, targets: Rows) -> Array:
         """Change that each checkpoint predicts, [checkpoint, target, output]."""

@@ -129,6 +129,10 @@ def _trak_package(context: Context, store: Store, plain: Remains) -> Remains:
     return replace(plain, shapes=shorter, revise=ranked)
 
 
+def _prior(context: Context, store: Store, plain: Remains) -> None:
+    """It served to make the residual's models, and is made anew where they are not finished."""
+
+
 def _calibration(context: Context, store: Store, plain: Remains) -> Remains | None:
     # Not fitted yet: it would be fitted with another damping, which the rows' number tells.
     return plain if context.run.exists("calibration.json") else None
@@ -165,6 +169,7 @@ KINDS = {
     "datamodel": Kind({}, change=_datamodel),
     "calibration-choice": Kind({}, named=(), change=_calibration),
     "calibration-changes": Kind({}, named=(), change=_calibration),
+    "residual-prior": Kind({}, named=(), change=_prior),
     "in-run-scores": Kind({}, ("targets",), change=_in_run),
     "trak-package-scores": Kind({}, change=_trak_package),
     "prediction": Kind({}, named=("target",)),

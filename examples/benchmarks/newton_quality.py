@@ -155,7 +155,9 @@ def main() -> None:
     parser.add_argument("--run", default="runs/digits")
     parser.add_argument("--models", type=int, default=100)
     parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--predictors", nargs="+", default=["one step", "newton", "combined"])
+    parser.add_argument(
+        "--predictors", nargs="+", default=["one step", "newton", "combined", "residual"]
+    )
     parser.add_argument("--out", help="also write the numbers as JSON")
     options = parser.parse_args()
     run = precompute("examples/digits.py:task", options.run)
@@ -165,6 +167,7 @@ def main() -> None:
         "staged": lambda: StagedNewton(run.newton),
         "datamodel": lambda: run.datamodel,
         "combined": lambda: run.combined,
+        "residual": lambda: run.residual,
     }
     print(f"{hardware()}; {options.models} models a bank; {run.calibration}")
     told: dict[str, Any] = {}

@@ -222,6 +222,20 @@ class TestVarianceFactors:
         assert found == pytest.approx((2, 3), abs=1e-6)
         assert variance_factors(np.ones(3), np.zeros(3), np.zeros(3)) == (0, 0)
 
+    @pytest.mark.parametrize("factors", [(2.0, 0.5, 3.0), (0.0, 1.5, 0.0), (1.0, 0.0, 0.2)])
+    def test_three_known_factors_are_found(self, variances, factors):
+        third = variances[0][::-1] * np.linspace(0, 1, len(variances[0]))
+        every = (*variances, third)
+        left = sum(a**2 * v for a, v in zip(factors, every, strict=True))
+        assert variance_factors(left, *every) == pytest.approx(factors, abs=1e-6)
+
+    def test_values_weigh_what_they_are_given(self, variances):
+        left = np.concatenate([4 * variances[0], 9 * variances[0]])
+        twice, n = np.tile(variances[0], 2), len(variances[0])
+        for weight, expected in ((np.repeat([1.0, 0.0], n), 2), (np.repeat([0.0, 1.0], n), 3)):
+            found = variance_factors(left, twice, weight=weight)
+            assert found == pytest.approx((expected,))
+
     @pytest.mark.parametrize("unknown", [np.nan, np.inf])
     def test_values_of_unknown_variance_are_left_out(self, variances, unknown):
         left = 4 * variances[0] + 9 * variances[1]

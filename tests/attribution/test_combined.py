@@ -36,8 +36,8 @@ def drawn(seed, scale=1.0):
 
 WEIGHTS = {
     "forget": Weights(0.9, 0.2, 1.5, 3.0),
-    "retain": Weights(0.5, 0.0, 1.0, 2.0),
-    "test": Weights(0.0, 0.7, 2.0, 0.5),
+    "retain": Weights(0.5, 0.0, 1.0, 2.0, 7.0),
+    "test": Weights(0.0, 0.7, 2.0, 0.5, 1.2),
 }
 
 
@@ -55,7 +55,8 @@ def test_changes_are_weighed_by_kind_of_row(task, targets):
         kind = "forget" if place in (3, 20) else "retain" if place < 37 else "test"
         w = WEIGHTS[kind]
         mean = w.first * one.mean[place] + w.second * two.mean[place]
-        std = w.spread * np.hypot(w.first * one.std[place], w.second * two.std[place])
+        other = w.spread if w.second_spread is None else w.second_spread
+        std = np.hypot(w.spread * w.first * one.std[place], other * w.second * two.std[place])
         np.testing.assert_allclose(found.mean[row], mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(found.std[row], std, rtol=1e-5)
         np.testing.assert_allclose(found.noise[row], w.noise * one.noise[place], rtol=1e-5)
@@ -182,3 +183,16 @@ def test_kinds_without_rows_get_the_first_predictor_as_it_is():
     found = weigh([case], [(one, two)])
     assert found["test"] == Weights(1.0, 0.0, 1.0, 1.0)
     assert found["retain"].first == pytest.approx(1, abs=1e-5)
+
+
+def test_a_second_deviation_that_is_not_trusted_is_left_out(task):
+    random = np.random.default_rng(4)
+    one, two = drawn(1), drawn(2)
+    two.std[:] = np.inf
+    forget = ForgetSet.at(task, [3, 20])
+    change = one.mean + 0.5 * two.mean + 0.1 * random.normal(size=one.mean.shape)
+    weights = weigh([Case(task, forget, 0 * change, change)], [(one, two)], trusted=False)
+    assert weights["retain"].second == pytest.approx(0.5, abs=0.1)
+    assert {w.second_spread for w in weights.values()} == {0.0}
+    found = Combined(Told(one), Told(two), weights).change(forget)
+    assert np.isfinite(found.std).all()

@@ -19,6 +19,7 @@ from attribution import (
 )
 from attribution.calibration_bank import KINDS, row_kinds
 from attribution.combined import Weights
+from attribution.residual import models_like_requests, residual_models
 from attribution.trak import fit_trak
 from tests.attribution.newton.cases import TASKS, newton_of
 from tests.tasks import blobs, write_ensemble
@@ -80,6 +81,21 @@ def combined_case(folder):
     return Case(task, combined, by_kind=True)
 
 
+def residual_case(folder):
+    task = blobs()
+    newton = newton_of(task, folder / "features", damping=0.5)
+    random = np.random.default_rng(1)
+    masks = random.random((40, len(task.train_ids))) < 0.82  # every row is lacking somewhere
+    outputs = random.normal(size=(45, len(task.target_ids), 2)).astype(np.float32)
+    everything = np.ones((5, len(task.train_ids)), dtype=bool)
+    near = write_ensemble(folder / "near", task, masks, outputs[:40])
+    full = write_ensemble(folder / "full", task, everything, outputs[40:])
+    chosen = models_like_requests(near, 30)
+    left = residual_models(near, newton, folder / "residual", anchor=full, models=chosen)
+    lacking = fit_datamodels(left, anchor=full, to=folder / "datamodel")
+    return Case(task, Combined(newton, lacking, WEIGHTS), by_kind=True)
+
+
 def staged_case(folder):
     task = blobs()
     newton = newton_of(task, folder / "features", count=2, damping=0.5)
@@ -92,6 +108,7 @@ CASES = {f"newton, {name}": newton_case(make) for name, make in TASKS.items()} |
     "datamodel": datamodel_case,
     "trak": trak_case,
     "combined": combined_case,
+    "residual": residual_case,
 }
 
 

@@ -129,6 +129,7 @@ class TestNewton:
     def test_an_interrupted_call_ends_with_the_same_bits(self, tmp_path, monkeypatch):
         spec = write_task(tmp_path)
         whole = precompute(spec, tmp_path / "whole", **FEW)
+        # Too few models lack few rows for a residual.
         assert whole.predictors == ("datamodel", "newton", "combined", "trak")
         # Of fewer models than there would be checkpoints, all are.
         assert (len(whole.features), read_settings(whole.path).checkpoints) == (3, 3)

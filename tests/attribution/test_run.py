@@ -63,6 +63,13 @@ def test_a_bank_is_trained_once_and_without_the_forget_set(run, few):
     assert len(others | {bank.store.path}) == 4
 
 
+def test_a_bank_with_weights_holds_the_same_models(run, few):
+    bank, kept = (run.bank(few, 0, 4, weights=weights, workers=0) for weights in (False, True))
+    assert (bank.keeps_weights, kept.keeps_weights) == (False, True)
+    assert np.array_equal(bank.outputs, kept.outputs)
+    np.testing.assert_allclose(kept.model(1).outputs(), kept.outputs[1], atol=1e-5)
+
+
 def test_the_oracle_uses_the_bank_that_does_not_judge(run, few):
     oracle = run.oracle(few, 4, workers=0)
     assert oracle.bank.store.path == run.bank(few, 1, 4).store.path
@@ -84,6 +91,7 @@ def test_stores_are_listed_finished_or_not(run, tmp_path):
         "features",
         "full",
         "moments",
+        "residual-mixed-24",
     }
     assert len(names) == len(set(names))
     assert [store.pending() for store in listed if store.path.endswith("/full")] == [[1]]
@@ -109,19 +117,19 @@ def test_a_run_made_from_other_data_does_not_open(run, tmp_path, field):
 
 
 class TestPredictors:
-    NAMES = ("datamodel", "newton", "combined", "trak")
+    NAMES = ("datamodel", "newton", "combined", "residual", "trak")
 
     def test_a_run_with_a_bank_has_all_of_them(self, run, few):
         assert run.predictors == self.NAMES
         changes = {name: run.predictor(name).change(few) for name in self.NAMES}
         assert {change.mean.shape for change in changes.values()} == {(48, 3)}
-        assert len({change.mean.tobytes() for change in changes.values()}) == 4
+        assert len({change.mean.tobytes() for change in changes.values()}) == 5
         assert run.newton.calibration == run.calibration.newton
         assert len(run.features) == 8
 
     def test_the_best_has_the_smallest_error_on_the_bank(self, run):
         errors = run.calibration.errors
-        assert set(errors) == {"datamodel", "newton", "combined"}
+        assert set(errors) == {"datamodel", "newton", "combined", "residual"}
         assert errors[run.best] == min(errors.values())
         assert run.predictor() is run.predictor(run.best)
 

@@ -15,10 +15,18 @@ ERRORS = {"datamodel": 0.8, "newton": 0.4, "combined": 0.3}
 
 @pytest.mark.parametrize("weights", [WEIGHTS, {}], ids=["weighed", "newton alone"])
 def test_it_is_read_as_it_was_written(tmp_path, weights):
-    told = RunCalibration(NEWTON, weights, ERRORS)
+    told = RunCalibration(NEWTON, weights, ERRORS, weights)
     told.save(tmp_path / "a.json")
     assert RunCalibration.load(tmp_path / "a.json") == told
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_from_before_there_was_a_residual_is_read(tmp_path):
+    RunCalibration(NEWTON, WEIGHTS, ERRORS, WEIGHTS).save(tmp_path / "a.json")
+    told = json.loads((tmp_path / "a.json").read_text())
+    del told["residual"]
+    (tmp_path / "a.json").write_text(json.dumps(told))
+    assert RunCalibration.load(tmp_path / "a.json") == RunCalibration(NEWTON, WEIGHTS, ERRORS)
 
 
 @pytest.mark.parametrize(

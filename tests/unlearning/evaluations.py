@@ -71,6 +71,35 @@ def _results(mean: float, index: int, size: int) -> dict[str, Any]:
     }
 
 
+def with_attacks(evaluation: dict[str, Any], *, relearning: bool = False) -> dict[str, Any]:
+    """What an audit of attacks adds: methods numbered from 1, the null 0."""
+    for block in evaluation["forget_sets"].values():
+        for number, told in enumerate([block["null"], *block["methods"].values()]):
+            told.update(_attacked(number))
+            if relearning:
+                told["relearning"] = {"steps": 40 - number, "sooner": 0.5 + number / 20}
+    return evaluation
+
+
+def _attacked(number: int) -> dict[str, Any]:
+    corrected = {"mean": number / 10, "low": number / 10 - 0.03, "high": number / 10 + 0.04}
+    sure = {split: {"mean": 0.5 + number / 100, "p95": 0.6} for split in SPLITS}
+    worst = {"id": f"train-{number}", "shift": -1.5 - number, "klom": None}
+    epsilon = {"median": 1.61 + number, "quality": 0.17, "separated": 0.0, "largest": 4.595}
+    return {
+        "klom_corrected": dict.fromkeys(SPLITS, corrected),
+        "logit_distance": dict.fromkeys(SPLITS, number / 5),
+        "tow": 1 - number / 1000,
+        "harmed": [worst, worst],
+        "attacks": {
+            "ulira": {"accuracy": sure, "auc": dict(sure)},
+            "loss": {"auc": 0.55, "rate": 0.012},
+            "rmia": {"auc": 0.6 + number / 100, "rate": 0.034},
+            "epsilon": epsilon,
+        },
+    }
+
+
 def _fit(r2: float) -> dict[str, Any]:
     fit = {"slope": 1.25, "r2": r2, "corr": 0.95, "ceiling": 0.985}
     widths = {"width": {"80": 1.31, "95": 2.01}, "constant_width": {"80": 1.71, "95": 2.61}}

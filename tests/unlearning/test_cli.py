@@ -54,7 +54,7 @@ class TestPrecompute:
             "features",
             "calibration",
         }
-        assert found["predictors"] == ["datamodel", "newton", "combined", "trak"]
+        assert found["predictors"] == ["datamodel", "newton", "combined", "residual", "trak"]
         assert found["best"] in found["predictors"]
         before = contents(run)
         assert dmm("precompute", spec, "--run", run, *SIZES) == (

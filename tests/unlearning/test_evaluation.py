@@ -15,6 +15,7 @@ from attribution.subsets import draw_subsets
 from stores import place
 from tests.small_runs import FULL_MODELS, TRAIN_ROWS, finished_run
 from tests.tasks import ridge_task
+from tests.unlearning.audits import by_split, klom_summary, places
 from unlearning import (
     Matching,
     evaluate_methods,
@@ -61,31 +62,6 @@ def banks(run, forget):
     return [run.bank(forget, which, FULL_MODELS, workers=0) for which in (0, 1)]
 
 
-def places(forget):
-    """Positions of each split, written out."""
-    left = [i for i in range(TRAIN_ROWS) if i not in forget.positions]
-    return {
-        "forget": list(forget.positions),
-        "retain": left,
-        "test": list(range(TRAIN_ROWS, TRAIN_ROWS + 11)),
-    }
-
-
-def by_split(values, forget):
-    return {split: pytest.approx(values[rows].mean()) for split, rows in places(forget).items()}
-
-
-def klom_summary(values, forget):
-    """The mean of each split, and P95 where there are 20 rows: the retain rows alone have them."""
-    return {
-        split: {
-            "mean": pytest.approx(values[rows].mean()),
-            "p95": pytest.approx(np.percentile(values[rows], 95)) if len(rows) >= 20 else None,
-        }
-        for split, rows in places(forget).items()
-    }
-
-
 def test_every_promised_key_is_there(told):
     assert told["schema"] == 1
     assert (told["n_models"], told["seed"]) == (FULL_MODELS, 0)
@@ -97,8 +73,11 @@ def test_every_promised_key_is_there(told):
     assert (block["size"], block["kind"]) == (5, "rows")
     splits = {"forget", "retain", "test"}
     for found in [block["null"], *block["methods"].values()]:
-        for measure in ("klom", "gaussian_kl", "shift", "spread"):
+        for measure in ("klom", "gaussian_kl", "shift", "spread", "klom_corrected"):
             assert set(found[measure]) == splits
+        assert set(found["attacks"]) == {"ulira", "loss", "rmia", "epsilon"}
+        assert {"tow", "logit_distance", "harmed"} <= set(found)
+        assert "relearning" not in found
     assert set(block["methods"]) == set(METHODS)
     for found in block["methods"].values():
         assert set(found["accuracy"]) == splits
@@ -318,6 +297,7 @@ def test_models_that_are_all_the_same_give_null_and_no_nan(tmp_path):
     found = told["forget_sets"]["forget"]["methods"]["do_nothing"]
     assert found["shift"]["forget"] is None
     assert found["gaussian_kl"]["forget"] == {"mean": None, "p95": None}
+    assert found["tow"] is None  # the quality of a regression is no accuracy
     assert told["retrain"]["gradient_evaluations"] is None
     assert "do_nothing" in evaluation_table(told)
 

@@ -7,13 +7,21 @@ from typing import Any
 from attribution import Counterfactual, Oracle
 from attribution.moments import Moments
 from unlearning.method import PLAIN
+from unlearning.methods.ascent_descent import AscentDescent
+from unlearning.methods.bad_teacher import BadTeacher
 from unlearning.methods.do_nothing import DoNothing
 from unlearning.methods.fine_tune import FineTune
 from unlearning.methods.gradient_ascent import GradientAscent
 from unlearning.methods.matching import Matching
+from unlearning.methods.neggrad_plus import NegGradPlus
 from unlearning.methods.projected_gradient import ProjectedGradient
+from unlearning.methods.saliency_unlearning import SaliencyUnlearning
+from unlearning.methods.scrub import Scrub
+from unlearning.methods.selective_synaptic_dampening import SelectiveSynapticDampening
 from unlearning.projection import GradientProjection
 from unlearning.runner import UnlearningMethod
+
+SWITCH = {"true": True, "false": False}
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,12 @@ METHODS: dict[str, Callable[[Evidence], UnlearningMethod]] = {
     ),
     "gradient_ascent": lambda _: GradientAscent(),
     "fine_tune": lambda _: FineTune(),
+    "neggrad_plus": lambda _: NegGradPlus(),
+    "ascent_descent": lambda _: AscentDescent(),
+    "scrub": lambda _: Scrub(),
+    "ssd": lambda _: SelectiveSynapticDampening(),
+    "salun": lambda _: SaliencyUnlearning(),
+    "bad_teacher": lambda _: BadTeacher(),
 }
 
 
@@ -91,8 +105,9 @@ def _parsed(method: UnlearningMethod, name: str, field: str, text: str) -> Any:
         raise ValueError(f"method {name!r} has no setting {field!r}; it has: {listed}")
     kind = type(known[field])
     try:
-        return kind(text)
-    except ValueError as error:
+        return SWITCH[text] if kind is bool else kind(text)
+    except (ValueError, KeyError) as error:
+        wanted = "true or false" if kind is bool else f"{kind.__name__} values"
         raise ValueError(
-            f"setting {field!r} of method {name!r} takes {kind.__name__} values, got {text!r}"
+            f"setting {field!r} of method {name!r} takes {wanted}, got {text!r}"
         ) from error

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -30,6 +32,21 @@ def test_factors_are_those_of_the_kind_of_row(calibration, places):
         expected = [[unit * table[kind]] * 2 for kind in kinds]
         np.testing.assert_allclose(values, expected, rtol=1e-6)
     assert not found.absolute
+
+
+def test_what_the_rows_have_in_common_widens_the_uncertainty(calibration):
+    shared = replace(calibration, shared={"forget": 0.5, "retain": 0.0, "test": 2.0})
+    ones = np.ones((3, 2), dtype=np.float32)
+    change, places = Change(ones, 3 * ones, 4 * ones), np.array([3, 5, 40])
+    forget = ForgetSet.at(blobs(), [3, 20])
+    plain = calibration.applied(change, forget, places)
+    for common in (0.0, 0.25, 1.0):
+        found = shared.applied(change, forget, places, common)
+        spreads = [(6, 2), (9, 0), (12, 8)]  # std x spread and noise x shared
+        expected = [[np.hypot(a, common**0.5 * b)] * 2 for a, b in spreads]
+        np.testing.assert_allclose(found.std, expected, rtol=1e-6)
+        np.testing.assert_array_equal(found.mean, plain.mean)
+        np.testing.assert_array_equal(found.noise, plain.noise)
 
 
 def test_unknown_spreads_stay_unknown(calibration):

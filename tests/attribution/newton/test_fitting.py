@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attribution import Calibration, ForgetSet, GroupNewton, calibrate
-from attribution.calibration_bank import KINDS, cases_of, row_kinds
+from attribution.calibration_bank import KINDS, cases_of, common_share, row_kinds
 from attribution.newton import fitting, predicted_changes
 from attribution.newton.fitting import mean_before
 from stores import Store
@@ -84,6 +84,18 @@ class TestFactors:
         for kind, factor in zip(KINDS, factors, strict=True):
             assert getattr(found, which)[kind] == pytest.approx(factor, rel=0.25)
             assert getattr(found, other)[kind] < 0.5
+
+    def test_what_the_forget_rows_have_in_common_is_found(self, newton, tmp_path):
+        def makes(change, kinds, random):
+            common = common_share(change.mean[kinds.ravel() == 0])
+            return change.mean + common**0.5 * change.noise * random.normal(size=change.mean.shape)
+
+        known = replace(newton, damping=UNIT)
+        bank = made_bank(known, tmp_path / "b", makes, sets=24)
+        found = calibrate(newton, bank, tmp_path / "c", **ONE)
+        for kind in ("retain", "test"):
+            assert found.shared[kind] == pytest.approx(1.0, rel=0.25)
+            assert found.noise[kind] < 0.3
 
     def test_a_change_that_goes_the_other_way_has_scale_zero(self, newton, tmp_path):
         known = replace(newton, damping=UNIT)

@@ -1,0 +1,206 @@
+"""What group Newton lacks: outputs of retrained models less what it predicts of them.
+
+A linear datamodel fitted to them has group Newton's prediction as its prior mean, and a few
+hundred models are enough: the prior has told the larger part of the change already.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from attribution.calibration_bank import KINDS
+from attribution.ensemble import Ensemble
+from attribution.forget import ForgetSet, Mask
+from attribution.newton import GroupNewton
+from attribution.outputs import Array
+from attribution.seeds import generator
+from attribution.task import Rows
+from attribution.training import threads
+from stores import (
+    ArraySpec,
+    Place,
+    Provenance,
+    Store,
+    StoreSpec,
+    Where,
+    digest,
+    in_turns,
+    place,
+    run_blocks,
+    versions,
+)
+
+LARGEST = 0.25  # of the training rows: what a model may lack to be like a deletion request
+CHECKPOINTS, STEPS = 4, 1  # of the prior: hundreds of large sets are predicted, roughly
+MODELS_TOGETHER = 5
+
+
+def models_like_requests(ensemble: Ensemble, models: int, seed: int = 0) -> Rows:
+    """Some models that lack no more rows than a deletion request may ask for.
+
+    Half-size subsets are left out: what a prediction for small sets says of them is useless.
+
+    Args:
+        ensemble: models trained on subsets.
+        models: how many at most.
+        seed: of the choice.
+
+    Returns:
+        Their numbers, ascending; none where all models lack more than a quarter of the rows.
+
+    Example:
+        >>> import tempfile
+        >>> from attribution import draw_subsets, train_models
+        >>> from examples.digits import task
+        >>> mixed = draw_subsets(task, models=8, design="mixed")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     models_like_requests(train_models(task, mixed, folder + "/a", workers=0), 3).shape
+        (3,)
+    """
+    lacking = (~ensemble.masks).mean(1)
+    fitting = np.flatnonzero((lacking > 0) & (lacking <= LARGEST))
+    return np.sort(generator(seed, "residual models").permutation(fitting)[:models])
+
+
+def residual_models(
+    ensemble: Ensemble,
+    newton: GroupNewton,
+    to: Where,
+    *,
+    anchor: Ensemble,
+    models: Sequence[int] | Rows,
+    workers: int | None = 0,
+    scheduler: str | None = None,
+) -> Ensemble:
+    """Some models of an ensemble, their outputs less what group Newton predicts of them.
+
+    With y_j the outputs of model j, S_j the rows it lacks and p the plain first Newton step of a
+    few checkpoints, the outputs kept are y_j - s p(S_j), where the factors s, one for each kind of
+    row, are least squares of y_j - mean(full models) on p(S_j). `fit_datamodels` of them gives the
+    effects that group Newton lacks. Interrupted, the same call resumes.
+
+    Args:
+        ensemble: models trained on subsets.
+        newton: gives features, damping and temperature.
+        to: folder for the predictions and the models.
+        anchor: models trained on all rows.
+        models: numbers of the models, ascending; see `models_like_requests`.
+        workers: processes; None for one per core, 0 for this process.
+        scheduler: address of an existing dask scheduler instead.
+
+    Returns:
+        The models, as an ensemble without weights.
+
+    Raises:
+        ValueError: models of other rows than group Newton's, one that lacks no row, or a folder
+            that holds what was made from something else.
+
+    Source: ours; a linear datamodel (arXiv 2202.00622) around a prior mean.
+    """
+    newton.check_task(ensemble.task)
+    numbers = np.asarray(models)
+    masks = ensemble.masks[numbers]
+    if not len(numbers) or masks.all(1).any():
+        raise ValueError(
+            "a residual needs models that each lack some rows: choose them with"
+            " models_like_requests"
+        )
+    few = min(CHECKPOINTS, len(newton.features))
+    plain = replace(_uncalibrated(newton), features=newton.features.first(few), steps=STEPS)
+    where: dict[str, Any] = {"workers": None if scheduler else workers, "scheduler": scheduler}
+    settings: dict[str, Any] = {
+        "ensemble": dict(ensemble.store.provenance.settings),
+        "anchor": dict(anchor.store.provenance.settings),
+        "models": digest(numbers.astype("<i8")),
+        "features": [dict(store.provenance.settings) for store in plain.features.stores],
+        "damping": plain.damping,
+        "temperature": plain.temperature,
+    }
+    for checkpoint in range(few):  # here and not in several workers at the same time
+        newton.features.curvature(checkpoint, plain.temperature or 1.0)
+    prior = _prior(plain, masks, place(to) / "prior", settings, where)
+    outputs = ensemble.outputs[numbers]
+    left = outputs - _scaled(prior, outputs - anchor.outputs.mean(0), masks)
+    return _written(ensemble, numbers, left, place(to) / "models", settings)
+
+
+def _uncalibrated(newton: GroupNewton) -> GroupNewton:
+    told = newton.calibration
+    if told is None:
+        return newton
+    damping, temperature = newton.damping or told.damping, newton.temperature or told.temperature
+    return replace(newton, damping=damping, temperature=temperature, calibration=None)
+
+
+def _prior(
+    newton: GroupNewton, masks: Mask, to: Place, settings: dict[str, Any], where: dict[str, Any]
+) -> Array:
+    targets = len(newton.task.target_ids)
+    shape = (len(masks), targets, newton.features.outputs(0, np.array([0])).shape[1])
+    arrays = {"change": ArraySpec(("model", "target", "output"), shape, "float32")}
+    store = Store.open_or_create(
+        to,
+        StoreSpec("residual-prior", "model", min(MODELS_TOGETHER, len(masks)), arrays),
+        Provenance(settings),
+        constants={"mask": masks},
+    )
+    if store.pending():
+        work = _PriorBlock(newton, store.path)
+        run_blocks(
+            in_turns(work, store),
+            store.pending(),
+            title="predictions of retrained models",
+            **where,
+        )
+    return store.finalize().numpy("change")
+
+
+@dataclass(frozen=True)
+class _PriorBlock:
+    newton: GroupNewton = field(repr=False)
+    path: str
+
+    def __call__(self, block: int) -> None:
+        store = Store.open(self.path)
+        lacking = ~store.constant("mask")[store.spec.span(block)]
+        sets = [ForgetSet.at(self.newton.task, np.flatnonzero(rows)) for rows in lacking]
+        with threads(1):
+            found = np.stack([self.newton.change(forget).mean for forget in sets])
+        store.write_block(block, {"change": found.astype(np.float32)})
+
+
+def _scaled(prior: Array, change: Array, masks: Mask) -> Array:
+    """The prior times its factor for each kind of row."""
+    targets = np.arange(prior.shape[1])
+    kinds = np.stack([np.where(targets < masks.shape[1], 1, 2)] * len(masks))
+    kinds[:, : masks.shape[1]][~masks] = 0
+    factors = np.zeros(len(KINDS), dtype=np.float32)
+    for kind in range(len(KINDS)):
+        p, t = prior[kinds == kind], change[kinds == kind]
+        power = float(np.square(p, dtype=np.float64).sum())
+        factors[kind] = max(0.0, float((p * t).sum(dtype=np.float64)) / power) if power else 0.0
+    return np.asarray(factors[kinds][..., None] * prior)
+
+
+def _written(
+    ensemble: Ensemble, numbers: Rows, outputs: Array, to: Place, settings: dict[str, Any]
+) -> Ensemble:
+    told = ensemble.store
+    axes = ("model", "target", "output")
+    block = min(MODELS_TOGETHER, len(outputs))
+    arrays = {"outputs": ArraySpec(axes, outputs.shape, told.spec.array("outputs").dtype)}
+    store = Store.open_or_create(
+        to,
+        StoreSpec("ensemble", "model", block, arrays),
+        Provenance(settings, {"versions": versions("torch", "numpy", "datamodel-matching")}),
+        constants={"mask": ensemble.masks[numbers], "judge": ensemble.judges[numbers]},
+        ids={"train": ensemble.task.train_ids, "target": ensemble.task.target_ids},
+        attributes={name: told.attributes[name] for name in ("design", "seed", "without")}
+        | {"keys": []},
+    )
+    for number in store.pending():
+        wanted = outputs[store.spec.span(number)].astype(arrays["outputs"].dtype)
+        store.write_block(number, {"outputs": wanted})
+    return Ensemble.open(store.finalize().path, ensemble.task)

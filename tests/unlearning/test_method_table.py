@@ -1,0 +1,133 @@
+"""How the table of methods is read: names, what each needs, and settings given as text."""
+
+import numpy as np
+import pytest
+
+from tests.unlearning.cases import Fixed
+from unlearning.methods import METHODS, Evidence, build_method
+
+
+def nothing_given(*_):
+    raise AssertionError("this evidence was opened")
+
+
+NOTHING = Evidence(nothing_given, nothing_given, nothing_given)
+ZERO = Fixed(np.zeros((54, 3), dtype=np.float32))
+NAMES = ", ".join(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("name", "opened"),
+    [
+        ("do_nothing", set()),
+        ("gradient_ascent", set()),
+        ("fine_tune", set()),
+        ("neggrad_plus", set()),
+        ("ascent_descent", set()),
+        ("scrub", set()),
+        ("ssd", set()),
+        ("salun", set()),
+        ("bad_teacher", set()),
+        ("dmm", {"predictor"}),
+        ("dmm_datamodel", {"predictor"}),
+        ("dmm_newton", {"predictor"}),
+        ("om", {"oracle"}),
+        ("pgu", {"moments"}),
+        ("dmm_pgu", {"predictor", "moments"}),
+    ],
+)
+def test_a_method_opens_only_the_evidence_it_needs(name, opened):
+    used = set()
+    kinds = ("predictor", "oracle", "moments")
+    given = {kind: lambda *_, kind=kind: used.add(kind) for kind in kinds}
+    build_method(name, Evidence(**given))
+    assert used == opened
+
+
+def test_settings_are_read_as_the_type_of_their_default():
+    method = build_method(
+        "fine_tune", NOTHING, {"epochs": "7", "rate": "1e-2", "batchnorm": "update"}
+    )
+    assert (method.epochs, method.rate, method.batchnorm) == (7, 0.01, "update")
+    assert method.batch_size == build_method("fine_tune", NOTHING).batch_size
+
+
+def test_a_switch_is_read_as_true_or_false():
+    for text, value in {"true": True, "false": False}.items():
+        assert build_method("scrub", NOTHING, {"rewind": text}).rewind is value
+    with pytest.raises(ValueError, match="'rewind' of method 'scrub' takes true or false, got 'no"):
+        build_method("scrub", NOTHING, {"rewind": "no"})
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match=f"unknown method 'forgetting': choose from {NAMES}"):
+        build_method("forgetting", NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "listed"),
+    [
+        ("fine_tune", "epoch", "epochs, rate, batch_size, batchnorm"),
+        ("do_nothing", "rate", "none"),
+        ("dmm", "counterfactual", "passes, rate, batch_size"),
+    ],
+)
+def test_an_unknown_setting_is_refused(name, field, listed):
+    evidence = Evidence(lambda _: ZERO, nothing_given, nothing_given)
+    message = f"method '{name}' has no setting '{field}'; it has: {listed}"
+    with pytest.raises(ValueError, match=message):
+        build_method(name, evidence, {field: "1"})
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "kind"),
+    [("epochs", "2.5", "int"), ("rate", "fast", "float"), ("epochs", "", "int")],
+)
+def test_a_setting_of_another_type_is_refused(field, text, kind):
+    message = f"setting '{field}' of method 'gradient_ascent' takes {kind} values, got '{text}'"
+    with pytest.raises(ValueError, match=message):
+        build_method("gradient_ascent", NOTHING, {field: text})
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "text", "message"),
+    [
+        ("dmm", "passes", "0", r"Matching.passes must be above 0 and finite, got 0.0"),
+        ("dmm", "passes", "inf", r"Matching.passes must be above 0 and finite, got inf"),
+        ("dmm", "rate", "-1", r"Matching.rate must be above 0"),
+        ("dmm", "batch_size", "0", r"Matching.batch_size must be above 0"),
+        (
+            "dmm",
+            "retain_multiplier",
+            "-1",
+            "retain_multiplier and retain_extra must be finite and not",
+        ),
+        (
+            "dmm",
+            "retain_multiplier",
+            "nan",
+            "retain_multiplier and retain_extra must be finite and not",
+        ),
+        ("dmm", "retain_extra", "-1", "retain_multiplier and retain_extra must be finite and not"),
+        ("dmm", "batchnorm", "moving", "batchnorm must be 'frozen' or 'update', got 'moving'"),
+        ("fine_tune", "epochs", "0", r"FineTune.epochs must be above 0"),
+        ("fine_tune", "rate", "nan", r"FineTune.rate must be above 0"),
+        ("fine_tune", "batch_size", "-3", r"FineTune.batch_size must be above 0"),
+        ("fine_tune", "batchnorm", "", "batchnorm must be 'frozen' or 'update', got ''"),
+        ("gradient_ascent", "epochs", "-1", r"GradientAscent.epochs must be above 0"),
+        ("gradient_ascent", "rate", "0", r"GradientAscent.rate must be above 0"),
+        ("gradient_ascent", "batch_size", "0", r"GradientAscent.batch_size must be above 0"),
+        ("gradient_ascent", "batchnorm", "no", "batchnorm must be 'frozen' or 'update', got 'no'"),
+        ("pgu", "epochs", "0", r"ProjectedGradient.epochs must be above 0"),
+        ("pgu", "rate", "0", r"ProjectedGradient.rate must be above 0"),
+        ("pgu", "last_rate", "0", r"ProjectedGradient.last_rate must be above 0"),
+        ("pgu", "batch_size", "0", r"ProjectedGradient.batch_size must be above 0"),
+        ("pgu", "offset", "0", r"ProjectedGradient.offset must be above 0"),
+        ("pgu", "gamma", "0", r"gamma must lie in \(0, 1\], got 0.0"),
+        ("pgu", "gamma", "1.1", r"gamma must lie in \(0, 1\], got 1.1"),
+        ("pgu", "gamma", "nan", r"gamma must lie in \(0, 1\], got nan"),
+    ],
+)
+def test_a_setting_outside_its_range_is_refused(ground, name, field, text, message):
+    with pytest.raises(ValueError, match=message):
+        build_method(name, ground.evidence(), {field: text})
