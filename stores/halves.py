@@ -45,9 +45,10 @@ def sum_halves(halves: np.ndarray) -> np.ndarray:
     width = max(256, _NUMBERS // max(1, len(flat)))
     for start in range(0, len(found), width):
         part = _shifted(flat[:, start : start + width]).view(np.float32)
-        found[start : start + width] = part.sum(axis=0)
+        np.add.reduce(part, axis=0, out=found[start : start + width])
     # A power of two: the same as if each number were multiplied before the sum.
-    return (found * _ZERO).reshape(halves.shape[1:])
+    np.multiply(found, _ZERO, out=found)
+    return found.reshape(halves.shape[1:])
 
 
 def _shifted(halves: np.ndarray) -> np.ndarray:

@@ -57,7 +57,7 @@ class OpenFile:
 
 @final
 class OpenFiles:
-    """Files of one folder, the least recently used closed when there are too many.
+    """Files of one folder, the first opened closed first when there are too many.
 
     Args:
         folder: Path of the folder.
@@ -73,7 +73,7 @@ class OpenFiles:
     def __init__(self, folder: str) -> None:
         """Open nothing yet."""
         self.folder = folder
-        self.files: OrderedDict[str, OpenFile] = OrderedDict()
+        self.files: dict[str, OpenFile] = {}
         self.buffers: list[np.ndarray] = []
 
     def read(self, batches: Sequence[Ranges], size: int, length: int) -> Iterator[np.ndarray]:
@@ -133,11 +133,12 @@ class OpenFiles:
                     self._open(name, size).announce(starts, length)
 
     def _open(self, name: str, size: int) -> OpenFile:
-        # Whoever still reads from a file that is dropped here keeps it open by his reference.
-        file = self.files.pop(name, None) or OpenFile(f"{self.folder}/{name}", size)
-        self.files[name] = file
-        if len(self.files) > _MOST:
-            self.files.popitem(last=False)
+        file = self.files.get(name)
+        if file is None:
+            self.files[name] = file = OpenFile(f"{self.folder}/{name}", size)
+            if len(self.files) > _MOST:
+                # Whoever still reads from the file that is dropped keeps it open by his reference.
+                self.files.pop(next(iter(self.files)), None)
         return file
 
 

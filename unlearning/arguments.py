@@ -111,6 +111,8 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--n-models", type=int, default=100)
     text = "also score how predictors rank subsets (LDS), on so many models"
     evaluate.add_argument("--lds-models", type=int, default=0, metavar="M", help=text)
+    text = "also count the steps in which models learn the forgotten rows again"
+    evaluate.add_argument("--relearning", action="store_true", help=text)
     _predictor(evaluate)
     evaluate.add_argument("--out", metavar="FILE.json")
     status = _verb(verbs, "status", "what a run holds and what is pending")
