@@ -45,7 +45,9 @@ QUICK = {
     aten.scatter_add_.default: Tensor.scatter_add_,
     aten._softmax.default: torch._softmax,
     aten.sum.dim_IntList: Tensor.sum,
-    aten.view.default: Tensor.view,
+    # A product may lie in memory otherwise than when it was recorded.
+    aten.view.default: Tensor.reshape,
+    aten._unsafe_view.default: Tensor.reshape,
     aten.transpose.int: Tensor.transpose,
     aten.permute.default: Tensor.permute,
     aten.unsqueeze.default: Tensor.unsqueeze,

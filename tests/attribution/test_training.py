@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
-from attribution import Recipe
+from attribution import Recipe, Task
 from attribution.seeds import derive_seed
 from attribution.training import (
     epoch_order,
@@ -280,3 +281,23 @@ def test_training_stops_at_the_step_at_which_it_is_cancelled():
     with listening(cancel), pytest.raises(BlockCancelled):
         train_many(blobs(recipe=RECIPE), SUBSETS, SEED, INDICES, CPU)
     assert len(shares) == 7
+
+
+def test_convolutions_trained_many_at_once_equal_those_trained_one_by_one():
+    """Their products lie in memory otherwise than torch's, and are viewed as images again."""
+    random = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(20, 3, 8, 8, generator=random), torch.arange(20) % 2)
+
+    def small():
+        return nn.Sequential(
+            *(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(24, 20, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(320, 2)),
+        )
+
+    task = Task("images", data, data, small, Recipe(epochs=2, batch_size=6, peak_rate=0.05))
+    subsets = [np.arange(3, 17), np.arange(6, 20)]
+    together = train_many(task, subsets, 0, [0, 1], CPU)
+    alone = train_many(task, subsets, 0, [0, 1], CPU, many=False)
+    for one, other in zip(together, alone, strict=True):
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)

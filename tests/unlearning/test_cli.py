@@ -50,6 +50,7 @@ class TestPrecompute:
             "full",
             "ensemble-mixed-24",
             "datamodel-mixed-24",
+            "residual-mixed-24",
             "moments",
             "features",
             "calibration",
@@ -296,6 +297,7 @@ class TestStatus:
             "curvature",
             "calibration-choice",
             "calibration-changes",
+            "residual-prior",
             "trak-rows",
             "trak",
         }

@@ -31,7 +31,7 @@ def run(request, tmp_path_factory):
     folder, text = tmp_path_factory.mktemp("losses"), TASK
     for old, new in CHANGES[request.param]:
         text = text.replace(old, new)
-    words = ["--full-models", "3", "--subset-models", "12", "--newton-checkpoints", "2"]
+    words = ["--full-models", "3", "--subset-models", "24", "--newton-checkpoints", "2"]
     spec = write_task(folder, text)
     assert main(["precompute", spec, "--run", f"{folder}/run", *words, "--workers", "0"]) == 0
     return Run.open(folder / "run")
