@@ -12,19 +12,14 @@ import dask.array
 import numpy as np
 import zarr
 
-from stores.blocks import (
-    marked,
-    refuse_pending,
-    refuse_unmarked,
-    refuse_unreadable,
-    region,
-)
+from stores.blocks import marked, refuse_pending, refuse_unmarked, refuse_unreadable, region
 from stores.creation import create_group
 from stores.places import Place, Where, place
 from stores.provenance import Provenance, check_provenance, plain_json, refuse_differences
 from stores.roots import check_ids_equal, check_known, read_root
 from stores.schema import Json, StoreSpec, check_schema
 from stores.verification import complete, discard, sound
+from stores.wholes import read_whole
 from stores.writing import BlockWriter, writing
 
 if TYPE_CHECKING:
@@ -287,10 +282,10 @@ class Store:
             The values.
 
         Raises:
-            ValueError: There is no such constant.
+            ValueError: There is no such constant, or it is missing or damaged.
         """
         check_known("constants", name, self._root["constants"])
-        return np.asarray(self._readable(name)[...])
+        return self._whole(name)
 
     def ids(self, axis: str) -> list[str]:
         """Read the ids of the rows of an axis.
@@ -302,10 +297,10 @@ class Store:
             The ids, in row order.
 
         Raises:
-            ValueError: The store holds no ids of that axis.
+            ValueError: The store holds no ids of that axis, or they are missing or damaged.
         """
         check_known("ids of the axes", axis, self._root["ids"])
-        return [str(name) for name in np.asarray(self._readable(f"{axis}_id")[...])]
+        return [str(name) for name in self._whole(f"{axis}_id")]
 
     def array(self, name: str) -> zarr.Array[Any]:
         """Give a read-only zarr array; its pending blocks read as fill values.
@@ -400,6 +395,9 @@ class Store:
     @cached_property
     def _handles(self) -> dict[str, zarr.Array[Any]]:
         return {}
+
+    def _whole(self, name: str) -> np.ndarray:
+        return read_whole(self.place, self._readable(name), self._root.get("checksums", {}))
 
     def _readable(self, name: str) -> zarr.Array[Any]:
         if name not in self._handles:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +12,7 @@ import zarr
 
 from stores.blocks import mark_file, refuse_unreadable, region
 from stores.places import Place
-from stores.roots import set_state
+from stores.roots import read_root, set_state
 from stores.schema import StoreSpec
 from stores.writing import checksum, mark_of
 
@@ -40,6 +42,43 @@ def sound(store: Store, block: int) -> bool:
         raise
     except (ValueError, RuntimeError, OSError):
         return False
+
+
+def damaged_constants(store: Store) -> list[str]:
+    """Read all constants and ids again and compare them with their checksums.
+
+    Args:
+        store: The store.
+
+    Returns:
+        Names of what is missing or damaged, ids as the axis and "_id"; nothing but the computation
+        of the whole store writes them again.
+
+    Raises:
+        ConnectionError: The service of a bucket does not answer.
+
+    Example:
+        >>> import tempfile
+        >>> from stores import ArraySpec, Provenance, Store
+        >>> spec = StoreSpec("masks", "model", 2, {"mask": ArraySpec(("model",), (3,), "bool")})
+        >>> path = tempfile.mkdtemp() + "/masks"
+        >>> store = Store.create(path, spec, Provenance({}), {"scale": np.ones(2)})
+        >>> store.place.remove("scale/c/0")
+        >>> damaged_constants(store)
+        ['scale']
+    """
+    root = read_root(store.place)
+    reads = {name: partial(store.constant, name) for name in root["constants"]}
+    reads |= {f"{axis}_id": partial(store.ids, axis) for axis in root["ids"]}
+    return [name for name, read in reads.items() if not _readable(read)]
+
+
+def _readable(read: Callable[[], object]) -> bool:
+    try:
+        read()
+    except (ValueError, FileNotFoundError):
+        return False
+    return True
 
 
 def _marks(store: Store, block: int) -> list[int]:

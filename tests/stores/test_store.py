@@ -2,6 +2,7 @@ import builtins
 import itertools
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from stores import ArraySpec, Provenance, Store, StoreSpec
+from stores import ArraySpec, Provenance, Store, StoreSpec, damaged_constants
 from stores.folder import Folder
 
 IDS = {"train": [f"train-{row}" for row in range(10)], "target": ["é", "b", "c", "d", "e"]}
@@ -81,6 +82,51 @@ def test_zeros_and_constants_are_stored_as_objects(store):
     store.write_block(0, zeros)
     np.testing.assert_array_equal(store.numpy("chosen", 0), zeros["chosen"])
     assert os.path.exists(f"{store.path}/chosen/c/0/0")
+
+
+WHOLES = {"scale": lambda s: s.constant("scale"), "target_id": lambda s: s.ids("target")}
+
+
+@pytest.mark.parametrize(("name", "read"), WHOLES.items(), ids=WHOLES)
+def test_damaged_constants_and_ids_are_found_and_refused(store, name, read):
+    file = Path(store.path, name, *"c00"[: store._readable(name).ndim + 1])
+    content = file.read_bytes()
+    assert damaged_constants(store) == []
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match=f"{name} is damaged .* restore it from a copy, or"):
+            read(store)
+    assert damaged_constants(Store.open(store.path)) == [name]
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{name} is missing .* restore it from a copy, or"):
+        read(store)
+    assert damaged_constants(store) == [name]
+
+
+def test_stores_without_checksums_are_read_and_miss_no_constant(store):
+    root = zarr.open_group(store.path, mode="r+")
+    del root.attrs["checksums"]
+    old = Store.open(store.path)
+    np.testing.assert_array_equal(old.constant("scale"), np.ones((2, 3)))
+    Path(store.path, "scale/c/0/0").unlink()
+    with pytest.raises(ValueError, match="scale is missing"):
+        old.constant("scale")
+
+
+def test_constants_of_any_shape_and_byte_order_keep_their_checksums(tmp_path):
+    wholes = {
+        "point": np.array(3.5),
+        "none": np.zeros((0, 3), bool),
+        "big": np.arange(4, dtype=">i4"),
+        "turned": np.arange(6.0).reshape(2, 3).T,
+    }
+    store = Store.create(tmp_path / "s", SPEC, MADE_BY, wholes, {"model": ["a\0", "é", ""]})
+    assert damaged_constants(store) == []
+    assert store.ids("model") == ["a\0", "é", ""]
+    for name, value in wholes.items():
+        np.testing.assert_array_equal(store.constant(name), value)
 
 
 def test_dask_is_lazy_over_whole_objects(full):
