@@ -376,7 +376,7 @@ class Store:
             ValueError: A block is pending.
         """
         refuse_pending(self.place, range(self.spec.blocks))
-        complete(self.place)
+        complete(self.place, self.spec)
         return self
 
     @cached_property

@@ -68,8 +68,9 @@ def damaged_constants(store: Store) -> list[str]:
         ['scale']
     """
     root = read_root(store.place)
+    reads: dict[str, Callable[[], object]]
     reads = {name: partial(store.constant, name) for name in root["constants"]}
-    reads |= {f"{axis}_id": partial(store.ids, axis) for axis in root["ids"]}
+    reads.update((f"{axis}_id", partial(store.ids, axis)) for axis in root["ids"])
     return [name for name, read in reads.items() if not _readable(read)]
 
 
@@ -146,15 +147,24 @@ def discard(place: Place, block: int) -> None:
     place.remove(mark_file(block))
 
 
-def complete(place: Place) -> None:
-    """Declare a store complete and sweep what killed writers left behind.
+def complete(place: Place, spec: StoreSpec) -> None:
+    """Declare a store complete and sweep what killed writers left behind; once is enough.
 
     Args:
         place: Where the store lies; no block is pending.
+        spec: Its layout.
     """
+    if read_root(place)["state"] == "complete":
+        return
     for leftover in place.walk():
-        if leftover.endswith(".partial"):
+        if _is_swept(spec, leftover):
             # Another process may sweep at the same time.
             with suppress(FileNotFoundError):
                 place.remove(leftover)
     set_state(place, "complete")
+
+
+def _is_swept(spec: StoreSpec, file: str) -> bool:
+    # The root and marks may be in another process's hands, which needs the file to rename it.
+    array = file.split("/", maxsplit=1)[0]
+    return file.endswith(".partial") and (array in spec.arrays or file.endswith(".lock.partial"))

@@ -2,6 +2,7 @@ import builtins
 import itertools
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +284,34 @@ def test_finalize_sweeps_leftovers_and_can_be_repeated(full):
     assert full.finalize().finalize() == full
     assert not os.path.exists(leftover)
     assert zarr.open_group(full.path, mode="r").attrs["state"] == "complete"
+
+
+def test_what_another_process_may_be_writing_is_not_swept(full):
+    hands = [f"{full.path}/{name}.0123.partial" for name in ("zarr", "zarr.json", "done/c/1")]
+    for file in hands:
+        Path(file).touch()
+    Path(full.path, "done/1.lock.partial").touch()
+    full.finalize()
+    assert [file for file in hands if not os.path.exists(file)] == []
+    assert not os.path.exists(f"{full.path}/done/1.lock.partial")
+
+
+def test_a_complete_store_is_finalised_without_a_look_at_its_files(full, monkeypatch):
+    full.finalize()
+    generation = full.place.generation()
+    monkeypatch.setattr(Folder, "walk", lambda _: pytest.fail("no need to look"))
+    Store.open(full.path).finalize()
+    assert full.place.generation() == generation
+
+
+def test_many_finalise_at_once(tmp_path):
+    spec = StoreSpec("a", "model", 2, {"a": ArraySpec(("model",), (2,), "float32")})
+    for turn in range(20):
+        store = Store.create(tmp_path / str(turn), spec, MADE_BY)
+        store.write_block(0, {"a": np.ones(2, np.float32)})
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda _, s=store: Store.open(s.path).finalize(), range(8)))
+        assert zarr.open_group(store.path, mode="r").attrs["state"] == "complete"
 
 
 def test_a_mark_that_is_being_written_does_not_count(store):
