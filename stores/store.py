@@ -16,7 +16,7 @@ from stores.blocks import marked, refuse_pending, refuse_unmarked, refuse_unread
 from stores.creation import create_group
 from stores.places import Place, Where, place
 from stores.provenance import Provenance, check_provenance, plain_json, refuse_differences
-from stores.roots import check_ids_equal, check_known, read_root
+from stores.roots import check_ids_equal, check_known, read_root, refuse_rewritten
 from stores.schema import Json, StoreSpec, check_schema
 from stores.verification import complete, discard, sound
 from stores.wholes import read_whole
@@ -89,7 +89,7 @@ class Store:
         }
         where = place(path)
         create_group(where, spec, root, constants or {}, ids or {})
-        return Store(where.url, spec, provenance)
+        return Store.open(where)
 
     @staticmethod
     def open(path: Where, kind: str | None = None) -> Store:
@@ -115,11 +115,10 @@ class Store:
         root = read_root(where)
         check_schema(root, where.url, kind)
         provenance = root["provenance"]
-        return Store(
-            where.url,
-            StoreSpec.from_json(root["spec"]),
-            Provenance(provenance["settings"], provenance["recorded"]),
-        )
+        made_by = Provenance(provenance["settings"], provenance["recorded"])
+        store = Store(where.url, StoreSpec.from_json(root["spec"]), made_by)
+        vars(store)["_root"] = root  # read later, it might be that of another store
+        return store
 
     @staticmethod
     def open_or_create(  # noqa: PLR0917 - the arguments of create
@@ -194,15 +193,16 @@ class Store:
         return dict(self._root["attributes"])
 
     def refuse_pending(self, blocks: Sequence[int]) -> None:
-        """Refuse to go on where one of some blocks is pending.
+        """Refuse to go on where a block is pending, or the store was rewritten since it was opened.
 
         Raises:
-            ValueError: A block is pending.
+            ValueError: It is so.
         """
         generation = self.place.generation()
         known, done = self._memory.get("marks", (None, set()))
         # A done block becomes pending by `discard` alone, which writes the root first.
         if generation is None or known != generation or not done.issuperset(blocks):
+            refuse_rewritten(self.place, self._root)
             done = marked(self.place)
             self._memory["marks"] = generation, done
             refuse_unmarked(self.place, blocks, done)
@@ -253,6 +253,7 @@ class Store:
             >>> store.done()
             [0]
         """
+        refuse_rewritten(self.place, self._root)
         return writing(self.place, self.spec, block)
 
     def numpy(self, name: str, block: int | None = None) -> np.ndarray:
@@ -400,6 +401,7 @@ class Store:
         return read_whole(self.place, self._readable(name), self._root.get("checksums", {}))
 
     def _readable(self, name: str) -> zarr.Array[Any]:
+        refuse_rewritten(self.place, self._root)
         if name not in self._handles:
             self._handles[name] = zarr.open_array(self.place.zarr(), path=name, mode="r")
         return self._handles[name]
