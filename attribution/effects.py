@@ -150,14 +150,16 @@ def half_scale(largest: Tensor) -> Tensor:
         largest: bound of the numbers' sizes, any shape.
 
     Returns:
-        Scales of the same shape; 1 where the bound is 0.
+        Scales of the same shape; 1 where the bound is 0, and no less than the least normal number:
+        its inverse is finite, and what a bound below it measures has fewer bits anyway.
 
     Example:
         >>> half_scale(torch.tensor([5.0, 0.0])).tolist()
         [0.000244140625, 1.0]
     """
     exponent = torch.frexp(largest).exponent - 15
-    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), 1)
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    return torch.where(largest > 0, scale.clamp(min=torch.finfo(largest.dtype).tiny), 1)
 
 
 def row_pieces(writer: BlockWriter) -> Iterator[slice]:

@@ -10,6 +10,7 @@ from stores.rows import column, gather, mapped, total
 from stores.schema import ArraySpec, StoreSpec
 from stores.store import Store
 from stores.turns import in_turns
+from stores.verification import damaged_constants
 from stores.writing import BlockDone, BlockWriter
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Store",
     "BlockDone",
     "BlockWriter",
+    "damaged_constants",
     "column",
     "gather",
     "mapped",

@@ -14,6 +14,7 @@ from zarr.codecs import BloscCodec
 
 from stores.places import Place
 from stores.schema import AXES, SCHEMA_PREFIX, SCHEMA_VERSION, Json, StoreSpec, check_name
+from stores.wholes import whole_checksums
 
 
 def create_group(
@@ -140,6 +141,7 @@ def _root(
         "spec": spec.to_json(),
         "constants": list(constants),
         "ids": list(ids),
+        "checksums": whole_checksums(constants, ids),
         **attributes,
     }
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from threading import RLock
 from typing import final
 
 import numpy as np
 
 from stores.places import Ranges, check_size
 
-_MOST = 512  # open files of one folder
+_MOST = 512  # open files of all folders
 _FOLDERS = 4  # folders whose files stay open
 _AHEAD = 4  # batches that the system is told of before they are read
+_SHARE = 4  # a quarter of the files that the system allows; others are the caller's
 _NOT_NOW = (errno.EAGAIN, errno.EOPNOTSUPP)
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 @final
@@ -57,7 +62,7 @@ class OpenFile:
 
 @final
 class OpenFiles:
-    """Files of one folder, the first opened closed first when there are too many.
+    """Files of one folder; when too many are open, those of the folder asked longest ago close.
 
     Args:
         folder: Path of the folder.
@@ -98,10 +103,11 @@ class OpenFiles:
 
     def _take_buffer(self, nbytes: int) -> np.ndarray:
         # Kept ones alone can be filled without waiting: the system must not have to find memory.
-        while self.buffers:
-            buffer = self.buffers.pop()
-            if len(buffer) >= nbytes:
-                return buffer
+        with suppress(IndexError):  # none left, or another thread took the last one
+            while True:
+                buffer = self.buffers.pop()
+                if len(buffer) >= nbytes:
+                    return buffer
         buffer = np.empty(nbytes, np.uint8)
         buffer.fill(0)
         return buffer
@@ -135,13 +141,40 @@ class OpenFiles:
     def _open(self, name: str, size: int) -> OpenFile:
         file = self.files.get(name)
         if file is None:
-            self.files[name] = file = OpenFile(f"{self.folder}/{name}", size)
-            if len(self.files) > _MOST:
-                # Whoever still reads from the file that is dropped keeps it open by his reference.
-                self.files.pop(next(iter(self.files)), None)
+            with _lock:
+                self.files[name] = file = self._opened(name, size)
+                _close_some(self)
         return file
 
+    def _opened(self, name: str, size: int) -> OpenFile:
+        path = f"{self.folder}/{name}"
+        try:
+            return OpenFile(path, size)
+        except OSError as error:
+            if error.errno not in _TOO_MANY:
+                raise
+        _close_some(self, most=0)
+        return OpenFile(path, size)
 
+
+def _close_some(last: OpenFiles, most: int | None = None) -> None:
+    """Close files until few enough are open; those that are being read from close afterwards."""
+    groups = [*(files for _, files in _kept.values() if files is not last), last]
+    count = sum(len(group.files) for group in groups)
+    for group in groups:
+        for name in list(group.files)[: max(0, count - (_most() if most is None else most))]:
+            # Whoever still reads from the file that is dropped keeps it open by his reference.
+            del group.files[name]
+            count -= 1
+
+
+def _most() -> int:
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = allowed == resource.RLIM_INFINITY
+    return _MOST if unlimited else min(_MOST, max(1, allowed // _SHARE))
+
+
+_lock = RLock()  # of the files that are kept; one thread may close what another has opened
 _kept: OrderedDict[str, tuple[object, OpenFiles]] = OrderedDict()
 
 
@@ -161,15 +194,16 @@ def opened_files(folder: str, generation: object) -> OpenFiles:
         >>> opened_files("a", 1) is first, opened_files("a", 2) is first
         (True, False)
     """
-    known, files = _kept.pop(folder, (None, OpenFiles(folder)))
-    if generation is None:
-        return OpenFiles(folder)
-    if known != generation:
-        files = OpenFiles(folder)
-    _kept[folder] = generation, files
-    if len(_kept) > _FOLDERS:
-        _kept.popitem(last=False)
-    return files
+    with _lock:
+        known, files = _kept.pop(folder, (None, OpenFiles(folder)))
+        if generation is None:
+            return OpenFiles(folder)
+        if known != generation:
+            files = OpenFiles(folder)
+        _kept[folder] = generation, files
+        if len(_kept) > _FOLDERS:
+            _kept.popitem(last=False)
+        return files
 
 
 def close_files(folder: str) -> None:
@@ -181,6 +215,7 @@ def close_files(folder: str) -> None:
     Example:
         >>> close_files("a")
     """
-    for path in list(_kept):
-        if path == folder or path.startswith(f"{folder}/"):
-            _kept.pop(path, None)
+    with _lock:
+        for path in list(_kept):
+            if path == folder or path.startswith(f"{folder}/"):
+                _kept.pop(path, None)

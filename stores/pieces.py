@@ -18,7 +18,7 @@ import numpy as np
 from stores.blocks import missing_object
 from stores.store import Store
 
-_AT_ONCE = 512  # ranges of one batch; as many files may be open
+_AT_ONCE = 512  # ranges of one batch
 
 Piece: TypeAlias = tuple[np.ndarray, tuple[slice, ...], np.ndarray]
 """Positions in the answer, the part of the other axes, and the values read for them."""

@@ -51,6 +51,20 @@ def set_state(where: Place, state: str) -> None:
     group.attrs["state"] = state
 
 
+def refuse_rewritten(where: Place, opened: Mapping[str, Json]) -> None:
+    """Refuse a store that was replaced by another one since it was opened.
+
+    Args:
+        where: Where the store lies.
+        opened: The attributes of its root at that time.
+
+    Raises:
+        ValueError: They differ in more than the state, or there is no store any more.
+    """
+    if {**read_root(where), "state": ""} != {**opened, "state": ""}:
+        raise ValueError(f"{where} was rewritten since it was opened; open it again")
+
+
 def check_known(what: str, name: str, known: Sequence[str]) -> None:
     """Refuse a name that a store does not have.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from stores.halves import sum_halves, widen
 from stores.pieces import is_raw, pieces
 from stores.places import check_size
 from stores.store import Store
+from stores.verification import slabs
 
 _ROW_AXIS = "train"
 
@@ -123,9 +125,8 @@ def column(store: Store, name: str, position: int) -> np.ndarray:
             f"expected a position from 0 to {store.spec.length - 1} along "
             f"{store.spec.axis!r}, got {position}"
         )
-    block, place = divmod(position, store.spec.block)
-    axis = store.spec.block_axis(name)
-    found = np.ascontiguousarray(mapped(store, name, block).take(place, axis))
+    rows = store.spec.block_axis(name) == 0
+    found = _row(store, name, position) if rows else _column(store, name, position)
     scale = store.spec.array(name).scale
     return found if scale is None else _times(found, column(store, scale, position))
 
@@ -157,16 +158,52 @@ def mapped(store: Store, name: str, block: int) -> np.ndarray:
     files = object_files(store.spec, name, block)
     if not is_raw(store, name) or len(files) > 1:
         return store.numpy(name, block)
-    chunk, dtype = store.spec.chunks(name), np.dtype(store.spec.array(name).dtype)
     store.refuse_pending([block])
-    try:
-        values = store.place.mapped(files[0])
-    except FileNotFoundError as error:
-        raise missing_object(store.place, files[0], block) from error
-    check_size(f"{store.place}/{files[0]}", values.size, int(np.prod(chunk)) * dtype.itemsize)
     # A trailing object is padded to the full chunk.
     cuts = tuple(slice(0, length) for length in store.spec.block_shape(name, block))
-    return values.view(dtype).reshape(chunk)[cuts]
+    return _mapped_object(store, name, files[0], block)[cuts]
+
+
+def _mapped_object(store: Store, name: str, file: str, block: int) -> np.ndarray:
+    chunk, dtype = store.spec.chunks(name), np.dtype(store.spec.array(name).dtype)
+    try:
+        values = store.place.mapped(file)
+    except FileNotFoundError as error:
+        raise missing_object(store.place, file, block) from error
+    check_size(f"{store.place}/{file}", values.size, int(np.prod(chunk)) * dtype.itemsize)
+    return values.view(dtype).reshape(chunk)
+
+
+def _row(store: Store, name: str, position: int) -> np.ndarray:
+    array, row = store.spec.array(name), _checked(store, name, np.array([position]))
+    found = np.empty(array.shape[1:], array.dtype)
+    for _, part, values in pieces(store, name, row):
+        found[part] = values[0]
+    return found
+
+
+def _column(store: Store, name: str, position: int) -> np.ndarray:
+    array, axis = store.spec.array(name), store.spec.block_axis(name)
+    block, place = divmod(position, store.spec.block)
+    found = np.empty((*array.shape[:axis], *array.shape[axis + 1 :]), array.dtype)
+    for cut, slab in _slabs(store, name, block):
+        # Padding behind the last row is left out.
+        found[cut] = slab[: cut.stop - cut.start].take(place, axis)
+    return found
+
+
+def _slabs(store: Store, name: str, block: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """One storage object after the other, so that a block need not fit into memory."""
+    parts = slabs(store.spec, name, block)
+    if is_raw(store, name):
+        store.refuse_pending([block])
+        files = object_files(store.spec, name, block)
+        for part, file in zip(parts, files, strict=True):
+            yield part[0], _mapped_object(store, name, file, block)
+    else:
+        refuse_unreadable(store.place, store.spec, name, [block])
+        for part in parts:
+            yield part[0], np.asarray(store.array(name)[part])
 
 
 def _total(store: Store, name: str, rows: np.ndarray) -> np.ndarray:

@@ -12,19 +12,14 @@ import dask.array
 import numpy as np
 import zarr
 
-from stores.blocks import (
-    marked,
-    refuse_pending,
-    refuse_unmarked,
-    refuse_unreadable,
-    region,
-)
+from stores.blocks import marked, refuse_pending, refuse_unmarked, refuse_unreadable, region
 from stores.creation import create_group
 from stores.places import Place, Where, place
 from stores.provenance import Provenance, check_provenance, plain_json, refuse_differences
-from stores.roots import check_ids_equal, check_known, read_root
+from stores.roots import check_ids_equal, check_known, read_root, refuse_rewritten
 from stores.schema import Json, StoreSpec, check_schema
 from stores.verification import complete, discard, sound
+from stores.wholes import read_whole
 from stores.writing import BlockWriter, writing
 
 if TYPE_CHECKING:
@@ -94,7 +89,7 @@ class Store:
         }
         where = place(path)
         create_group(where, spec, root, constants or {}, ids or {})
-        return Store(where.url, spec, provenance)
+        return Store.open(where)
 
     @staticmethod
     def open(path: Where, kind: str | None = None) -> Store:
@@ -120,11 +115,10 @@ class Store:
         root = read_root(where)
         check_schema(root, where.url, kind)
         provenance = root["provenance"]
-        return Store(
-            where.url,
-            StoreSpec.from_json(root["spec"]),
-            Provenance(provenance["settings"], provenance["recorded"]),
-        )
+        made_by = Provenance(provenance["settings"], provenance["recorded"])
+        store = Store(where.url, StoreSpec.from_json(root["spec"]), made_by)
+        vars(store)["_root"] = root  # read later, it might be that of another store
+        return store
 
     @staticmethod
     def open_or_create(  # noqa: PLR0917 - the arguments of create
@@ -199,15 +193,16 @@ class Store:
         return dict(self._root["attributes"])
 
     def refuse_pending(self, blocks: Sequence[int]) -> None:
-        """Refuse to go on where one of some blocks is pending.
+        """Refuse to go on where a block is pending, or the store was rewritten since it was opened.
 
         Raises:
-            ValueError: A block is pending.
+            ValueError: It is so.
         """
         generation = self.place.generation()
         known, done = self._memory.get("marks", (None, set()))
         # A done block becomes pending by `discard` alone, which writes the root first.
         if generation is None or known != generation or not done.issuperset(blocks):
+            refuse_rewritten(self.place, self._root)
             done = marked(self.place)
             self._memory["marks"] = generation, done
             refuse_unmarked(self.place, blocks, done)
@@ -258,6 +253,7 @@ class Store:
             >>> store.done()
             [0]
         """
+        refuse_rewritten(self.place, self._root)
         return writing(self.place, self.spec, block)
 
     def numpy(self, name: str, block: int | None = None) -> np.ndarray:
@@ -287,10 +283,10 @@ class Store:
             The values.
 
         Raises:
-            ValueError: There is no such constant.
+            ValueError: There is no such constant, or it is missing or damaged.
         """
         check_known("constants", name, self._root["constants"])
-        return np.asarray(self._readable(name)[...])
+        return self._whole(name)
 
     def ids(self, axis: str) -> list[str]:
         """Read the ids of the rows of an axis.
@@ -302,10 +298,10 @@ class Store:
             The ids, in row order.
 
         Raises:
-            ValueError: The store holds no ids of that axis.
+            ValueError: The store holds no ids of that axis, or they are missing or damaged.
         """
         check_known("ids of the axes", axis, self._root["ids"])
-        return [str(name) for name in np.asarray(self._readable(f"{axis}_id")[...])]
+        return [str(name) for name in self._whole(f"{axis}_id")]
 
     def array(self, name: str) -> zarr.Array[Any]:
         """Give a read-only zarr array; its pending blocks read as fill values.
@@ -381,7 +377,7 @@ class Store:
             ValueError: A block is pending.
         """
         refuse_pending(self.place, range(self.spec.blocks))
-        complete(self.place)
+        complete(self.place, self.spec)
         return self
 
     @cached_property
@@ -401,7 +397,11 @@ class Store:
     def _handles(self) -> dict[str, zarr.Array[Any]]:
         return {}
 
+    def _whole(self, name: str) -> np.ndarray:
+        return read_whole(self.place, self._readable(name), self._root.get("checksums", {}))
+
     def _readable(self, name: str) -> zarr.Array[Any]:
+        refuse_rewritten(self.place, self._root)
         if name not in self._handles:
             self._handles[name] = zarr.open_array(self.place.zarr(), path=name, mode="r")
         return self._handles[name]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +12,7 @@ import zarr
 
 from stores.blocks import mark_file, refuse_unreadable, region
 from stores.places import Place
-from stores.roots import set_state
+from stores.roots import read_root, set_state
 from stores.schema import StoreSpec
 from stores.writing import checksum, mark_of
 
@@ -40,6 +42,44 @@ def sound(store: Store, block: int) -> bool:
         raise
     except (ValueError, RuntimeError, OSError):
         return False
+
+
+def damaged_constants(store: Store) -> list[str]:
+    """Read all constants and ids again and compare them with their checksums.
+
+    Args:
+        store: The store.
+
+    Returns:
+        Names of what is missing or damaged, ids as the axis and "_id"; nothing but the computation
+        of the whole store writes them again.
+
+    Raises:
+        ConnectionError: The service of a bucket does not answer.
+
+    Example:
+        >>> import tempfile
+        >>> from stores import ArraySpec, Provenance, Store
+        >>> spec = StoreSpec("masks", "model", 2, {"mask": ArraySpec(("model",), (3,), "bool")})
+        >>> path = tempfile.mkdtemp() + "/masks"
+        >>> store = Store.create(path, spec, Provenance({}), {"scale": np.ones(2)})
+        >>> store.place.remove("scale/c/0")
+        >>> damaged_constants(store)
+        ['scale']
+    """
+    root = read_root(store.place)
+    reads: dict[str, Callable[[], object]]
+    reads = {name: partial(store.constant, name) for name in root["constants"]}
+    reads.update((f"{axis}_id", partial(store.ids, axis)) for axis in root["ids"])
+    return [name for name, read in reads.items() if not _readable(read)]
+
+
+def _readable(read: Callable[[], object]) -> bool:
+    try:
+        read()
+    except (ValueError, FileNotFoundError):
+        return False
+    return True
 
 
 def _marks(store: Store, block: int) -> list[int]:
@@ -107,15 +147,24 @@ def discard(place: Place, block: int) -> None:
     place.remove(mark_file(block))
 
 
-def complete(place: Place) -> None:
-    """Declare a store complete and sweep what killed writers left behind.
+def complete(place: Place, spec: StoreSpec) -> None:
+    """Declare a store complete and sweep what killed writers left behind; once is enough.
 
     Args:
         place: Where the store lies; no block is pending.
+        spec: Its layout.
     """
+    if read_root(place)["state"] == "complete":
+        return
     for leftover in place.walk():
-        if leftover.endswith(".partial"):
+        if _is_swept(spec, leftover):
             # Another process may sweep at the same time.
             with suppress(FileNotFoundError):
                 place.remove(leftover)
     set_state(place, "complete")
+
+
+def _is_swept(spec: StoreSpec, file: str) -> bool:
+    # The root and marks may be in another process's hands, which needs the file to rename it.
+    array = file.split("/", maxsplit=1)[0]
+    return file.endswith(".partial") and (array in spec.arrays or file.endswith(".lock.partial"))

@@ -17,7 +17,7 @@ from attribution.prediction_files import (
 from attribution.purging.journal import refuse_unfinished
 from attribution.purging.purge import purge
 from attribution.run import Run, read_settings
-from stores import place
+from stores import damaged_constants, place
 from unlearning.evaluation import evaluate_methods, plain
 from unlearning.explanation import explain, explanation_table, render_explanation, run_scores
 from unlearning.methods import METHODS, Evidence, build_method, check_method
@@ -178,8 +178,10 @@ def _evaluate(options: argparse.Namespace) -> Told:
 def _status(options: argparse.Namespace) -> Told:
     settings = read_settings(options.run)
     run = Run(place(options.run), settings, task=None)  # type: ignore[arg-type]
-    found = []
+    found, lost = [], []
     for store in run.stores():
+        if options.verify or options.discard:
+            lost += [f"{store.path}/{name}" for name in damaged_constants(store)]
         bad = store.verify() if options.verify or options.discard else []
         for block in bad if options.discard else []:
             store.discard(block)
@@ -192,6 +194,11 @@ def _status(options: argparse.Namespace) -> Told:
                 "pending": len(store.pending()),
                 "bad": bad,
             }
+        )
+    if lost:
+        raise RuntimeError(
+            f"damaged: {', '.join(lost)}; restore these from a copy, or remove their stores and run"
+            " the command that made them again"
         )
     damaged = [f"{row['store']} blocks {row['bad']}" for row in found if row["bad"]]
     if damaged and not options.discard:

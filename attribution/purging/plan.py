@@ -12,7 +12,7 @@ from attribution.purging.kinds import KINDS, remains_of
 from attribution.purging.tombstones import Tombstones, read_tombstones
 from attribution.retained import retained_task
 from attribution.task import Task
-from stores import Place, Store, digest
+from stores import Place, Store, damaged_constants, digest
 
 _ORACLES = "oracles/"
 
@@ -94,6 +94,12 @@ def _refuse_damaged(stores: Mapping[str, Store]) -> None:
     # The blocks that are read are removed afterwards: nothing would tell that they were damaged.
     bad = {name: store.verify() for name, store in stores.items()}
     damaged = [f"{name} blocks {blocks}" for name, blocks in bad.items() if blocks]
+    lost = [f"{s.path}/{name}" for s in stores.values() for name in damaged_constants(s)]
+    if lost:
+        raise RuntimeError(
+            f"damaged: {', '.join(lost)}; nothing was purged: restore these from a copy, or remove"
+            " their stores and run the command that made them again"
+        )
     if damaged:
         raise RuntimeError(
             f"damaged: {'; '.join(damaged)}; nothing was purged: dmm status --discard makes these"

@@ -136,3 +136,15 @@ def test_a_half_scale_leaves_room_below_the_largest_half():
     scaled = bounds / half_scale(bounds)
     assert ((scaled[:4] >= 2**14) & (scaled[:4] < 2**15)).all()
     assert scaled[4] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_half_scale_of_the_least_numbers_divides_to_finite_halves(dtype):
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    bounds = smallest * torch.tensor(2.0, dtype=dtype) ** torch.arange(60)
+    scale = half_scale(bounds)
+    halves = (bounds / scale).half()
+    assert (scale > 0).all()
+    assert (1 / scale).isfinite().all()
+    assert halves.isfinite().all()
+    assert ((halves.to(dtype) * scale - bounds).abs() <= scale * 2.0**-25).all()

@@ -73,3 +73,13 @@ def test_a_locked_disk_is_read_and_not_written(disk):
     assert again.done() == [2]
     with pytest.raises(ValueError, match=r"cannot write .*Read-only file system.*; give a folder"):
         Store.create(disk / "t", SPEC, Provenance({}))
+
+
+def test_a_complete_store_on_a_locked_disk_is_finalised_again(disk):
+    spec = StoreSpec("a", "model", 4, {"a": ArraySpec(("model",), (5,), "float32")})
+    store = Store.create(disk / "s", spec, Provenance({}))
+    for block in store.pending():
+        store.write_block(block, {"a": np.ones(spec.block_shape("a", block), np.float32)})
+    store.finalize()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    assert Store.open(disk / "s").finalize().complete

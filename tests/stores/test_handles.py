@@ -1,5 +1,7 @@
 import errno
 import os
+import resource
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -50,6 +52,90 @@ def test_files_are_closed_when_too_many_or_told(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == before + 3
     close_files(str(tmp_path))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_open_files_of_all_folders_are_counted_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(handles, "_MOST", 7)
+    stores = [make(tmp_path / str(number), number) for number in range(3)]
+    handles._kept.clear()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        for store, values in stores:
+            np.testing.assert_array_equal(gather(store, "a", np.arange(9)), values)
+            assert len(os.listdir("/proc/self/fd")) <= before + 7
+    close_files(str(tmp_path))
+
+
+@pytest.fixture
+def few_files():
+    """Allows few more open files than there are now; gives back how many."""
+    handles._kept.clear()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def allow(more):
+        taken = {int(name) for name in os.listdir("/proc/self/fd")}
+        free = [number for number in range(limits[0]) if number not in taken]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[more], limits[1]))
+
+    yield allow
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_batch_of_more_files_than_may_be_open_is_read(tmp_path, few_files):
+    names = [str(number) for number in range(150)]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(bytes([number, number]))
+    few_files(40)
+    batches = [{name: [0] for name in names}, {name: [1] for name in names[::-1]}]
+    files = opened_files(str(tmp_path), 1)
+    found = [batch[:, 0].tolist() for batch in files.read(batches, 2, 1)]
+    assert found == [[*range(150)], [*range(149, -1, -1)]]
+    close_files(str(tmp_path))
+
+
+def test_where_the_caller_has_opened_all_files_ours_are_closed(tmp_path, monkeypatch):
+    stores = [make(tmp_path / str(number), number) for number in range(2)]
+    handles._kept.clear()
+    gather(stores[0][0], "a", np.arange(9))
+    original, refused = os.open, []
+
+    def full(path, *rest, **named):
+        if handles._kept and any(files.files for _, files in handles._kept.values()):
+            refused.append(path)
+            raise OSError(errno.EMFILE, "Too many open files")
+        return original(path, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", full)
+        np.testing.assert_array_equal(gather(stores[1][0], "a", np.arange(3)), stores[1][1][:3])
+    assert refused
+    close_files(str(tmp_path))
+
+
+def test_a_buffer_that_another_thread_takes_is_not_missed(tmp_path):
+    class Taken(list):
+        def __len__(self):
+            return 1
+
+        def pop(self):
+            raise IndexError("pop from empty list")
+
+    files = OpenFiles(str(tmp_path))
+    files.buffers = Taken()
+    assert len(files._take_buffer(3)) == 3
+
+
+def test_threads_share_few_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(handles, "_MOST", 3)
+    stores = [make(tmp_path / str(number), number) for number in range(3)]
+
+    def read(number):
+        store, values = stores[number % 3]
+        np.testing.assert_array_equal(gather(store, "a", np.arange(9)), values)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(read, range(200)))
+    close_files(str(tmp_path))
 
 
 def test_a_store_without_a_root_keeps_nothing_open(tmp_path):

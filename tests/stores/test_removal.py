@@ -3,7 +3,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stores import ArraySpec, Provenance, Remains, Store, StoreSpec, take_rows_out, taken_out
+from stores import (
+    ArraySpec,
+    Provenance,
+    Remains,
+    Store,
+    StoreSpec,
+    column,
+    gather,
+    mapped,
+    take_rows_out,
+    taken_out,
+)
 from stores.folder import Folder
 from stores.removal import remaining_spec
 from tests.interruptions import Killed, kill_after
@@ -224,6 +235,48 @@ def test_a_second_removal_is_another_one(tmp_path):
     take_rows_out(tmp_path / "s", "two", lambda _: kept(positions=positions))
     assert Store.open(tmp_path / "s").ids("target") == ["t5"]
     assert taken_out(tmp_path / "s") == "two"
+
+
+READS = {
+    "gather": lambda store: gather(store, "effects", np.array([2, 0])),
+    "column": lambda store: column(store, "effects", 1),
+    "mapped": lambda store: mapped(store, "unit", 0),
+    "numpy": lambda store: store.numpy("seen", 0),
+    "dask": lambda store: store.dask("effects"),
+    "constant": lambda store: store.constant("mask"),
+    "ids": lambda store: store.ids("train"),
+    "write": lambda store: store.writing(2),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_store_that_was_opened_before_is_refused(tmp_path, read, before):
+    # As many rows stay as there were, so that nothing but the root tells.
+    again = kept(
+        positions={"train": np.arange(ROWS)}, constants={}, attributes={"without": ["r2", "r3"]}
+    )
+    store = write(tmp_path / "s", SCORES)
+    if before:
+        gather(store, "effects", np.array([2, 0]))
+    take_rows_out(tmp_path / "s", "token", lambda _: again)
+    with pytest.raises(ValueError, match=r"s was rewritten since it was opened; open it again"):
+        read(store)
+    read(Store.open(store.path))
+
+
+def test_a_store_whose_state_changes_is_not_refused(tmp_path):
+    store, rows = write(tmp_path / "s", SCORES), np.array([2, 0])
+    found = gather(store, "effects", rows)
+    block = {name: store.numpy(name, 1) for name in SCORES.arrays}
+    other = Store.open(store.path)
+    other.finalize()
+    np.testing.assert_array_equal(gather(store, "effects", rows), found)
+    other.discard(1)
+    with pytest.raises(ValueError, match="is pending"):
+        gather(store, "effects", rows)
+    other.write_block(1, block)
+    np.testing.assert_array_equal(gather(store, "effects", rows), found)
 
 
 def test_blocks_and_objects_are_not_longer_than_what_stays():

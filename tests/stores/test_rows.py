@@ -1,4 +1,5 @@
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from stores import ArraySpec, Provenance, Store, StoreSpec, column, gather, mapped, pieces, total
 from stores.folder import Folder
 from stores.halves import sum_halves, widen
+from stores.handles import close_files
 
 LENGTH, TARGETS, OUTPUTS = 53, 11, 3
 ORDERS = {
@@ -272,3 +274,42 @@ def test_halves_are_summed_row_after_row(rows):
         expected += row.astype(np.float32)
     np.testing.assert_array_equal(sum_halves(halves), expected)
     assert sum_halves(halves[:0]).tolist() == np.zeros((700, 3)).tolist()
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_column_takes_the_memory_of_one_object(tmp_path, compress):
+    array = ArraySpec(("train", "target"), (4001, 256), "float32", rows=100, compress=compress)
+    spec = StoreSpec("scores", "target", 256, {"scores": array})
+    store = Store.create(tmp_path / "s", spec, Provenance({}))
+    values = np.random.default_rng(0).normal(size=array.shape).astype(np.float32)
+    store.write_block(0, {"scores": values})
+    column(store, "scores", 0)
+    tracemalloc.start()
+    found = column(store, "scores", 255)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found, values[:, 255])
+    assert peak < values.nbytes / 4
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("axes", [("train", "target", None), ("target", "train", None)])
+def test_columns_of_blocks_of_several_objects(tmp_path, axes, compress):
+    shape = tuple({"train": 11, "target": 7, None: 2}[axis] for axis in axes)
+    array = ArraySpec(axes, shape, "int16", rows=4, compress=compress)
+    line = ArraySpec(("target",), (7,), "int16", compress=compress)
+    spec = StoreSpec("scores", "target", 3, {"scores": array, "line": line})
+    store = Store.create(tmp_path / "s", spec, Provenance({}))
+    values, axis = np.arange(154, dtype=np.int16).reshape(shape), axes.index("target")
+    for block in range(3):
+        cut = np.r_[spec.span(block)]
+        store.write_block(block, {"scores": values.take(cut, axis), "line": cut.astype(np.int16)})
+    for position in range(7):
+        expected = values.take(position, axis)
+        np.testing.assert_array_equal(column(store, "scores", position), expected)
+        assert column(store, "line", position) == position
+    lost = "scores/c/2/1/0" if axis else "scores/c/1/2/0"
+    store.place.remove(lost)
+    close_files(store.path)
+    with pytest.raises(ValueError, match=f"{lost} is missing; discard block 1"):
+        column(store, "scores", 4)

@@ -2,6 +2,8 @@ import builtins
 import itertools
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from stores import ArraySpec, Provenance, Store, StoreSpec
+from stores import ArraySpec, Provenance, Store, StoreSpec, damaged_constants
 from stores.folder import Folder
 
 IDS = {"train": [f"train-{row}" for row in range(10)], "target": ["é", "b", "c", "d", "e"]}
@@ -81,6 +83,51 @@ def test_zeros_and_constants_are_stored_as_objects(store):
     store.write_block(0, zeros)
     np.testing.assert_array_equal(store.numpy("chosen", 0), zeros["chosen"])
     assert os.path.exists(f"{store.path}/chosen/c/0/0")
+
+
+WHOLES = {"scale": lambda s: s.constant("scale"), "target_id": lambda s: s.ids("target")}
+
+
+@pytest.mark.parametrize(("name", "read"), WHOLES.items(), ids=WHOLES)
+def test_damaged_constants_and_ids_are_found_and_refused(store, name, read):
+    file = Path(store.path, name, *"c00"[: store._readable(name).ndim + 1])
+    content = file.read_bytes()
+    assert damaged_constants(store) == []
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match=f"{name} is damaged .* restore it from a copy, or"):
+            read(store)
+    assert damaged_constants(Store.open(store.path)) == [name]
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{name} is missing .* restore it from a copy, or"):
+        read(store)
+    assert damaged_constants(store) == [name]
+
+
+def test_stores_without_checksums_are_read_and_miss_no_constant(store):
+    root = zarr.open_group(store.path, mode="r+")
+    del root.attrs["checksums"]
+    old = Store.open(store.path)
+    np.testing.assert_array_equal(old.constant("scale"), np.ones((2, 3)))
+    Path(store.path, "scale/c/0/0").unlink()
+    with pytest.raises(ValueError, match="scale is missing"):
+        old.constant("scale")
+
+
+def test_constants_of_any_shape_and_byte_order_keep_their_checksums(tmp_path):
+    wholes = {
+        "point": np.array(3.5),
+        "none": np.zeros((0, 3), bool),
+        "big": np.arange(4, dtype=">i4"),
+        "turned": np.arange(6.0).reshape(2, 3).T,
+    }
+    store = Store.create(tmp_path / "s", SPEC, MADE_BY, wholes, {"model": ["a\0", "é", ""]})
+    assert damaged_constants(store) == []
+    assert store.ids("model") == ["a\0", "é", ""]
+    for name, value in wholes.items():
+        np.testing.assert_array_equal(store.constant(name), value)
 
 
 def test_dask_is_lazy_over_whole_objects(full):
@@ -237,6 +284,34 @@ def test_finalize_sweeps_leftovers_and_can_be_repeated(full):
     assert full.finalize().finalize() == full
     assert not os.path.exists(leftover)
     assert zarr.open_group(full.path, mode="r").attrs["state"] == "complete"
+
+
+def test_what_another_process_may_be_writing_is_not_swept(full):
+    hands = [f"{full.path}/{name}.0123.partial" for name in ("zarr", "zarr.json", "done/c/1")]
+    for file in hands:
+        Path(file).touch()
+    Path(full.path, "done/1.lock.partial").touch()
+    full.finalize()
+    assert [file for file in hands if not os.path.exists(file)] == []
+    assert not os.path.exists(f"{full.path}/done/1.lock.partial")
+
+
+def test_a_complete_store_is_finalised_without_a_look_at_its_files(full, monkeypatch):
+    full.finalize()
+    generation = full.place.generation()
+    monkeypatch.setattr(Folder, "walk", lambda _: pytest.fail("no need to look"))
+    Store.open(full.path).finalize()
+    assert full.place.generation() == generation
+
+
+def test_many_finalise_at_once(tmp_path):
+    spec = StoreSpec("a", "model", 2, {"a": ArraySpec(("model",), (2,), "float32")})
+    for turn in range(20):
+        store = Store.create(tmp_path / str(turn), spec, MADE_BY)
+        store.write_block(0, {"a": np.ones(2, np.float32)})
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda _, s=store: Store.open(s.path).finalize(), range(8)))
+        assert zarr.open_group(store.path, mode="r").attrs["state"] == "complete"
 
 
 def test_a_mark_that_is_being_written_does_not_count(store):

@@ -85,6 +85,25 @@ def test_a_flipped_byte_is_found_discarded_and_computed_again(copy, tmp_path, ca
     assert arrays(copy) == sound
 
 
+@pytest.mark.parametrize("lost", ["full/mask/c/0/0", "full/target_id/c/0"])
+@pytest.mark.parametrize("spoil", [lambda f: f.unlink(), lambda f: f.write_bytes(flipped(f))])
+def test_a_damaged_constant_is_named_and_nothing_is_purged(copy, capsys, lost, spoil):
+    spoil(copy / lost)
+    capsys.readouterr()
+    for words in (["status", "--verify"], ["purge", *FEW]):
+        assert main([words[0], "--run", str(copy), *words[1:]]) != 0
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "/".join(lost.split("/")[:2]) in err
+        assert "restore" in err
+
+
+def flipped(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    return content
+
+
 def test_discarding_from_a_sound_run_changes_nothing(copy, capsys):
     sound = arrays(copy)
     assert main(["status", "--run", str(copy), "--discard"]) == 0
