@@ -1,12 +1,12 @@
 """Purge: takes rows out of everything a run holds, and finishes where it was interrupted."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attribution.forget import ForgetSet, named_ids, parse_forget
 from attribution.purging.context import Context
 from attribution.purging.files import leftovers
 from attribution.purging.journal import FILE, Journal, read_journal, write_journal
-from attribution.purging.kinds import remains_of
+from attribution.purging.kinds import KINDS, names_rows, remains_of
 from attribution.purging.plan import plan_purge
 from attribution.purging.tombstones import (
     Tombstones,
@@ -66,7 +66,8 @@ def purge(path: Where, forget: str | None = None) -> Purged:
         ValueError: no run, unknown ids or all of them, a store that cannot be purged, other rows
             than those of an interrupted purge, or None where none was interrupted; nothing has
             changed then.
-        RuntimeError: a damaged block; nothing has changed then.
+        RuntimeError: a damaged block; nothing has changed then. Or a store that names the rows
+            came meanwhile; the purge is finished once it is removed.
         OSError: something cannot be written; the same call goes on where it stopped.
 
     Example:
@@ -133,6 +134,7 @@ def _finished(
     folders, _ = leftovers(run)
     for name in folders:
         (run / name).clear()
+    _refuse_named(context)
     write_tombstones(run, journal.stones)
     run.remove(FILE)
     return Purged(
@@ -145,6 +147,18 @@ def _finished(
         bytes_after=_size(run),
         tombstones=len(journal.stones),
     )
+
+
+def _refuse_named(context: Context) -> None:
+    # A command that ran when the purge began may have written a store since.
+    stores = replace(context).stores
+    known = {name: store for name, store in stores.items() if store.spec.kind in KINDS}
+    telling = [name for name, store in known.items() if names_rows(context, store)]
+    if telling:
+        raise RuntimeError(
+            f"{', '.join(telling)} in {context.run} came while rows were purged, and names some of"
+            f" them: remove it, then finish with dmm purge --run {context.run}"
+        )
 
 
 def _remains(context: Context, store: Store) -> Remains:

@@ -9,9 +9,11 @@ import torch
 import zarr
 
 from attribution import Ensemble, ForgetSet, GroupNewton, featurize
+from attribution.forget import parse_forget
 from attribution.gradients.curvature import train_curvature
 from attribution.moments import input_moments
 from attribution.precompute import precompute
+from attribution.prediction_files import write_prediction
 from attribution.purging.journal import read_journal
 from attribution.purging.purge import purge
 from attribution.purging.tombstones import read_tombstones
@@ -504,6 +506,20 @@ def test_other_rows_wait_until_an_interrupted_purge_is_finished(killed):
     assert (told.rows, told.finished) == (4, True)
     assert not place(killed).exists("purge.json")
     assert len(opened(killed).task.train_ids) == 33
+
+
+@pytest.mark.parametrize(
+    ("spec", "targets"), [("person-008", ["person-001"]), ("few=rows:1:3", ["person-008"])]
+)
+def test_a_store_that_came_meanwhile_and_names_the_rows_is_refused(whole, killed, spec, targets):
+    forget = parse_forget(whole.task, spec)
+    predicted = whole.datamodel.predict(whole.model(0), forget, targets)
+    write_prediction(predicted, str(killed / "late.zarr"), forget)
+    with pytest.raises(RuntimeError, match=rf"late\.zarr in {killed} came while rows were purged"):
+        purge(killed)
+    assert not (killed / "tombstones.json").exists()
+    shutil.rmtree(killed / "late.zarr")
+    assert purge(killed).finished
 
 
 def test_changed_data_do_not_finish_a_purge(killed, tmp_path):
