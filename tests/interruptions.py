@@ -3,7 +3,7 @@
 from stores import BlockWriter
 from stores.folder import Folder
 
-CHANGES = ("write", "remove", "clear", "move")
+CHANGES = ("write", "create", "remove", "clear", "move")
 
 
 class Killed(BaseException):

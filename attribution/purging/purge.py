@@ -5,7 +5,13 @@ from dataclasses import dataclass, replace
 from attribution.forget import ForgetSet, named_ids, parse_forget
 from attribution.purging.context import Context
 from attribution.purging.files import leftovers
-from attribution.purging.journal import FILE, Journal, read_journal, write_journal
+from attribution.purging.journal import (
+    FILE,
+    Journal,
+    read_journal,
+    refuse_overtaken,
+    write_journal,
+)
 from attribution.purging.kinds import KINDS, names_rows, remains_of
 from attribution.purging.plan import plan_purge
 from attribution.purging.tombstones import (
@@ -64,8 +70,8 @@ def purge(path: Where, forget: str | None = None) -> Purged:
 
     Raises:
         ValueError: no run, unknown ids or all of them, a store that cannot be purged, other rows
-            than those of an interrupted purge, or None where none was interrupted; nothing has
-            changed then.
+            than those of an interrupted purge, another purge at the same time, or None where none
+            was interrupted; nothing has changed then.
         RuntimeError: a damaged block; nothing has changed then. Or a store that names the rows
             came meanwhile; the purge is finished once it is removed.
         OSError: something cannot be written; the same call goes on where it stopped.
@@ -78,7 +84,9 @@ def purge(path: Where, forget: str | None = None) -> Purged:
     """
     run, journal = place(path), read_journal(path)
     if journal is not None:
-        return _finished(_interrupted(run, journal, forget), journal, finished=True)
+        refuse_overtaken(run, journal)
+        context, already = _interrupted(run, journal, forget)
+        return _finished(context, journal, already=already, finished=True)
     if forget is None:
         raise ValueError(f"no purge of {run} was interrupted: name the rows with --forget")
     opened = Run.open(path)
@@ -88,6 +96,7 @@ def purge(path: Where, forget: str | None = None) -> Purged:
         return Purged(0, already, False, (), (), size, size, len(stones))
     context, journal = plan_purge(run, opened.task, gone)
     write_journal(run, journal)
+    refuse_overtaken(run, journal)
     return _finished(context, journal, already=already)
 
 
@@ -101,7 +110,7 @@ def _wanted(task: Task, spec: str, stones: Tombstones) -> tuple[ForgetSet | None
     return (ForgetSet.of(task, left) if left else None), len(already)
 
 
-def _interrupted(run: Place, journal: Journal, spec: str | None) -> Context:
+def _interrupted(run: Place, journal: Journal, spec: str | None) -> tuple[Context, int]:
     settings = read_settings(run, finishing=True)
     task = load_task(settings.task, outside=run)
     earlier = purged_rows(task, journal.before)
@@ -112,12 +121,13 @@ def _interrupted(run: Place, journal: Journal, spec: str | None) -> Context:
             " finish it with the data that it began with"
         )
     gone = ForgetSet.at(task, journal.positions)
-    if spec is not None and parse_forget(task, spec).positions != gone.positions:
+    wanted, already = (gone, 0) if spec is None else _wanted(task, spec, journal.before)
+    if wanted is None or wanted.positions != gone.positions:
         raise ValueError(
             f"a purge of {len(gone)} other rows from {run} was interrupted: finish it first with"
             f" dmm purge --run {run}"
         )
-    return Context(run, task, gone, journal.own, journal.digests)
+    return Context(run, task, gone, journal.own, journal.digests), already
 
 
 def _finished(
