@@ -17,7 +17,7 @@ from stores import Place
 _KEPT = ("run.json", "calibration.json", TOMBSTONES, JOURNAL)
 # What is measured on models and rows as they were before.
 _DERIVED = ("evaluation.json", "report.html")
-_MODELS = (".safetensors", *TORCH_FILES)
+MODELS = (".safetensors", *TORCH_FILES)
 
 
 def telling_files(run: Place, ids: Sequence[str]) -> list[str]:
@@ -47,7 +47,7 @@ def telling_files(run: Place, ids: Sequence[str]) -> list[str]:
         name
         for name in loose
         if not leftover(name)
-        and not name.endswith(_MODELS)
+        and not name.endswith(MODELS)
         and (name in _DERIVED or tells(run.read(name), ids))
     ]
 

@@ -1,10 +1,11 @@
 """Purge: takes rows out of everything a run holds, and finishes where it was interrupted."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from attribution.forget import ForgetSet, named_ids, parse_forget
-from attribution.purging.context import Context
-from attribution.purging.files import leftovers
+from attribution.purging.context import Context, store_places
+from attribution.purging.files import MODELS, leftovers
 from attribution.purging.journal import (
     FILE,
     Journal,
@@ -25,6 +26,7 @@ from attribution.run import Run, read_settings
 from attribution.task import Task
 from attribution.task_file import load_task
 from stores import Place, Remains, Store, Where, place, take_rows_out
+from stores.removal import ASIDE
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Purged:
         bytes_before: size of the run.
         bytes_after: size of the run now.
         tombstones: rows that were ever purged from the run.
+        weights: whether the run holds weights of models, which stay as they were.
     """
 
     rows: int
@@ -50,6 +53,7 @@ class Purged:
     bytes_before: int
     bytes_after: int
     tombstones: int
+    weights: bool
 
 
 def purge(path: Where, forget: str | None = None) -> Purged:
@@ -72,8 +76,8 @@ def purge(path: Where, forget: str | None = None) -> Purged:
         ValueError: no run, unknown ids or all of them, a store that cannot be purged, other rows
             than those of an interrupted purge, another purge at the same time, or None where none
             was interrupted; nothing has changed then.
-        RuntimeError: a damaged block; nothing has changed then. Or a store that names the rows
-            came meanwhile; the purge is finished once it is removed.
+        RuntimeError: a damaged block; nothing has changed then. Or a store was damaged since, or
+            one that names the rows came; the purge is finished once it is restored or removed.
         OSError: something cannot be written; the same call goes on where it stopped.
 
     Example:
@@ -93,7 +97,8 @@ def purge(path: Where, forget: str | None = None) -> Purged:
     gone, already = _wanted(opened.task, forget, read_tombstones(run))
     if gone is None:
         size, stones = _size(run), read_tombstones(run)
-        return Purged(0, already, False, (), (), size, size, len(stones))
+        weights = _holds_weights(run)
+        return Purged(0, already, False, (), (), size, size, len(stones), weights)
     context, journal = plan_purge(run, opened.task, gone)
     write_journal(run, journal)
     refuse_overtaken(run, journal)
@@ -139,7 +144,7 @@ def _finished(
     for name in journal.files:
         if run.exists(name):
             run.remove(name)
-    for name in journal.rewrite:
+    for name in filter(partial(_is_there, run), journal.rewrite):
         take_rows_out(run / name, journal.token, lambda store: _remains(context, store))
     folders, _ = leftovers(run)
     for name in folders:
@@ -156,7 +161,13 @@ def _finished(
         bytes_before=journal.bytes_before,
         bytes_after=_size(run),
         tombstones=len(journal.stones),
+        weights=_holds_weights(run),
     )
+
+
+def _is_there(run: Place, name: str) -> bool:
+    # A store that was damaged since the plan was made can be removed by hand.
+    return (run / name).taken() or (run / f"{name}{ASIDE}").taken()
 
 
 def _refuse_named(context: Context) -> None:
@@ -173,8 +184,18 @@ def _refuse_named(context: Context) -> None:
 
 def _remains(context: Context, store: Store) -> Remains:
     found = remains_of(context, store)
-    assert found is not None  # the plan would have removed it
+    if found is None:
+        raise RuntimeError(
+            f"{store.path} is not finished, or what it was made from is missing, since the purge"
+            f" began: remove it, then finish with dmm purge --run {context.run}"
+        )
     return found
+
+
+def _holds_weights(run: Place) -> bool:
+    stores = [Store.open(run / name) for name in store_places(run)]
+    kept = any(s.spec.kind == "ensemble" and s.attributes["keys"] for s in stores)
+    return kept or any(name.endswith(MODELS) for name in run.walk())
 
 
 def _size(run: Place) -> int:

@@ -560,6 +560,27 @@ def test_of_two_purges_at_once_the_second_to_plan_waits(whole, tmp_path, monkeyp
     assert read_journal(path).positions == (3,)
 
 
+def test_a_block_damaged_since_the_kill_is_refused_until_it_is_restored(killed):
+    name = next(n for n in read_journal(killed).rewrite if n.startswith("ensemble"))
+    chunk = killed / name / "outputs/c/0/0/0"
+    content = chunk.read_bytes()
+    chunk.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(RuntimeError, match=rf"blocks \[0\] of .*{name} are damaged"):
+        purge(killed)
+    chunk.write_bytes(content)
+    assert purge(killed).weights
+
+
+def test_a_store_damaged_since_the_kill_may_be_removed_and_is_made_again(killed, tmp_path):
+    name = next(n for n in read_journal(killed).rewrite if n.startswith("ensemble"))
+    shutil.rmtree(killed / name)
+    assert purge(killed).finished
+    assert not (killed / name).exists()
+    with pytest.warns(UserWarning, match="4 rows"):
+        precompute(f"{tmp_path}/small.py:task", killed, **SIZES)
+    assert (killed / name).exists()
+
+
 @pytest.mark.parametrize("killed_too", [False, True])
 def test_a_plan_made_before_another_purge_ended_is_refused(
     whole, tmp_path, monkeypatch, killed_too
