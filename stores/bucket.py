@@ -127,6 +127,19 @@ class Bucket(Place):
             self._client.put(self._key(name), content, use_multipart=False)
         forget(self.url)
 
+    def create(self, name: str, content: bytes) -> None:
+        """Write a file in one request, which the service refuses where there is one."""
+        from obstore.exceptions import AlreadyExistsError
+
+        try:
+            with plain_errors(f"writing {self.url}/{name}"):
+                self._client.put(self._key(name), content, mode="create", use_multipart=False)
+        except ConnectionError as error:
+            if not isinstance(error.__cause__, AlreadyExistsError):
+                raise
+            raise FileExistsError(f"{self.url}/{name} is there already") from error
+        forget(self.url)
+
     def remove(self, name: str) -> None:
         """Remove a file."""
         # The service does not tell whether there was one.
@@ -178,14 +191,9 @@ class Bucket(Place):
     def _write_once(self, name: str, content: bytes) -> None:
         # Two that create the same store at once, or one after a kill, write the same files; of
         # two that differ, the second must not touch what the first has written.
-        from obstore.exceptions import AlreadyExistsError
-
         try:
-            with plain_errors(f"writing {self.url}/{name}"):
-                self._client.put(self._key(name), content, mode="create")
-        except ConnectionError as error:
-            if not isinstance(error.__cause__, AlreadyExistsError):
-                raise
+            self.create(name, content)
+        except FileExistsError as error:
             if name == _ROOT or self.read(name) != content:
                 raise FileExistsError(
                     f"{self.url}/{name} is there already and differs; remove {self.url} if it is "

@@ -83,13 +83,15 @@ class Folder(Place):
     def write(self, name: str, content: bytes) -> None:
         """Write a file under another name, then rename it."""
         path = self._path(name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        aside = f"{path}.{uuid.uuid4().hex}.partial"
-        try:
-            pathlib.Path(aside).write_bytes(content)
+        with _written_aside(path, content) as aside:
             os.replace(aside, path)
-        finally:
-            pathlib.Path(aside).unlink(missing_ok=True)
+
+    def create(self, name: str, content: bytes) -> None:
+        """Write a file under another name, then give it its own, which must be free."""
+        path = self._path(name)
+        with _written_aside(path, content) as aside:
+            # Renaming would replace a file, and opening a new one would show it half written.
+            os.link(aside, path)
 
     def remove(self, name: str) -> None:
         """Remove a file."""
@@ -137,6 +139,17 @@ class Folder(Place):
 
     def _path(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url
+
+
+@contextmanager
+def _written_aside(path: str, content: bytes) -> Iterator[str]:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    aside = f"{path}.{uuid.uuid4().hex}.partial"
+    try:
+        pathlib.Path(aside).write_bytes(content)
+        yield aside
+    finally:
+        pathlib.Path(aside).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -122,6 +122,15 @@ class Place(ABC):
         """
 
     @abstractmethod
+    def create(self, name: str, content: bytes) -> None:
+        """Write a file as a whole where there is none; of several at once, one writes.
+
+        Raises:
+            FileExistsError: There is one of this name.
+            OSError: It cannot be written.
+        """
+
+    @abstractmethod
     def remove(self, name: str) -> None:
         """Remove a file.
 

@@ -14,6 +14,7 @@ from stores.places import Place, Where, place
 from stores.provenance import Provenance
 from stores.schema import ArraySpec, Json, StoreSpec
 from stores.store import Store
+from stores.verification import sound
 from stores.writing import BlockWriter, durable
 
 ASIDE = ".purged"
@@ -56,7 +57,8 @@ def take_rows_out(where: Where, token: str, remains: Callable[[Store], Remains])
         remains: Tells what stays of the store.
 
     Raises:
-        ValueError: There is no store, or a block of it cannot be read.
+        ValueError: There is no store.
+        RuntimeError: A block that is needed is damaged, or an object of it is missing.
         OSError: The new store cannot be written.
 
     Example:
@@ -159,15 +161,27 @@ def _write_anew(store: Store, aside: Place, remains: Remains) -> None:
     constants = {name: value for name, value in kept.items() if value is not None}
     ids = {axis: _kept_ids(store, axis, remains) for axis in root["ids"]}
     new = Store.create(aside, spec, remains.provenance, constants, ids, remains.attributes)
-    done = set(store.done())
+    done, checked = set(store.done()), set[int]()
     for number in range(spec.blocks):
         block = _block(store, remains, spec.span(number))
         if done.issuperset(block.sources):
+            _refuse_damaged(store, set(block.sources) - checked)
+            checked.update(block.sources)
             revised = remains.revise(block.positions[spec.axis]) if remains.revise else {}
             with new.writing(number) as writer:
                 _copy(block, writer, revised)
     if new.complete:
         new.finalize()
+
+
+def _refuse_damaged(store: Store, blocks: set[int]) -> None:
+    # What is copied gets a mark of its own: nothing would tell afterwards that it was damaged.
+    damaged = [block for block in sorted(blocks) if not sound(store, block)]
+    if damaged:
+        raise RuntimeError(
+            f"blocks {damaged} of {store.path} are damaged: restore them from a copy, or remove the"
+            " store and have it made again; then call this again"
+        )
 
 
 def _kept_ids(store: Store, axis: str, remains: Remains) -> Sequence[str]:

@@ -1,9 +1,11 @@
 """Kills at the moments that matter: after each change of what lies on the disk."""
 
+import itertools
+
 from stores import BlockWriter
 from stores.folder import Folder
 
-CHANGES = ("write", "remove", "clear", "move")
+CHANGES = ("write", "create", "remove", "clear", "move")
 
 
 class Killed(BaseException):
@@ -12,25 +14,26 @@ class Killed(BaseException):
 
 def kill_after(monkeypatch, changes, kind=Folder):
     """The process seems to be killed after so many changes, or amid one that clears a place."""
-    left = [changes]
+    # Threads share it; a change that makes others is still the one it was counted as.
+    numbers = itertools.count(1)
     for name in CHANGES:
-        monkeypatch.setattr(kind, name, _counted(getattr(kind, name), left))
-    monkeypatch.setattr(BlockWriter, "append", _counted(BlockWriter.append, left))
+        monkeypatch.setattr(kind, name, _counted(getattr(kind, name), numbers, changes))
+    monkeypatch.setattr(BlockWriter, "append", _counted(BlockWriter.append, numbers, changes))
 
 
-def _counted(change, left):
+def _counted(change, numbers, last):
     def call(self, *arguments):
         clearing = change.__name__ == "clear"
         names = self.walk() if clearing else []
         if clearing and not (names or self.taken()):
             return
-        left[0] -= 1
-        if clearing and not left[0]:
+        killed = next(numbers) == last
+        if clearing and killed:
             for name in names[::2]:
                 self.remove(name)
             raise Killed
         change(self, *arguments)
-        if not left[0]:
+        if killed:
             raise Killed
 
     return call

@@ -220,6 +220,12 @@ def purge_notes(evaluation: Mapping[str, Any]) -> list[str]:
     ]
 
 
+_WEIGHTS_STAY = (
+    "\nthe run's weights that were trained on these rows are as they were, and dmm unlearn no"
+    " longer knows the rows: to make models forget rows, unlearn before you purge"
+)
+
+
 def purge_text(run: str, done: Purged) -> str:
     """What a purge did, and what it leaves to other steps.
 
@@ -231,7 +237,7 @@ def purge_text(run: str, done: Purged) -> str:
         A few lines.
 
     Example:
-        >>> print(purge_text("runs/a", Purged(0, 2, False, (), (), 10, 10, tombstones=2)))
+        >>> print(purge_text("runs/a", Purged(0, 2, False, (), (), 10, 10, 2, weights=True)))
         runs/a: these 2 rows have been purged before; nothing was left to do
     """
     if not done.rows:
@@ -242,6 +248,6 @@ def purge_text(run: str, done: Purged) -> str:
         + (" by the purge that was interrupted" if done.finished else "")
         + (f" ({done.already} others had been before)" if done.already else "")
         + f"; {len(done.rewritten)} stores written anew, {len(done.removed)} stores and files"
-        f" removed, {before:.1f} MB before and {after:.1f} MB now\n"
-        "weights that were trained on these rows are as they were: dmm unlearn makes models forget"
+        f" removed, {before:.1f} MB before and {after:.1f} MB now"
+        + (_WEIGHTS_STAY if done.weights else "")
     )

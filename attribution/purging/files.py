@@ -5,6 +5,8 @@ import json
 import re
 from collections.abc import Sequence
 
+import markupsafe
+
 from attribution.model import TORCH_FILES
 from attribution.purging.context import leftover, lone_arrays, store_places
 from attribution.purging.journal import FILE as JOURNAL
@@ -15,7 +17,7 @@ from stores import Place
 _KEPT = ("run.json", "calibration.json", TOMBSTONES, JOURNAL)
 # What is measured on models and rows as they were before.
 _DERIVED = ("evaluation.json", "report.html")
-_MODELS = (".safetensors", *TORCH_FILES)
+MODELS = (".safetensors", *TORCH_FILES)
 
 
 def telling_files(run: Place, ids: Sequence[str]) -> list[str]:
@@ -41,13 +43,12 @@ def telling_files(run: Place, ids: Sequence[str]) -> list[str]:
     """
     stores = tuple(f"{name}/" for name in (*store_places(run), *lone_arrays(run)))
     loose = [name for name in run.walk() if not name.startswith(stores) and name not in _KEPT]
-    texts = [text for row in ids for text in _spellings(row)]
     return [
         name
         for name in loose
         if not leftover(name)
-        and not name.endswith(_MODELS)
-        and (name in _DERIVED or _tells(run.read(name), texts))
+        and not name.endswith(MODELS)
+        and (name in _DERIVED or tells(run.read(name), ids))
     ]
 
 
@@ -75,11 +76,28 @@ def leftovers(run: Place) -> tuple[list[str], list[str]]:
     return sorted([*folders, *lone_arrays(run)]), files
 
 
-def _spellings(row: str) -> set[bytes]:
-    return {text.encode() for text in (row, json.dumps(row)[1:-1], html.escape(row))}
+def tells(content: bytes, ids: Sequence[str]) -> bool:
+    """Whether a text names one of some ids, spelled as in plain text, JSON, HTML or CSV.
 
+    Args:
+        content: the text in UTF-8.
+        ids: the ids.
 
-def _tells(content: bytes, texts: Sequence[bytes]) -> bool:
-    # An id that is a part of a longer word is another one.
+    Returns:
+        True where one of them stands alone; a part of a longer word is another id.
+
+    Example:
+        >>> tells(b"train-3,train-5", ["train-5"]), tells(b"train-50", ["train-5"])
+        (True, False)
+    """
     alone = rb"(?<![0-9A-Za-z])%s(?![0-9A-Za-z])"
+    texts = [text for row in ids for text in _spellings(row)]
     return any(text in content and re.search(alone % re.escape(text), content) for text in texts)
+
+
+def _spellings(row: str) -> set[bytes]:
+    json_texts = (json.dumps(row)[1:-1], json.dumps(row, ensure_ascii=False)[1:-1])
+    # Both escape quotes, each in its own way.
+    html_texts = (html.escape(row), str(markupsafe.escape(row)))
+    texts = (row, *json_texts, *html_texts, row.replace('"', '""'))
+    return {text.encode() for text in texts}

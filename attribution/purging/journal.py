@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from attribution.purging.tombstones import Tombstones
+from attribution.purging.tombstones import Tombstones, read_tombstones
 from stores import Where, place
 
 FILE = "purge.json"
@@ -50,11 +50,14 @@ class Journal:
 
 
 def write_journal(where: Where, journal: Journal) -> None:
-    """Writes the journal to a run's folder, as a whole.
+    """Writes the journal to a run's folder, as a whole, where there is none.
 
     Args:
         where: the run's folder.
         journal: what is to be done.
+
+    Raises:
+        ValueError: another purge has begun meanwhile.
 
     Example:
         >>> import tempfile
@@ -65,7 +68,10 @@ def write_journal(where: Where, journal: Journal) -> None:
         True
     """
     text = json.dumps({"schema": SCHEMA} | asdict(journal), indent=2) + "\n"
-    place(where).write(FILE, text.encode())
+    try:
+        place(where).create(FILE, text.encode())
+    except FileExistsError as error:
+        raise _unfinished(where) from error
 
 
 def read_journal(where: Where) -> Journal | None:
@@ -111,6 +117,34 @@ def refuse_unfinished(where: Where) -> None:
         >>> refuse_unfinished("nowhere")
     """
     if place(where).exists(FILE):
+        raise _unfinished(where)
+
+
+def _unfinished(where: Where) -> ValueError:
+    return ValueError(
+        f"a purge of {place(where)} was interrupted: finish it with dmm purge --run {where}"
+    )
+
+
+def refuse_overtaken(where: Where, journal: Journal) -> None:
+    """Refuses a purge that was planned before another one ended; its journal is removed.
+
+    Args:
+        where: the run's folder.
+        journal: of the purge.
+
+    Raises:
+        ValueError: the run has other tombstones than those that were there when it was planned.
+
+    Example:
+        >>> import tempfile
+        >>> folder, stones = tempfile.mkdtemp(), Tombstones("5a17").adding(["train-3"])
+        >>> refuse_overtaken(folder, Journal("0b", stones, 0, (3,), {}, (), (), (), 120))
+    """
+    run = place(where)
+    # Tombstones come last: the purge may have been killed after it wrote its own.
+    if read_tombstones(run).digests not in (journal.before.digests, journal.stones.digests):
+        run.remove(FILE)
         raise ValueError(
-            f"a purge of {place(where)} was interrupted: finish it with dmm purge --run {where}"
+            f"other rows were purged from {run} meanwhile, and none of these: call it again"
         )

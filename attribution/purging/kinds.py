@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from attribution.purging.context import Context
+from attribution.purging.files import tells
 from attribution.purging.scores import FewerScores, Ranked, trak_sources
 from attribution.purging.sums import LessCurvature, LessMoments
 from attribution.uncertainty import uncertainty_of
@@ -65,6 +66,29 @@ def remains_of(context: Context, store: Store) -> Remains | None:
     }
     plain = Remains(positions, context.provenance(store), constants, attributes)
     return kind.change(context, store, plain)
+
+
+def names_rows(context: Context, store: Store) -> bool:
+    """Whether a store names purged rows: in its ids, its lists of ids, or what it was made from.
+
+    Args:
+        context: the purge.
+        store: a store of the run, of a kind that is known.
+
+    Returns:
+        True where it does.
+    """
+    kind = KINDS[store.spec.kind]
+    lists = [store.ids(axis) for axis in kind.named]
+    lists += [store.attributes[name] for name in kind.id_lists]
+    return any(context.stones.matching(ids) for ids in lists) or _is_told_of(context, store)
+
+
+def _is_told_of(context: Context, store: Store) -> bool:
+    """Whether the text of a prediction's forget set, as it was typed, names purged rows."""
+    if store.spec.kind != "prediction":
+        return False
+    return tells(store.provenance.settings["forget"].encode(), context.gone.ids)
 
 
 def _positions(context: Context, store: Store, kind: Kind) -> dict[str, Any]:
@@ -133,6 +157,10 @@ def _prior(context: Context, store: Store, plain: Remains) -> None:
     """It served to make the residual's models, and is made anew where they are not finished."""
 
 
+def _prediction(context: Context, store: Store, plain: Remains) -> Remains | None:
+    return None if _is_told_of(context, store) else plain
+
+
 def _calibration(context: Context, store: Store, plain: Remains) -> Remains | None:
     # Not fitted yet: it would be fitted with another damping, which the rows' number tells.
     return plain if context.run.exists("calibration.json") else None
@@ -172,7 +200,7 @@ KINDS = {
     "residual-prior": Kind({}, named=(), change=_prior),
     "in-run-scores": Kind({}, ("targets",), change=_in_run),
     "trak-package-scores": Kind({}, change=_trak_package),
-    "prediction": Kind({}, named=("target",)),
+    "prediction": Kind({}, named=("target",), change=_prediction),
     "ensemble": Kind({"mask": ("model", "train")}, ("without",), derived=False),
 }
 """What is known of each kind of store, in the order in which stores are rewritten."""

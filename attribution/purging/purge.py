@@ -1,12 +1,19 @@
 """Purge: takes rows out of everything a run holds, and finishes where it was interrupted."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from attribution.forget import ForgetSet, named_ids, parse_forget
-from attribution.purging.context import Context
-from attribution.purging.files import leftovers
-from attribution.purging.journal import FILE, Journal, read_journal, write_journal
-from attribution.purging.kinds import remains_of
+from attribution.purging.context import Context, store_places
+from attribution.purging.files import MODELS, leftovers
+from attribution.purging.journal import (
+    FILE,
+    Journal,
+    read_journal,
+    refuse_overtaken,
+    write_journal,
+)
+from attribution.purging.kinds import KINDS, names_rows, remains_of
 from attribution.purging.plan import plan_purge
 from attribution.purging.tombstones import (
     Tombstones,
@@ -19,6 +26,7 @@ from attribution.run import Run, read_settings
 from attribution.task import Task
 from attribution.task_file import load_task
 from stores import Place, Remains, Store, Where, place, take_rows_out
+from stores.removal import ASIDE
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Purged:
         bytes_before: size of the run.
         bytes_after: size of the run now.
         tombstones: rows that were ever purged from the run.
+        weights: whether the run holds weights of models, which stay as they were.
     """
 
     rows: int
@@ -44,6 +53,7 @@ class Purged:
     bytes_before: int
     bytes_after: int
     tombstones: int
+    weights: bool
 
 
 def purge(path: Where, forget: str | None = None) -> Purged:
@@ -64,9 +74,10 @@ def purge(path: Where, forget: str | None = None) -> Purged:
 
     Raises:
         ValueError: no run, unknown ids or all of them, a store that cannot be purged, other rows
-            than those of an interrupted purge, or None where none was interrupted; nothing has
-            changed then.
-        RuntimeError: a damaged block; nothing has changed then.
+            than those of an interrupted purge, another purge at the same time, or None where none
+            was interrupted; nothing has changed then.
+        RuntimeError: a damaged block; nothing has changed then. Or a store was damaged since, or
+            one that names the rows came; the purge is finished once it is restored or removed.
         OSError: something cannot be written; the same call goes on where it stopped.
 
     Example:
@@ -77,16 +88,20 @@ def purge(path: Where, forget: str | None = None) -> Purged:
     """
     run, journal = place(path), read_journal(path)
     if journal is not None:
-        return _finished(_interrupted(run, journal, forget), journal, finished=True)
+        refuse_overtaken(run, journal)
+        context, already = _interrupted(run, journal, forget)
+        return _finished(context, journal, already=already, finished=True)
     if forget is None:
         raise ValueError(f"no purge of {run} was interrupted: name the rows with --forget")
     opened = Run.open(path)
     gone, already = _wanted(opened.task, forget, read_tombstones(run))
     if gone is None:
         size, stones = _size(run), read_tombstones(run)
-        return Purged(0, already, False, (), (), size, size, len(stones))
+        weights = _holds_weights(run)
+        return Purged(0, already, False, (), (), size, size, len(stones), weights)
     context, journal = plan_purge(run, opened.task, gone)
     write_journal(run, journal)
+    refuse_overtaken(run, journal)
     return _finished(context, journal, already=already)
 
 
@@ -100,7 +115,7 @@ def _wanted(task: Task, spec: str, stones: Tombstones) -> tuple[ForgetSet | None
     return (ForgetSet.of(task, left) if left else None), len(already)
 
 
-def _interrupted(run: Place, journal: Journal, spec: str | None) -> Context:
+def _interrupted(run: Place, journal: Journal, spec: str | None) -> tuple[Context, int]:
     settings = read_settings(run, finishing=True)
     task = load_task(settings.task, outside=run)
     earlier = purged_rows(task, journal.before)
@@ -111,12 +126,13 @@ def _interrupted(run: Place, journal: Journal, spec: str | None) -> Context:
             " finish it with the data that it began with"
         )
     gone = ForgetSet.at(task, journal.positions)
-    if spec is not None and parse_forget(task, spec).positions != gone.positions:
+    wanted, already = (gone, 0) if spec is None else _wanted(task, spec, journal.before)
+    if wanted is None or wanted.positions != gone.positions:
         raise ValueError(
             f"a purge of {len(gone)} other rows from {run} was interrupted: finish it first with"
             f" dmm purge --run {run}"
         )
-    return Context(run, task, gone, journal.own, journal.digests)
+    return Context(run, task, gone, journal.own, journal.digests), already
 
 
 def _finished(
@@ -128,11 +144,12 @@ def _finished(
     for name in journal.files:
         if run.exists(name):
             run.remove(name)
-    for name in journal.rewrite:
+    for name in filter(partial(_is_there, run), journal.rewrite):
         take_rows_out(run / name, journal.token, lambda store: _remains(context, store))
     folders, _ = leftovers(run)
     for name in folders:
         (run / name).clear()
+    _refuse_named(context)
     write_tombstones(run, journal.stones)
     run.remove(FILE)
     return Purged(
@@ -144,13 +161,41 @@ def _finished(
         bytes_before=journal.bytes_before,
         bytes_after=_size(run),
         tombstones=len(journal.stones),
+        weights=_holds_weights(run),
     )
+
+
+def _is_there(run: Place, name: str) -> bool:
+    # A store that was damaged since the plan was made can be removed by hand.
+    return (run / name).taken() or (run / f"{name}{ASIDE}").taken()
+
+
+def _refuse_named(context: Context) -> None:
+    # A command that ran when the purge began may have written a store since.
+    stores = replace(context).stores
+    known = {name: store for name, store in stores.items() if store.spec.kind in KINDS}
+    telling = [name for name, store in known.items() if names_rows(context, store)]
+    if telling:
+        raise RuntimeError(
+            f"{', '.join(telling)} in {context.run} came while rows were purged, and names some of"
+            f" them: remove it, then finish with dmm purge --run {context.run}"
+        )
 
 
 def _remains(context: Context, store: Store) -> Remains:
     found = remains_of(context, store)
-    assert found is not None  # the plan would have removed it
+    if found is None:
+        raise RuntimeError(
+            f"{store.path} is not finished, or what it was made from is missing, since the purge"
+            f" began: remove it, then finish with dmm purge --run {context.run}"
+        )
     return found
+
+
+def _holds_weights(run: Place) -> bool:
+    stores = [Store.open(run / name) for name in store_places(run)]
+    kept = any(s.spec.kind == "ensemble" and s.attributes["keys"] for s in stores)
+    return kept or any(name.endswith(MODELS) for name in run.walk())
 
 
 def _size(run: Place) -> int:

@@ -1,6 +1,7 @@
 """What every place promises, tried on an empty one."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -43,6 +44,30 @@ class PlaceTests:
         empty.write("a", b"123")
         empty.write("a", b"4")
         assert empty.read("a") == b"4"
+
+    def test_creating_writes_where_nothing_is(self, empty):
+        empty.create("folder/a", b"123")
+        assert empty.read("folder/a") == b"123"
+        with pytest.raises(FileExistsError):
+            empty.create("folder/a", b"456")
+        assert empty.read("folder/a") == b"123"
+        assert empty.walk() == ["folder/a"]
+        empty.remove("folder/a")
+        empty.create("folder/a", b"456")
+        assert empty.read("folder/a") == b"456"
+
+    def test_one_of_many_creates(self, empty):
+        def create(number):
+            try:
+                empty.create("a", b"%d" % number)
+            except FileExistsError:
+                return None
+            return number
+
+        with ThreadPoolExecutor(8) as threads:
+            (winner,) = {n for n in threads.map(create, range(24)) if n is not None}
+        assert empty.read("a") == b"%d" % winner
+        assert empty.walk() == ["a"]
 
     def test_a_large_file(self, empty):
         content = np.random.default_rng(0).bytes(7 * 2**20 + 3)

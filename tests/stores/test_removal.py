@@ -176,7 +176,7 @@ def test_a_lost_object_is_refused_and_nothing_is_lost_beside_it(tmp_path):
     write(tmp_path / "s", OUTPUTS)
     before = contents(tmp_path / "s")
     (tmp_path / "s/outputs/c/1/2").rename(tmp_path / "lost")
-    with pytest.raises(ValueError, match="outputs/c/1/2 is missing"):
+    with pytest.raises(RuntimeError, match=r"blocks \[1\] of .*s are damaged: restore them from"):
         take_rows_out(tmp_path / "s", "token", lambda _: kept())
     (tmp_path / "lost").rename(tmp_path / "s/outputs/c/1/2")
     assert contents(tmp_path / "s") == before
@@ -184,6 +184,20 @@ def test_a_lost_object_is_refused_and_nothing_is_lost_beside_it(tmp_path):
     np.testing.assert_array_equal(
         Store.open(tmp_path / "s").numpy("outputs"), expected(OUTPUTS, "outputs")
     )
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_a_damaged_block_is_refused_and_gets_no_mark(tmp_path, block):
+    write(tmp_path / "s", SCORES)
+    file = tmp_path / f"s/top/c/{block}/0"
+    content = file.read_bytes()
+    file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(RuntimeError, match=rf"blocks \[{block}\] of .*s are damaged"):
+        take_rows_out(tmp_path / "s", "token", lambda _: kept())
+    assert Store.open(tmp_path / "s").verify() == [block]
+    file.write_bytes(content)
+    take_rows_out(tmp_path / "s", "token", lambda _: kept())
+    np.testing.assert_array_equal(Store.open(tmp_path / "s").numpy("top"), expected(SCORES, "top"))
 
 
 def test_killed_after_any_change_it_finishes_with_the_same_bytes(tmp_path, monkeypatch):

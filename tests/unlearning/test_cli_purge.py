@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from attribution import load_model
-from attribution.purging.purge import purge
+from attribution.purging.purge import Purged, purge
 from stores import taken_out
 from tests.attribution.purging.runs import SPEC, copied, opened, whole_run
 from tests.interruptions import Killed, kill_after
 from tests.small_runs import contents
 from unlearning.cli import main
+from unlearning.tables import purge_text
 
 LEFT_OUT = "dmm: warning: 4 rows of task 'small' were purged from {} and are left out\n"
 pytestmark = pytest.mark.filterwarnings("always:4 rows of task 'small' were purged")
@@ -60,6 +61,7 @@ def test_rows_are_purged_from_the_command_line(whole, call, tmp_path):
         "bytes_before",
         "bytes_after",
         "tombstones",
+        "weights",
     }
     assert (told["rows"], told["tombstones"]) == (4, 4)
     assert told["bytes_after"] < told["bytes_before"]
@@ -72,10 +74,19 @@ def test_rows_are_purged_from_the_command_line(whole, call, tmp_path):
 
 def test_the_text_tells_what_purge_does_not_do(whole, call, tmp_path):
     path = copied(whole, tmp_path)
-    code, out, _ = call("purge", "--run", path, "--forget", "rows:3:5")
+    code, out, _ = call("purge", "--run", path, "--forget", "rows:3:7")
     assert code == 0
-    assert out.startswith(f"{path}: 2 rows purged; ")
-    assert out.endswith("as they were: dmm unlearn makes models forget\n")
+    assert out.startswith(f"{path}: 4 rows purged; ")
+    assert out.endswith("to make models forget rows, unlearn before you purge\n")
+    words = ("--method", "gradient_ascent", "--out", tmp_path / "a.safetensors")
+    code, _, err = call("unlearn", "--run", path, "--forget", "person-003", *words)
+    assert (code, "unknown id 'person-003'" in err) == (2, True)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_the_text_speaks_of_weights_where_a_run_holds_them(weights):
+    done = Purged(1, 0, False, ("full",), (), 20, 10, tombstones=1, weights=weights)
+    assert ("unlearn before you purge" in purge_text("runs/a", done)) is weights
 
 
 @pytest.mark.parametrize(

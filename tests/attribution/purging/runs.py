@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from attribution import ForgetSet, record_run
+from attribution.forget import parse_forget
 from attribution.precompute import precompute
 from attribution.prediction_files import write_prediction
 from attribution.run import Run
@@ -26,6 +27,7 @@ CLEARED = {
     "kept.json.partial",
     "full.0a.tmp",
     "gone.zarr",
+    "typed.zarr",
 }
 
 
@@ -45,6 +47,8 @@ def whole_run(base):
     write_prediction(predicted, str(path / "few.zarr"), ForgetSet.of(run.task, ids))
     one = run.datamodel.predict(run.model(0), ForgetSet.of(run.task, ids), ids[1:2])
     write_prediction(one, str(path / "gone.zarr"), ForgetSet.of(run.task, ids))
+    typed = parse_forget(run.task, "person-008,person-001")
+    write_prediction(predicted, str(path / "typed.zarr"), typed)
     write_prediction(predicted, str(path / "predicted.csv"), ForgetSet.of(run.task, ids))
     (path / "pages").mkdir()
     (path / "evaluation.json").write_text("{}")

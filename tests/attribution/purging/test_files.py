@@ -1,5 +1,8 @@
+import csv
+import io
 import json
 
+import markupsafe
 import pytest
 
 from attribution.purging.files import leftovers, telling_files
@@ -39,10 +42,31 @@ def test_a_file_that_names_another_row_is_not(run, text):
     assert telling_files(run, ["row-1", "row-2"]) == []
 
 
-@pytest.mark.parametrize("text", [ROW, json.dumps(ROW), "Zoë &quot;Z&quot; &lt;1&gt;"])
-def test_ids_are_found_as_json_and_html_spell_them(run, text):
+def table(*rows):
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ROW,
+        json.dumps(ROW),
+        json.dumps(ROW, ensure_ascii=False),
+        "Zoë &quot;Z&quot; &lt;1&gt;",
+        markupsafe.Markup("<td>{}</td>").format(ROW),
+        table(["row", "value"], [ROW, 1.5]),
+    ],
+)
+def test_ids_are_found_as_json_html_and_tables_spell_them(run, text):
     run.write("file", text.encode())
     assert telling_files(run, [ROW]) == ["file"]
+
+
+def test_an_apostrophe_is_found_as_pages_spell_it(run):
+    run.write("page.html", markupsafe.escape("of O'Neill").encode())
+    assert telling_files(run, ["O'Neill"]) == ["page.html"]
 
 
 def test_what_is_measured_before_goes_and_what_names_no_row_stays(run):
