@@ -10,7 +10,8 @@ of a published run, 3.6e14 operations of a small convolutional network in 2.59 s
     f operations of one forward pass of one row (a training step takes 3 f), k features,
     p checkpoints
 
-    bytes     masks m n / 8; outputs 4 m t c; scores 2 n t c; features 2 p r c k
+    bytes     masks m n; outputs 4 m t c; scores 2 n t c and features 2 p r c k in float16, which is
+              an option of fit_datamodels, fit_trak and featurize (twice that in float32)
     train     m models on half of the rows: 3 f e m n / 2
     ridge     Gram and rotations of the models 2 m^2 (n + t c), scores 2 m n t c
     features  p checkpoints, one backward pass an output: f p r (1 + 2 c)
@@ -69,7 +70,7 @@ class Problem:
     def nbytes(self) -> dict[str, float]:
         """Bytes of each kind of store."""
         return {
-            "masks": self.m * self.n / 8,
+            "masks": self.m * self.n,
             "outputs": 4 * self.m * self.t * self.c,
             "scores": 2 * self.n * self.t * self.c,
             "features": 2 * self.p * self.r * self.c * self.k,
