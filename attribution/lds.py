@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from attribution.bootstrap import bootstrap
-from attribution.ensemble import Ensemble, train_models
+from attribution.ensemble import Ensemble, subsets_left, train_models
 from attribution.seeds import derive_seed
 from attribution.subsets import draw_subsets
 from attribution.task import Rows, Task
@@ -92,7 +92,8 @@ def lds_bank(
     drawn = draw_subsets(task, models=models // repeats, design=design, seed=own)
     # Repeats stand side by side, because models of one size are trained together.
     masks, judges = (np.repeat(values, repeats, axis=0) for values in (drawn.masks, drawn.judges))
-    subsets = replace(drawn, masks=masks, judges=judges)
+    # Of a bank from which rows were purged another draw would come.
+    subsets = subsets_left(to) or replace(drawn, masks=masks, judges=judges)
     return train_models(task, subsets, to, device=device, workers=workers, scheduler=scheduler)
 
 

@@ -187,15 +187,19 @@ def _scaled(prior: Array, change: Array, masks: Mask) -> Array:
 def _written(
     ensemble: Ensemble, numbers: Rows, outputs: Array, to: Place, settings: dict[str, Any]
 ) -> Ensemble:
-    told = ensemble.store
+    told, masks = ensemble.store, ensemble.masks[numbers]
     axes = ("model", "target", "output")
     block = min(MODELS_TOGETHER, len(outputs))
     arrays = {"outputs": ArraySpec(axes, outputs.shape, told.spec.array("outputs").dtype)}
     store = Store.open_or_create(
         to,
         StoreSpec("ensemble", "model", block, arrays),
-        Provenance(settings, {"versions": versions("torch", "numpy", "datamodel-matching")}),
-        constants={"mask": ensemble.masks[numbers], "judge": ensemble.judges[numbers]},
+        # Like every ensemble it bears the digest of its masks, which a purge exchanges.
+        Provenance(
+            settings | {"masks": digest(masks)},
+            {"versions": versions("torch", "numpy", "datamodel-matching")},
+        ),
+        constants={"mask": masks, "judge": ensemble.judges[numbers]},
         ids={"train": ensemble.task.train_ids, "target": ensemble.task.target_ids},
         attributes={name: told.attributes[name] for name in ("design", "seed", "without")}
         | {"keys": []},

@@ -37,6 +37,7 @@ from stores import (
     Store,
     StoreSpec,
     Where,
+    in_turns,
     place,
     run_blocks,
     versions,
@@ -139,7 +140,7 @@ def fit_trak(
             for checkpoint in range(len(features))
         )
         work = ScoreBlock(features, rows, store.path, chosen.top)
-        run(work, store.pending(), title=f"TRAK scores of {features.task.name}")
+        run(in_turns(work, store), store.pending(), title=f"TRAK scores of {features.task.name}")
     return TrakScores(store.finalize())
 
 
@@ -182,7 +183,7 @@ def _solved_rows(
         constants={} if factor is None else {"factor": factor},
     )
     work = _RowsBlock(features, checkpoint, store.path)
-    run(work, store.pending(), title=f"rows of checkpoint {checkpoint}")
+    run(in_turns(work, store), store.pending(), title=f"rows of checkpoint {checkpoint}")
     return store.finalize()
 
 

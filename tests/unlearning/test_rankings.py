@@ -3,6 +3,7 @@ import shutil
 import numpy as np
 import pytest
 
+from attribution import purge
 from attribution.lds import lds_bank, linear_datamodeling_score
 from attribution.run import Run
 from tests.small_runs import TEST_ROWS, TRAIN_ROWS, finished_run
@@ -68,3 +69,12 @@ def test_a_run_without_effects_of_single_rows_is_refused(tmp_path, run):
         path.unlink() if path.is_file() else shutil.rmtree(path)
     with pytest.raises(ValueError, match="has no effects of single rows"):
         rank_subsets(copy, MODELS, workers=0)
+
+
+@pytest.mark.filterwarnings("ignore:2 rows of task 'small' were purged")
+def test_a_bank_from_which_rows_were_purged_is_used_as_it_is(run, ranked, tmp_path):
+    copy = shutil.copytree(str(run.path), tmp_path / "run")
+    purge(copy, "rows:3:5")
+    again = rank_subsets(Run.open(copy), MODELS, workers=0)
+    assert again.scores["datamodel"].values.shape == (TEST_ROWS,)
+    assert np.isfinite(again.scores["datamodel"].mean)

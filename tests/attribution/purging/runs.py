@@ -14,7 +14,7 @@ from tests.small_runs import TASK, write_task
 NAMED = TASK.replace(
     "mlp, recipe)", "mlp, recipe, train_ids=[f'person-{i:03d}' for i in range(37)])"
 )
-SIZES = {"full_models": 6, "subset_models": 12, "checkpoints": 3, "workers": 0}
+SIZES = {"full_models": 6, "subset_models": 24, "checkpoints": 3, "workers": 0}
 TRAIN, TEST = 37, 11
 GONE = (3, 8, 30, 36)
 SPEC = ",".join(f"person-{i:03d}" for i in GONE)
@@ -28,6 +28,7 @@ CLEARED = {
     "full.0a.tmp",
     "gone.zarr",
     "typed.zarr",
+    "calibration/residual/prior",
 }
 
 

@@ -191,7 +191,7 @@ def test_every_store_is_one_of_the_smaller_task(whole, left):
 
 
 def test_ensembles_lose_columns_of_outputs_and_masks(whole, left):
-    for name in ("full", "ensemble-mixed-12", "calibration/bank"):
+    for name in ("full", "ensemble-mixed-24", "calibration/bank"):
         before = Ensemble.open(whole.path / name, whole.task)
         after = Ensemble.open(left.path / name, left.task)
         np.testing.assert_array_equal(after.outputs, before.outputs[:, TARGETS_LEFT])
@@ -236,7 +236,7 @@ HELD = (
     "full/outputs",
     "calibration/bank/outputs",
     "calibration/newton-3/changes/mean",
-    "datamodel-mixed-12/effects",
+    "datamodel-mixed-24/effects",
     "features/checkpoint-0/features",
     "few.zarr/mean",
     "in-run/scores",
@@ -361,12 +361,12 @@ def test_more_checkpoints_join_a_purged_run(done, tmp_path):
 
 def test_a_run_that_is_not_finished_is_purged_and_then_finished(whole, tmp_path):
     path = copied(whole.path.url, tmp_path)
-    for name in ("ensemble-mixed-12", "moments", "datamodel-mixed-12", "trak/scores"):
+    for name in ("ensemble-mixed-24", "moments", "datamodel-mixed-24", "trak/scores"):
         Store.open(path / name).discard(0)
     for name in ("calibration.json",):
         (path / name).unlink()
     told = purge(path, SPEC)
-    gone = {"moments", "datamodel-mixed-12", "trak/scores", "trak/rows-1"}
+    gone = {"moments", "datamodel-mixed-24", "trak/scores", "trak/rows-1"}
     assert gone <= set(told.removed)
     with pytest.warns(UserWarning, match="4 rows"):
         run = precompute(f"{tmp_path}/small.py:task", path, **SIZES)
