@@ -40,7 +40,7 @@ def address(s3_endpoint, folder):
         s3_server.use(s3_endpoint, patch)
         address = f"{s3_server.make_bucket(s3_endpoint)}/runs/small"
         spec = write_task(folder)
-        killed_when(address, spec, "ensemble-mixed-24")
+        killed_when(address, spec, "ensemble-mixed-12")
         precompute(spec, address, workers=0, **MODELS)
         yield address
 
