@@ -11,6 +11,7 @@ TASK ?= examples/digits.py:task
 FORGET ?= rand10=random:10:0 rand50=random:50:0 rand140=random:140:0 coherent60=cluster:60:0
 METHODS ?= do_nothing,dmm,dmm_datamodel,om,om_absolute,pgu,dmm_pgu,gradient_ascent,fine_tune
 N_MODELS ?= 100
+TEST_PROCESSES ?= 2
 
 .PHONY: help demo test lint format clean
 
@@ -27,7 +28,7 @@ demo: $(READY)
 	$(BIN)/dmm report --run $(RUN)
 
 test: lint $(S3_SERVER)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -187,7 +187,7 @@ def _stopping(client: Client, tasks: Tasks) -> Iterator[None]:
 
 def _connected(scheduler: str) -> Client:
     try:
-        return Client(scheduler)
+        return Client(scheduler, set_as_default=False)
     except OSError as error:
         raise ValueError(
             f"expected a dask scheduler at {scheduler}, could not connect: {error}; "

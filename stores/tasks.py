@@ -94,7 +94,7 @@ class Tasks:
             retries=retries,
             resources=self._resources,
         )
-        self._completed = as_completed(futures)
+        self._completed = as_completed(futures, loop=self.client.loop)
         # Whoever holds the futures makes dask compute finished blocks again when a worker dies.
         del futures
         for future in self._completed:

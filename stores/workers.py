@@ -24,7 +24,7 @@ _ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
 }
-_clients: dict[tuple[int, tuple[str, ...] | None], Client] = {}
+_clients: dict[tuple[int, tuple[str, ...] | None, tuple[str, ...]], Client] = {}
 
 
 class LocalWorker(ProcessInterface):
@@ -94,7 +94,8 @@ def local_client(workers: int | None, gpus: Sequence[str] | None = None) -> Clie
             sees its own alone and declares the dask resource GPU; None for processes without.
 
     Returns:
-        The client; the processes are kept until this process ends or others are wanted.
+        The client; the processes are kept until this process ends, others are wanted, or this
+        process may import from folders that they may not.
 
     Example:
         >>> local_client(1).submit(abs, -2).result()
@@ -102,10 +103,11 @@ def local_client(workers: int | None, gpus: Sequence[str] | None = None) -> Clie
         >>> stop_local_workers()
     """
     number = workers or (CPU_COUNT if gpus is None else len(gpus))
-    wanted = number, None if gpus is None else tuple(gpus[:number])
+    names = None if gpus is None else tuple(gpus[:number])
+    wanted = number, names, _import_folders()
     if wanted not in _clients or _clients[wanted].status != "running":
         stop_local_workers()
-        _clients[wanted] = _start(*wanted)
+        _clients[wanted] = _start(number, names)
     return _clients[wanted]
 
 
@@ -136,7 +138,8 @@ def _start(number: int, gpus: tuple[str, ...] | None) -> Client:
         silence_logs=logging.CRITICAL,
         name="stores",
     )
-    client = Client(cluster)
+    # A user's own dask computations stay where they were.
+    client = Client(cluster, set_as_default=False)
     client.wait_for_workers(1, timeout=_START_SECONDS)
     return client
 
@@ -169,13 +172,16 @@ def _command(scheduler: str, name: int, gpu: str | None) -> list[str]:
 
 
 def _environment(gpu: str | None) -> dict[str, str]:
-    folders = [os.path.abspath(folder) for folder in sys.path]
     return {
         **_ALLOCATOR,
         **os.environ,
         **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
-        "PYTHONPATH": os.pathsep.join(folders),
+        "PYTHONPATH": os.pathsep.join(_import_folders()),
         # A work function may start processes itself, such as those of a data loader.
         "DASK_DISTRIBUTED__WORKER__DAEMON": "False",
         "DASK_LOGGING__DISTRIBUTED": "critical",
     }
+
+
+def _import_folders() -> tuple[str, ...]:
+    return tuple(os.path.abspath(folder) for folder in sys.path)

@@ -76,10 +76,12 @@ def with_sibling(tmp_path):
 
 
 def test_a_file_may_import_its_sibling_in_workers_too(with_sibling, tmp_path):
-    task = load_task(with_sibling)
-    assert len(task.train_ids) == 37
-    touch = task.model.__globals__["touch"]
     try:
+        # These processes started before the file's folder was one to import from.
+        run_blocks(abs, [0], title="starting", workers=1)
+        task = load_task(with_sibling)
+        assert len(task.train_ids) == 37
+        touch = task.model.__globals__["touch"]
         run_blocks(touch, [0, 1], title="touching", workers=1)
     finally:
         stop_local_workers()

@@ -174,6 +174,11 @@ def test_a_process_that_dies_while_it_starts_is_started_again(tmp_path):
     assert sorted(blocks_in(tmp_path / "log")) == [0, 1, 2]
 
 
+def test_other_dask_computations_stay_in_this_process():
+    workers.local_client(1)
+    assert dask.delayed(os.getpid)().compute() == os.getpid()
+
+
 def test_an_existing_scheduler_is_used(tmp_path):
     client = workers.local_client(2)
     run_blocks(
