@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from attribution.task import State
@@ -82,17 +83,22 @@ class Adam:
 
     def bind(self, parameters: Sequence[Tensor]) -> Update:
         """The update of these tensors, which keeps their moments."""
-        optimizer = torch.optim.Adam(parameters, lr=0.0, fused=_fusible(parameters))
-        (group,) = optimizer.param_groups
+        held = list(parameters)
+        first, second = ([torch.zeros_like(tensor) for tensor in held] for _ in range(2))
+        steps = [torch.zeros((), dtype=torch.float32, device=tensor.device) for tensor in held]
+        settings: dict[str, Any] = {
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+            "amsgrad": False,
+            "maximize": False,
+            "fused": _fusible(held),
+        }
 
         def update(gradients: Sequence[Tensor], rate: float) -> None:
-            group["lr"] = rate
-            laid_out = _laid_out(gradients, parameters)
-            for tensor, gradient in zip(parameters, laid_out, strict=True):
-                tensor.grad = gradient
-            optimizer.step()
-            # The next gradients then take the same memory, still in the cache.
-            optimizer.zero_grad()
+            # As with SGD, the function inside the class.
+            adam(held, _laid_out(gradients, held), first, second, [], steps, lr=rate, **settings)
 
         return update
 
