@@ -1,4 +1,4 @@
-"""A few models, each retrained without a forget set of its own, to hold predictions against."""
+"""A few forget sets, and models retrained without each, to hold predictions against."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,34 +29,43 @@ def calibration_bank(
     to: Where,
     *,
     forget_sets: int = 20,
+    models_each: int = 4,
     seed: int = 0,
     device: str = "cpu",
     workers: int | None = None,
     scheduler: str | None = None,
 ) -> Ensemble:
-    """Trains one model without each of some forget sets, random and coherent in turns.
+    """Trains a few models without each of some forget sets, random and coherent in turns.
+
+    The noise of one retraining is as large as most changes; predictors that differ by less than a
+    tenth of it, as good ones do, can be told apart by three models a set or more.
 
     Args:
         task: what to train.
         to: folder of the store.
         forget_sets: how many.
+        models_each: models trained without each of them.
         seed: of the sets and the models.
         device: where to compute.
         workers: processes; None for one per core, 0 for this process.
         scheduler: address of an existing dask scheduler instead.
 
     Returns:
-        The models; the rows that each of them never saw are its forget set.
+        The models, those of one set side by side; the rows that each of them never saw are its
+        forget set.
 
     Raises:
-        ValueError: fewer than 4 sets, or a task that cannot be trained.
+        ValueError: fewer than 4 sets or 1 model of each, or a task that cannot be trained.
     """
     if forget_sets < 4:
         raise ValueError(f"a calibration needs 4 forget sets or more, got {forget_sets}")
+    if models_each < 1:
+        raise ValueError(f"a calibration needs 1 model of each set or more, got {models_each}")
     masks = np.ones((forget_sets, len(task.train_ids)), dtype=bool)
     for index, mask in enumerate(masks):
         mask[_drawn(task, derive_seed(seed, "calibration set", index), index)] = False
-    everything = np.ones(forget_sets, dtype=bool)
+    masks = masks.repeat(models_each, axis=0)
+    everything = np.ones(len(masks), dtype=bool)
     drawn = Subsets(masks, "calibration", derive_seed(seed, "calibration models"), everything)
     subsets = subsets_left(to) or drawn
     return train_models(task, subsets, to, device=device, workers=workers, scheduler=scheduler)
@@ -87,7 +96,9 @@ class Case:
         task: whose rows were forgotten.
         forget: the forget set.
         before: mean outputs of models trained on all rows, [target, output].
-        change: outputs of the retrained model less that mean, [target, output].
+        change: mean outputs of the retrained models less that mean, [target, output].
+        scatter: variance of the retrained models' outputs around their mean, [target, output];
+            their mean squared deviation from a prediction is that of their mean, plus this.
 
     Example:
         >>> from examples.digits import task
@@ -101,6 +112,20 @@ class Case:
     forget: ForgetSet
     before: Array = field(repr=False)
     change: Array = field(repr=False)
+    scatter: Array | float = field(default=0.0, repr=False)
+
+    def deviation(self, predicted: Array, rows: Mask) -> Array:
+        """Mean squared deviation of the retrained models from a prediction.
+
+        Args:
+            predicted: change of some targets, [target, output].
+            rows: True at these targets.
+
+        Returns:
+            Mean over the models, [target, output].
+        """
+        scatter = np.broadcast_to(self.scatter, self.change.shape)
+        return np.asarray(np.square(self.change[rows] - predicted) + scatter[rows])
 
     @property
     def targets(self) -> Rows:
@@ -161,27 +186,31 @@ class Case:
 
 
 def cases_of(bank: Ensemble, before: Array) -> list[Case]:
-    """The forget sets of a bank; a model whose set was purged tells nothing and is left out.
+    """The forget sets of a bank; models whose set was purged tell nothing and are left out.
 
     Args:
         bank: models that each never saw a forget set of their own.
         before: mean outputs of models trained on all rows, [target, output].
 
     Returns:
-        One case a model.
+        One case a set.
 
     Raises:
         ValueError: some model of the bank saw all rows.
     """
-    purged = taken_out(bank.store.path) is not None
-    rows = [np.flatnonzero(~mask) for mask in bank.masks]
-    if not purged and not all(len(each) for each in rows):
+    if taken_out(bank.store.path) is None and bank.masks.all(axis=1).any():
         raise ValueError(f"{bank.store.path} holds a model trained on all rows: it is no bank")
-    return [
-        Case(bank.task, ForgetSet.at(bank.task, each), before, outputs - before)
-        for each, outputs in zip(rows, bank.outputs, strict=True)
-        if len(each)
-    ]
+    models: dict[bytes, list[int]] = {}
+    for number, mask in enumerate(bank.masks):
+        if not mask.all():
+            models.setdefault(mask.tobytes(), []).append(number)
+    return [_case(bank, before, numbers) for numbers in models.values()]
+
+
+def _case(bank: Ensemble, before: Array, models: list[int]) -> Case:
+    forget = ForgetSet.at(bank.task, np.flatnonzero(~bank.masks[models[0]]))
+    outputs = bank.outputs[models]
+    return Case(bank.task, forget, before, outputs.mean(0) - before, outputs.var(0))
 
 
 def row_kinds(forget: ForgetSet, targets: Rows) -> Rows:

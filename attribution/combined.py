@@ -145,7 +145,7 @@ def _fitted(
         [np.full(case.change[rows].shape, case.weight(kind)) for case, _, _, rows in parts]
     )
     a, b = _nonnegative(one, two, truth, weight)
-    left = np.square(truth - a * one - b * two)
+    left = joined([c.deviation(a * x.mean[r] + b * y.mean[r], r) for c, x, y, r in parts])
     variance = joined(
         [
             np.square(_part(a, x.std[rows])) + np.square(_part(b * trusted, y.std[rows]))

@@ -1,4 +1,4 @@
-"""Fits a calibration on a bank of models, each retrained without a forget set of its own."""
+"""Fits a calibration on a bank of models, each retrained without one of some forget sets."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -306,7 +306,8 @@ def _fitted_kind(
     variances = np.square(std), common * np.square(one), np.square(one)
     # Every forget set alike: a coherent one has fewer rows, and says alone what coherence does.
     alike = joined([np.full(c.mean[rows].shape, 1 / c.mean[rows].size) for _, c, rows in pairs])
-    found = variance_factors(np.square(truth - scale * mean), *variances, weight=alike)
+    left = joined([case.deviation(scale * c.mean[rows], rows) for case, c, rows in pairs])
+    found = variance_factors(left, *variances, weight=alike)
     return scale, found[0], found[1], found[2]
 
 
