@@ -15,6 +15,8 @@ from attribution.subsets import Subsets
 from attribution.task import Rows, Task
 from stores import Where, taken_out
 
+Numbers = np.ndarray[Any, Any]
+
 KINDS = ("forget", "retain", "test")
 SHARES = (0.01, 0.1)  # of the training rows: the smallest and the largest forget set
 FEWEST = 10  # rows of a forget set, where there are rows enough
@@ -97,8 +99,8 @@ class Case:
         forget: the forget set.
         before: mean outputs of models trained on all rows, [target, output].
         change: mean outputs of the retrained models less that mean, [target, output].
-        scatter: variance of the retrained models' outputs around their mean, [target, output];
-            their mean squared deviation from a prediction is that of their mean, plus this.
+        models: number of these models.
+        scatter: sample variance of their outputs, [target, output]; of one model it tells nothing.
 
     Example:
         >>> from examples.digits import task
@@ -112,20 +114,8 @@ class Case:
     forget: ForgetSet
     before: Array = field(repr=False)
     change: Array = field(repr=False)
+    models: int = 1
     scatter: Array | float = field(default=0.0, repr=False)
-
-    def deviation(self, predicted: Array, rows: Mask) -> Array:
-        """Mean squared deviation of the retrained models from a prediction.
-
-        Args:
-            predicted: change of some targets, [target, output].
-            rows: True at these targets.
-
-        Returns:
-            Mean over the models, [target, output].
-        """
-        scatter = np.broadcast_to(self.scatter, self.change.shape)
-        return np.asarray(np.square(self.change[rows] - predicted) + scatter[rows])
 
     @property
     def targets(self) -> Rows:
@@ -209,8 +199,9 @@ def cases_of(bank: Ensemble, before: Array) -> list[Case]:
 
 def _case(bank: Ensemble, before: Array, models: list[int]) -> Case:
     forget = ForgetSet.at(bank.task, np.flatnonzero(~bank.masks[models[0]]))
-    outputs = bank.outputs[models]
-    return Case(bank.task, forget, before, outputs.mean(0) - before, outputs.var(0))
+    outputs, count = bank.outputs[models], len(models)
+    scatter = outputs.var(0, ddof=1) if count > 1 else 0.0
+    return Case(bank.task, forget, before, outputs.mean(0) - before, count, scatter)
 
 
 def row_kinds(forget: ForgetSet, targets: Rows) -> Rows:
@@ -233,7 +224,7 @@ def row_kinds(forget: ForgetSet, targets: Rows) -> Rows:
     return kinds
 
 
-def joined(parts: Sequence[Array]) -> Array:
+def joined(parts: Sequence[Numbers]) -> Array:
     """All values of some arrays in a row, float64.
 
     Args:
@@ -250,7 +241,7 @@ def joined(parts: Sequence[Array]) -> Array:
 
 
 def variance_factors(
-    left: Array, *variances: Array, weight: Array | None = None
+    left: Numbers, *variances: Numbers, weight: Numbers | None = None
 ) -> tuple[float, ...]:
     """Factors a >= 0 of standard deviations whose variances add up to what is left.
 
@@ -286,6 +277,51 @@ def variance_factors(
         found = _nonnegative(columns * scale[:, None], left * scale)
         expected = np.maximum(columns @ found, LEAST * total[known])
     return tuple(float(root) for root in np.sqrt(found))
+
+
+def deviation_factors(
+    predicted: Sequence[tuple[Case, Mask, Numbers]],
+    *variances: Sequence[Numbers],
+    noise: Sequence[Numbers],
+) -> tuple[float, ...]:
+    """Factors of the deviations of a prediction and of the spread of one retraining.
+
+    For a forget set with m retrained models, mean t and sample variance s^2 of them,
+
+        (t - predicted)^2 = sum_k a_k^2 variance_k + b^2 noise^2 / m,    s^2 = b^2 noise^2,
+
+    least squares weighted by the expected size, see `variance_factors`, and the second ones by
+    m - 1. Every forget set weighs the same: a coherent one has fewer rows, and says alone what
+    coherence does.
+
+    Args:
+        predicted: each forget set, the rows looked at, and their predicted change, [row, output].
+        variances: one or more, each a list of [row, output].
+        noise: standard deviation of one retraining, list of [row, output].
+
+    Returns:
+        a_1 to a_k, and b.
+
+    Example:
+        >>> from examples.digits import task
+        >>> one, forget = np.ones((1797, 10)), ForgetSet.of(task, ["train-17"])
+        >>> case = Case(task, forget, 0 * one, 3 * one, models=4, scatter=4 * one)
+        >>> rows = np.ones(1797, dtype=bool)
+        >>> a, b = deviation_factors([(case, rows, 0 * one)], [2 * one], noise=[one])
+        >>> round(a, 3), round(b, 3)
+        (2.0, 2.0)
+    """
+    counts = [np.full(mean.shape, case.models) for case, _, mean in predicted]
+    alike = joined([np.full(mean.shape, 1 / mean.size) for *_, mean in predicted])
+    error = joined([np.square(case.change[rows] - mean) for case, rows, mean in predicted])
+    scatter = joined(
+        [np.broadcast_to(case.scatter, case.change.shape)[rows] for case, rows, _ in predicted]
+    )
+    models, power = joined(counts), np.square(joined(noise))
+    columns = [np.append(joined(each), np.zeros(len(error))) for each in variances]
+    columns.append(np.append(power / models, power))
+    weight = np.append(alike, alike * (models - 1))
+    return variance_factors(np.append(error, scatter), *columns, weight=weight)
 
 
 def _nonnegative(columns: Any, wanted: Any) -> Any:

@@ -9,6 +9,7 @@ from attribution.calibration_bank import (
     KINDS,
     Case,
     cases_of,
+    deviation_factors,
     joined,
     row_kinds,
     variance_factors,
@@ -199,9 +200,28 @@ def test_models_without_the_same_set_make_one_case(task, tmp_path):
     for case, models in zip(cases, (slice(0, 3), slice(3, 5)), strict=True):
         change = outputs[models] - outputs[0]
         np.testing.assert_allclose(case.change, change.mean(0), atol=1e-6)
-        predicted, rows = random.normal(size=(11, 2)), case.kinds[2]
-        deviation = np.square(change[:, 37:] - predicted).mean(0)
-        np.testing.assert_allclose(case.deviation(predicted, rows), deviation, rtol=1e-5)
+        np.testing.assert_allclose(case.scatter, change.var(0, ddof=1), rtol=1e-5)
+        assert case.models == len(change)
+
+
+@pytest.mark.parametrize("models", [1, 2, 5])
+def test_factors_of_deviations_are_found_again(models):
+    task, random = blobs(rows=300), np.random.default_rng(models)
+    shape = (len(task.target_ids), 2)
+    predicted, spreads, noises = [], [], []
+    for number in range(60):
+        forget = ForgetSet.at(task, range(number, number + 4))
+        spread, noise = random.uniform(0.5, 2, size=(2, *shape))
+        missed = 1.5 * spread * random.normal(size=shape)
+        drawn = missed + 0.8 * noise * random.normal(size=(models, *shape))
+        scatter = drawn.var(0, ddof=1) if models > 1 else 0.0
+        case = Case(task, forget, np.zeros(shape), drawn.mean(0), models, scatter)
+        rows = case.kinds[1]
+        predicted.append((case, rows, np.zeros(shape)[rows]))
+        spreads.append(np.square(spread)[rows])
+        noises.append(noise[rows])
+    found = deviation_factors(predicted, spreads, noise=noises)
+    assert found == pytest.approx((1.5, 0.8), rel=0.03)
 
 
 def test_a_bank_with_a_model_of_all_rows_is_refused(task, tmp_path):
