@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from attribution.carried import CarriedMoments, carried_path, save_carried
 from attribution.forget import ForgetSet
 from attribution.outputs import Array, evaluate
 from attribution.task import Rows, State, Task
@@ -32,6 +33,8 @@ class Model:
         state: its state dict, on the CPU.
         forgotten: rows it no longer depends on; None for a model trained on all rows.
         provenance: how it came to be, plain values.
+        moments: second moments of the retain rows' layer inputs by layer name, which a projected
+            request leaves for the next one; None for a model that has seen none.
 
     Example:
         >>> from examples.digits import mlp, task
@@ -44,6 +47,7 @@ class Model:
     state: State = field(repr=False)
     forgotten: ForgetSet | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    moments: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def outputs(self, targets: Rows | list[int] | None = None) -> Array:
         """Outputs [target, output] on some targets, by position; None: on all of them."""
@@ -61,6 +65,9 @@ class Model:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes state and provenance as safetensors; forgotten ids stand there as salted digests.
 
+        Moments that the model carries go to `NAME.moments.safetensors` beside it, which the next
+        projected request reads; move the two together.
+
         Args:
             path: file to write; replaced as a whole.
 
@@ -73,8 +80,10 @@ class Model:
         ids = self.forgotten.ids if self.forgotten else ()
         told = dict(self.provenance) | {"salt": salt, "forgotten": [_salted(salt, i) for i in ids]}
         partial = Path(f"{os.fspath(path)}.partial")
+        told["carries"] = self.moments is not None
         tensors = {name: tensor.contiguous().clone() for name, tensor in self.state.items()}
         try:
+            save_carried(path, self.moments, self.digest())
             save_file(tensors, partial, metadata={METADATA: json.dumps(told)})
             partial.replace(path)
         except (OSError, SafetensorError) as error:
@@ -110,8 +119,12 @@ def load_model(task: Task, path: str | os.PathLike[str], *, purged: int = 0) -> 
     state, told = _read(name)
     check_state(task, state, name)
     forgotten = _known_again(task, told, name, purged)
-    kept = {key: value for key, value in told.items() if key not in ("salt", "forgotten")}
-    return Model(task, state, forgotten, kept | {"file": Path(name).name})
+    own = ("salt", "forgotten", "carries")
+    kept = {key: value for key, value in told.items() if key not in own}
+    model = Model(task, state, forgotten, kept | {"file": Path(name).name})
+    if not told.get("carries"):
+        return model
+    return replace(model, moments=CarriedMoments(carried_path(name), model.digest()))
 
 
 def check_state(task: Task, state: Mapping[str, Tensor], where: str) -> None:

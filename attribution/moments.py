@@ -39,7 +39,7 @@ def layers(module: nn.Module) -> dict[str, nn.Module]:
         The layers, in order.
 
     Raises:
-        ValueError: a convolution with groups, or no such layer at all.
+        ValueError: no such layer at all.
 
     Example:
         >>> list(layers(nn.Sequential(nn.Linear(3, 2), nn.ReLU())))
@@ -49,41 +49,41 @@ def layers(module: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {
         name: part for name, part in named.items() if isinstance(part, nn.Linear | nn.Conv2d)
     }
-    for name, part in found.items():
-        if isinstance(part, nn.Conv2d) and part.groups != 1:
-            raise ValueError(f"layer {name!r} has {part.groups} groups: only groups=1 is supported")
     if not found:
         raise ValueError("the model has no Linear or Conv2d layer: there is nothing to project")
     return found
 
 
-def layer_width(layer: nn.Module) -> int:
-    """Size of the input space of a layer's weight: in, or in x kernel height x kernel width.
+def moment_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Shape of the second moments of a layer's input vectors.
 
     Args:
         layer: Linear or Conv2d.
 
     Returns:
-        The size.
+        (width, width), width being in, or in / groups x kernel height x kernel width; with several
+        groups (group, width, width), because each group's weights see their own channels alone.
 
     Example:
-        >>> layer_width(nn.Conv2d(3, 8, kernel_size=5))
-        75
+        >>> moment_shape(nn.Conv2d(3, 8, kernel_size=5)), moment_shape(nn.Conv2d(4, 8, 3, groups=2))
+        ((75, 75), (2, 18, 18))
     """
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return weight[0].numel()
+    width = weight[0].numel()
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    return (width, width) if groups == 1 else (groups, width, width)
 
 
 def layer_vectors(layer: nn.Module, inputs: Tensor) -> Tensor:
     """Vectors that a layer's weight is multiplied with: features, or unfolded patches.
 
     Args:
-        layer: Linear or Conv2d; its own stride, padding and dilation are used.
+        layer: Linear or Conv2d; its own stride, padding, dilation and groups are used.
         inputs: its input, [row, ..., in] or [row, in, height, width].
 
     Returns:
-        [vector, width].
+        [vector, width]; of a convolution with several groups [group, vector, width].
 
     Example:
         >>> layer_vectors(nn.Conv2d(3, 8, 3, stride=2), torch.zeros(2, 3, 7, 7)).shape
@@ -97,7 +97,10 @@ def layer_vectors(layer: nn.Module, inputs: Tensor) -> Tensor:
     patches = functional.unfold(
         padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride
     )
-    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    vectors = patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    if layer.groups == 1:
+        return vectors
+    return vectors.reshape(len(vectors), layer.groups, -1).transpose(0, 1)
 
 
 def input_moments(module: nn.Module, state: Mapping[str, Tensor], inputs: Tensor) -> State:
@@ -109,7 +112,7 @@ def input_moments(module: nn.Module, state: Mapping[str, Tensor], inputs: Tensor
         inputs: rows, [row, ...].
 
     Returns:
-        By layer name, [width, width], float64.
+        By layer name, of the layer's `moment_shape`, float64.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -124,7 +127,7 @@ def input_moments(module: nn.Module, state: Mapping[str, Tensor], inputs: Tensor
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
             vectors = layer_vectors(layer, given[0]).double()
-            sums[name] = sums.get(name, 0) + vectors.T @ vectors
+            sums[name] = sums.get(name, 0) + vectors.mT @ vectors
 
         return add
 
@@ -188,7 +191,7 @@ class Moments:
         return known.index(digest)
 
     def layers(self, models: Sequence[int]) -> State:
-        """Moments of some models by layer name, each [model, width, width], float64."""
+        """Moments of some models by layer name, each [model, *moment_shape], float64."""
         names = [str(name) for name in self.store.attributes["layers"]]
         return {
             name: torch.from_numpy(self.store.numpy(f"moment_{i}")[list(models)])
@@ -267,10 +270,10 @@ def compute_moments(
     task, count = ensemble.task, len(ensemble)
     module = task.new_model(0)
     ensemble.states([0])
-    widths = {name: layer_width(part) for name, part in layers(module).items()}
+    shapes = {name: moment_shape(part) for name, part in layers(module).items()}
     arrays = {
-        f"moment_{i}": ArraySpec(("model", None, None), (count, width, width), "float64")
-        for i, width in enumerate(widths.values())
+        f"moment_{i}": ArraySpec(("model", *[None] * len(shape)), (count, *shape), "float64")
+        for i, shape in enumerate(shapes.values())
     }
     arrays["digest"] = ArraySpec(("model", None), (count, 32), "uint8")
     arrays["accuracy"] = ArraySpec(("model",), (count,), "float64")
@@ -281,7 +284,7 @@ def compute_moments(
             {"ensemble": dict(ensemble.store.provenance.settings)},
             {"versions": versions("torch", "datamodel-matching")},
         ),
-        attributes={"layers": list(widths)},
+        attributes={"layers": list(shapes)},
     )
     if store.pending():
         work = in_turns(_MomentBlock(task, ensemble.store, store.path), store)

@@ -264,6 +264,16 @@ def patches(layer, images):
     return torch.tensor(found, dtype=images.dtype)
 
 
+def group_patches(layer, images):
+    """Input patches of each group of a Conv2d, which sees its own channels: [group, patch, width].
+
+    For a layer of one group there is no group axis.
+    """
+    if layer.groups == 1:
+        return patches(layer, images)
+    return torch.stack([patches(layer, own) for own in images.chunk(layer.groups, dim=1)])
+
+
 def klom_of_row(unlearned, oracles):
     """KLOM of one target from two lists of margins, bin by bin."""
     u = [min(max(margin, -100.0), 100.0) for margin in unlearned]
@@ -290,10 +300,13 @@ def divergence_of_normals(mean, deviation, other_mean, other_deviation):
     return np.trapezoid(np.exp(mine) * (mine - other), x)
 
 
-def dense_projector(vectors, gamma):
-    """Projector on the leading directions of stacked input vectors [vector, width], by an SVD."""
+def dense_projector(vectors, gamma, power=1):
+    """Projector on the leading directions of stacked input vectors [vector, width], by an SVD.
+
+    gamma: share of the sum of the singular values to this power.
+    """
     _, singular, rows = np.linalg.svd(vectors, full_matrices=True)
-    share = np.cumsum(singular) / singular.sum()
+    share = np.cumsum(singular**power) / (singular**power).sum()
     kept = rows[: max(1, int((share <= gamma).sum()))]
     return kept.T @ kept
 

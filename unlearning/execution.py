@@ -10,24 +10,30 @@ from attribution.descent import Batch, Descent, stack, unstack
 from attribution.outputs import evaluate, evaluate_many
 from attribution.task import State
 from attribution.training import row_weights, take
+from unlearning.ending import Ending
 from unlearning.method import Plan, Request, Rewinding, Stopping
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What came of a plan: stacked states, and for each model its status and cost.
+    """What came of a plan: stacked states, and for each model its ending and cost.
 
     Args:
         states: each tensor [model, ...].
-        status: how each model ended.
+        endings: how each model ended.
         history: mean objective before and after.
         evaluations: gradient evaluations of each model.
     """
 
     states: State
-    status: tuple[str, ...]
+    endings: tuple[Ending, ...]
     history: tuple[float, ...]
     evaluations: tuple[float, ...]
+
+    @property
+    def status(self) -> tuple[str, ...]:
+        """How each model ended, in a word."""
+        return tuple(ending.status for ending in self.endings)
 
 
 def execute(plan: Plan | None, request: Request) -> Ran:
@@ -38,14 +44,14 @@ def execute(plan: Plan | None, request: Request) -> Ran:
         request: the models.
 
     Returns:
-        Their new states, status and cost.
+        Their new states, endings and cost.
 
     Raises:
         ValueError: the weights became non-finite.
     """
     count = len(request.numbers)
     if plan is None:
-        return Ran(request.states, ("unchanged",) * count, (), (0.0,) * count)
+        return Ran(request.states, (Ending("unchanged"),) * count, (), (0.0,) * count)
     before = _objective(plan, request, request.states)
     # Train mode moves BatchNorm statistics, which only the path of one model can do.
     if request.many and not plan.training:
@@ -57,10 +63,10 @@ def execute(plan: Plan | None, request: Request) -> Ran:
     for name, tensor in states.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"unlearning diverged: non-finite weights in {name!r}; lower the rate")
-    status = [s for e in ended for s in e.status]
+    endings = [ending for e in ended for ending in e.endings]
     evaluations = [n for e in ended for n in e.evaluations]
     history = (before, _objective(plan, request, states))
-    return Ran(states, tuple(status), history, tuple(evaluations))
+    return Ran(states, tuple(endings), history, tuple(evaluations))
 
 
 def _objective(plan: Plan, request: Request, states: State) -> float:
@@ -73,7 +79,7 @@ def _objective(plan: Plan, request: Request, states: State) -> float:
 @dataclass(frozen=True)
 class _Ended:
     states: State
-    status: tuple[str, ...]
+    endings: tuple[Ending, ...]
     evaluations: tuple[float, ...]
 
 
@@ -104,12 +110,13 @@ def _descend(plan: Plan, request: Request, index: int | None) -> _Ended:
         descent.step(Batch(*batch), float(rate))
     else:
         followed.finished(len(plan.rates))
-    states, status, steps = followed.ended(len(plan.rates))
+    states, endings = followed.ended(len(plan.rates))
     done = (order >= 0).sum(-1).cumsum(-1).reshape(followed.count, -1)
     evaluations = [
-        plan.spent + (float(done[i, at - 1]) if at else 0.0) for i, at in enumerate(steps)
+        plan.spent + (float(done[i, ending.steps - 1]) if ending.steps else 0.0)
+        for i, ending in enumerate(endings)
     ]
-    return _Ended(states, status, tuple(evaluations))
+    return _Ended(states, endings, tuple(evaluations))
 
 
 def _targets(plan: Plan, chosen: slice | int, now: Tensor) -> Tensor:
@@ -133,8 +140,8 @@ class _Followed(ABC):
         """Looks at the models after so many steps; True when none goes on."""
 
     @abstractmethod
-    def ended(self, steps: int) -> tuple[State, tuple[str, ...], list[int]]:
-        """The states to keep after so many steps; status and number of steps of each model."""
+    def ended(self, steps: int) -> tuple[State, tuple[Ending, ...]]:
+        """The states to keep after so many steps, and how each model ended."""
 
     def outputs(self, state: State, inputs: Tensor) -> Tensor:
         """Outputs of these models, [model, row, output]."""
@@ -165,12 +172,12 @@ class _ToTheEnd(_Followed):
         del step
         return False
 
-    def ended(self, steps: int) -> tuple[State, tuple[str, ...], list[int]]:
-        return self.descent.state, ("finished",) * self.count, [steps] * self.count
+    def ended(self, steps: int) -> tuple[State, tuple[Ending, ...]]:
+        return self.descent.state, (Ending("finished", steps, steps),) * self.count
 
 
 class _Stopped(_Followed):
-    """Follows the gap of each model and keeps the state of each at its best moment."""
+    """Measures each model and keeps the state of each at its best moment."""
 
     def __init__(
         self,
@@ -182,31 +189,47 @@ class _Stopped(_Followed):
     ) -> None:
         super().__init__(request, descent, index)
         self.stopping, self.inputs = stopping, inputs
-        self.kept: list[State | None] = [None] * self.count
-        self.status = ["never crossed"] * self.count
-        self.stopped = [-1] * self.count
+        self.reference = stopping.reference[self.models].cpu()
+        self.kept: list[tuple[State, Ending] | None] = [None] * self.count
         self.last: tuple[State, Tensor] | None = None
 
     def finished(self, step: int) -> bool:
-        """Checks the gaps where a check is due; True when every model has stopped."""
+        """Measures where a check is due; True when every model has stopped."""
         if step % self.stopping.every:
             return False
-        state = self.descent.state
-        gaps = self.stopping.gap(self.outputs(state, self.inputs), self.models).cpu()
-        for i in [i for i in range(self.count) if self.kept[i] is None and gaps[i] > 0]:
-            earlier = self.last is not None and abs(self.last[1][i]) < abs(gaps[i])
-            self.kept[i] = self.one(self.last[0] if earlier and self.last else state, i)
-            self.status[i] = "crossed" if step else "too fast"
-            self.stopped[i] = step
-        self.last = (state, gaps)
+        state, found = self._measured()
+        below = found < self.reference.to(found)
+        for i in range(self.count):
+            if self.kept[i] is None and below[i]:
+                self.kept[i] = self._nearest(i, step, state, found)
+        self.last = (state, found)
         return all(kept is not None for kept in self.kept)
 
-    def ended(self, steps: int) -> tuple[State, tuple[str, ...], list[int]]:
+    def _measured(self) -> tuple[State, Tensor]:
+        state = self.descent.state
+        return state, self.stopping.measure(self.outputs(state, self.inputs)).cpu()
+
+    def _nearest(self, i: int, step: int, state: State, found: Tensor) -> tuple[State, Ending]:
+        if self.last is None:
+            return self.one(state, i), self._ending("too fast", i, found, 0, 0)
+        earlier, seen = self.last
+        if abs(self.reference[i] - seen[i]) < abs(self.reference[i] - found[i]):
+            before = step - self.stopping.every
+            return self.one(earlier, i), self._ending("crossed", i, seen, step, before)
+        return self.one(state, i), self._ending("crossed", i, found, step, step)
+
+    def _ending(self, status: str, i: int, found: Tensor, steps: int, kept: int) -> Ending:
+        reached, reference = float(found[i]), float(self.reference[i])
+        return Ending(status, steps, kept, self.stopping.words, reached, reference)
+
+    def ended(self, steps: int) -> tuple[State, tuple[Ending, ...]]:
         """The kept states; models that never stopped keep their last one."""
-        final = self.descent.state
-        states = [self.one(final, i) if kept is None else kept for i, kept in enumerate(self.kept)]
-        last = [steps if at < 0 else at for at in self.stopped]
-        return self.packed(states), tuple(self.status), last
+        final, found = self._measured()
+        all_kept = [
+            kept or (self.one(final, i), self._ending("never crossed", i, found, steps, steps))
+            for i, kept in enumerate(self.kept)
+        ]
+        return self.packed([state for state, _ in all_kept]), tuple(told for _, told in all_kept)
 
 
 class _Rewound(_Followed):
@@ -227,10 +250,10 @@ class _Rewound(_Followed):
             self.seen.append(self.outputs(self.states[-1], self.rewinding.inputs))
         return False
 
-    def ended(self, steps: int) -> tuple[State, tuple[str, ...], list[int]]:
+    def ended(self, steps: int) -> tuple[State, tuple[Ending, ...]]:
         """The chosen states; the gradients of all steps were computed."""
         chosen = [self.rewinding.choose(outputs) for outputs in torch.stack(self.seen, dim=1)]
         states = [self.one(self.states[at], i) for i, at in enumerate(chosen)]
-        last = len(self.states) - 1
-        status = ["finished" if at == last else "rewound" for at in chosen]
-        return self.packed(states), tuple(status), [steps] * self.count
+        kept = [self.rewinding.steps[at] for at in chosen]
+        endings = [Ending("finished" if at == steps else "rewound", steps, at) for at in kept]
+        return self.packed(states), tuple(endings)

@@ -1,6 +1,6 @@
 """Requests and plans: an unlearning method turns a request into a plan of gradient steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from attribution.training import epoch_order
 
 PLAIN = (bool, int, float, str)
 Value = Callable[[Tensor, Tensor, Tensor], Tensor]
-Gap = Callable[[Tensor, slice], Tensor]
+Measure = Callable[[Tensor], Tensor]
 Choose = Callable[[Tensor], int]
 
 
@@ -33,6 +33,7 @@ class Request:
         states: stacked state dicts, each tensor [model, ...], on the device.
         numbers: number of each model, which selects its random stream.
         digests: digest of the weights that each model's stored moments belong to.
+        moments: what each model carries from a projected request before this one, or None.
         seed: of every draw.
         device: where to compute.
         many: whether the models are computed at once.
@@ -44,6 +45,7 @@ class Request:
     states: State = field(repr=False)
     numbers: tuple[int, ...]
     digests: tuple[str, ...]
+    moments: tuple[Mapping[str, Tensor] | None, ...]
     seed: int
     device: torch.device
     many: bool
@@ -73,18 +75,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Stopping:
-    """Stops a model at the first check where its gap is above 0; keeps the smaller gap of two.
+    """Stops a model at the first check where its measure is below its reference.
+
+    Of that state and the one at the check before, the one whose measure is nearer is kept.
 
     Args:
         every: steps between checks.
-        rows: number of leading plan rows that the gap is computed on.
-        gap: maps outputs [model, row, output] of a slice of the models to the gap of each,
-            [model].
+        rows: number of leading plan rows that are measured.
+        words: what the measure is.
+        measure: maps outputs [model, row, output] to a number of each model, [model].
+        reference: of each model, [model].
     """
 
     every: int
     rows: int
-    gap: Gap
+    words: str
+    measure: Measure
+    reference: Tensor
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,8 @@ class Plan:
         project: maps updates by parameter name to the updates that are made, or None.
         stopping: when to stop early, or which state to go back to; None: neither.
         training: steps in train mode, so that BatchNorm statistics move.
+        moments: of the retain rows' inputs, each [model, *moment_shape], which the new models carry
+            to their next request; None: the plan needs none.
         start: states before the first step, each tensor [model, ...]; None: the request's.
         spent: rows that a gradient was computed for before the first step.
     """
@@ -134,6 +143,7 @@ class Plan:
     project: Callable[[int | None], Project] | None = None
     stopping: Stopping | Rewinding | None = None
     training: bool = False
+    moments: State | None = None
     start: State | None = None
     spent: int = 0
 
@@ -291,8 +301,16 @@ def told_settings(method: object) -> dict[str, Any]:
 
 
 def _told(value: Any) -> Any:
-    if isinstance(value, PLAIN) or not is_dataclass(value):
-        return value if isinstance(value, PLAIN) else type(value).__name__
+    if _is_plain(value):
+        return dict(value) if isinstance(value, Mapping) else value
+    if not is_dataclass(value):
+        return type(value).__name__
     own = {f.name: getattr(value, f.name) for f in fields(value)}
-    own = {name: held for name, held in own.items() if isinstance(held, PLAIN)}
+    own = {n: _told(held) for n, held in own.items() if held is not None and _is_plain(held)}
     return {"kind": type(value).__name__} | own if own else type(value).__name__
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):  # numbers by layer, never by row
+        return all(isinstance(item, float) for item in value.values())
+    return value is None or isinstance(value, PLAIN)

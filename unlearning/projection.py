@@ -1,7 +1,9 @@
 """Core gradient spaces: directions in which a step would change what the retain rows compute."""
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -13,17 +15,23 @@ from unlearning.method import Request
 
 # Eigenvalues of a downdated moment below minus this share of the largest are no rounding.
 INDEFINITE = 1e-6
+THRESHOLDS = {"values": 0.5, "squares": 1.0}
+"""The power of an eigenvalue of C = S^2 that gamma is a share of the sum of."""
+
+Gammas = Mapping[str, float]
 
 
-def core_projector(moment: Tensor, gamma: float) -> Tensor:
+def core_projector(moment: Tensor, gamma: float, threshold: str = "values") -> Tensor:
     """Projector on the leading input directions of a layer.
 
     With singular values S = sqrt(eigenvalues), the first k = #{cumsum(S) / sum(S) <= gamma}
-    eigenvectors U_k (at least one) give P = U_k U_k^T.
+    eigenvectors U_k (at least one) give P = U_k U_k^T; with threshold "squares", S^2 stands for S.
 
     Args:
         moment: uncentred second moments of a layer's inputs, [..., width, width].
-        gamma: share of the sum of S to keep, in (0, 1]; 1 keeps all and so freezes the layer.
+        gamma: share of the sum to keep, in (0, 1]; 1 keeps all and so freezes the layer.
+        threshold: "values": gamma is a share of the sum of S, "squares": of the sum of S^2, which
+            is the inputs' energy. The same gamma keeps fewer directions with "squares".
 
     Returns:
         P, [..., width, width], in the moment's dtype.
@@ -33,7 +41,7 @@ def core_projector(moment: Tensor, gamma: float) -> Tensor:
         tensor([[1., 0.],
                 [0., 0.]])
 
-    Source: PGU (arXiv 2312.04095); the threshold is on S, as in the authors' experiments.
+    Source: PGU (arXiv 2312.04095), which thresholds on S^2; the authors' experiments do on S.
     """
     values, vectors = torch.linalg.eigh(moment)
     if (values[..., 0] < -INDEFINITE * values[..., -1]).any():
@@ -42,8 +50,8 @@ def core_projector(moment: Tensor, gamma: float) -> Tensor:
             " taken, or they belong to other rows; negative directions are dropped",
             stacklevel=2,
         )
-    singular = values.flip(-1).clamp_min(0).sqrt()
-    share = singular.cumsum(-1) / singular.sum(-1, keepdim=True)
+    powers = values.flip(-1).clamp_min(0) ** THRESHOLDS[threshold]
+    share = powers.cumsum(-1) / powers.sum(-1, keepdim=True)
     kept = (share <= gamma + 1e-12).sum(-1).clamp_min(1)
     leading = torch.arange(values.shape[-1], device=values.device) < kept.unsqueeze(-1)
     basis: Tensor = vectors.flip(-1) * leading.unsqueeze(-2)
@@ -51,71 +59,98 @@ def core_projector(moment: Tensor, gamma: float) -> Tensor:
 
 
 def retain_moments(moments: Moments, request: Request) -> State:
-    """Second moments of the retain rows' inputs, from the stored ones and the forget rows alone.
+    """Second moments of the retain rows' inputs, without reading a retain row.
 
-    C_retain = C_all - C_forget, for each model and layer. Only the rows to forget now are read:
-    what was forgotten before stays in the protected space, and a model that has changed since its
-    moments were taken gives them approximately.
+    C_retain = C_before - C_forget, for each model and layer, of the rows to forget now. C_before is
+    what the model carries from a projected request before this one, and so lacks the rows of that
+    one too; a model that carries none has the stored moments of all rows. A model that has changed
+    since its moments were taken gives C_forget, and so the difference, approximately.
 
     Args:
         moments: of all training rows, stored at precompute.
         request: models and forget set.
 
     Returns:
-        By layer name, [model, width, width], float64.
+        By layer name, each [model, *moment_shape], float64.
     """
     inputs, _ = request.rows(request.forget.rows)
     module = request.module
-    count = len(request.numbers)
-    forget = stack(
-        [input_moments(module, unstack(request.states, i), inputs) for i in range(count)]
-    )
-    numbers = [moments.find_digest(digest) for digest in request.digests]
-    stored = moments.layers(numbers)
-    return {name: stored[name].to(request.device) - forget[name] for name in forget}
+    each = []
+    for i, (digest, carried) in enumerate(zip(request.digests, request.moments, strict=True)):
+        gone = input_moments(module, unstack(request.states, i), inputs)
+        if carried is None:
+            before = unstack(moments.layers([moments.find_digest(digest)]), 0)
+        else:
+            before = dict(carried)
+        each.append({name: before[name].to(request.device) - gone[name] for name in gone})
+    return stack(each)
 
 
 @dataclass(frozen=True)
 class GradientProjection:
     """Projects every update out of the retain rows' core gradient space, layer by layer.
 
-    A weight's update D becomes D - D P; biases, normalisation and all other parameters do not
-    move, because their inputs lie in every retain row's space.
+    A weight's update D becomes D - D P, each group of a convolution with its own P; biases,
+    normalisation and all other parameters do not move, because their inputs lie in every retain
+    row's space. The new model carries the retain rows' moments forward to its next request.
 
     Args:
         moments: of the models' inputs, stored at precompute.
         gamma: share of the singular values that is protected, in (0, 1].
+        threshold: what gamma is a share of: "values", S, or "squares", S^2.
+        layer_gammas: a gamma of their own for some layers, by name.
 
     Raises:
-        ValueError: gamma outside its range.
+        ValueError: a gamma outside its range, or an unknown threshold.
 
     Source: PGU (arXiv 2312.04095), without its loss.
     """
 
     moments: Moments
     gamma: float = 0.5
+    threshold: str = "values"
+    layer_gammas: Gammas = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must lie in (0, 1], got {self.gamma}")
+        for name, gamma in {"gamma": self.gamma, **self.layer_gammas}.items():
+            if not 0 < gamma <= 1:
+                where = "gamma" if name == "gamma" else f"gamma of layer {name!r}"
+                raise ValueError(f"{where} must lie in (0, 1], got {gamma}")
+        if self.threshold not in THRESHOLDS:
+            raise ValueError(
+                f"threshold must be 'values' or 'squares', got {self.threshold!r}: gamma is a share"
+                " of singular values or of their squares"
+            )
 
     def bind(self, request: Request) -> "BoundProjection":
         """The projectors of a request's models."""
         dtype = next(iter(request.states.values())).dtype
         retained = retain_moments(self.moments, request)
-        return BoundProjection(
-            {
-                f"{name}.weight".lstrip("."): core_projector(moment, self.gamma).to(dtype)
-                for name, moment in retained.items()
-            }
-        )
+        unknown = [name for name in self.layer_gammas if name not in retained]
+        if unknown:
+            raise ValueError(
+                f"layer_gammas names {unknown[0]!r}; the layers are: {', '.join(retained)}"
+            )
+        projectors = {
+            f"{name}.weight".lstrip("."): core_projector(
+                moment, self.layer_gammas.get(name, self.gamma), self.threshold
+            ).to(dtype)
+            for name, moment in retained.items()
+        }
+        return BoundProjection(projectors, retained)
 
 
 @dataclass(frozen=True)
 class BoundProjection:
-    """Projectors of some models by parameter name, each [model, width, width]."""
+    """Projectors of some models, and the moments they were made from.
+
+    Args:
+        projectors: by parameter name, each [model, ..., width, width].
+        moments: of the retain rows by layer name, each [model, *moment_shape].
+    """
 
     projectors: State
+    moments: State
 
     def __call__(self, index: int | None) -> Project:
         """The projection of one model's updates, or of all models' stacked ones."""

@@ -77,6 +77,7 @@ def relearning_steps(
         states={name: tensor.to(device) for name, tensor in states.items()},
         numbers=tuple(range(count)),
         digests=("",) * count,
+        moments=(None,) * count,
         seed=0,
         device=torch.device(device),
         many=why_one_by_one(task.new_model(0), probe, training=False) is None,
@@ -88,11 +89,10 @@ def relearning_steps(
 
 def _plan(request: Request, goal: float, rate: float, most: int) -> Plan:
     inputs, labels = request.rows(request.forget.rows)
-    loss = request.task.loss
+    loss, goals = request.task.loss, torch.full((len(request.numbers),), goal)
 
-    def below(outputs: torch.Tensor, models: slice) -> torch.Tensor:
-        del models
-        return goal - loss.value(outputs, labels.expand(len(outputs), *labels.shape)).mean(-1)
+    def mean_loss(outputs: torch.Tensor) -> torch.Tensor:
+        return loss.value(outputs, labels.expand(len(outputs), *labels.shape)).mean(-1)
 
     return Plan(
         inputs=inputs,
@@ -101,7 +101,7 @@ def _plan(request: Request, goal: float, rate: float, most: int) -> Plan:
         rates=np.full(most, rate),
         cotangent=lambda outputs, y, _: loss.gradient(outputs, y),
         value=lambda outputs, y, _: loss.value(outputs, y),
-        stopping=Stopping(1, len(inputs), below),
+        stopping=Stopping(1, len(inputs), "mean loss", mean_loss, goals),
     )
 
 

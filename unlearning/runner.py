@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,6 +15,7 @@ from attribution.descent import unstack, why_one_by_one
 from attribution.model import check_state, with_forgotten
 from attribution.outputs import Array, evaluate, evaluate_many, target_margins
 from attribution.task import State
+from unlearning.ending import Ending
 from unlearning.execution import execute
 from unlearning.method import Plan, Request, told_settings
 
@@ -25,17 +26,22 @@ class Unlearned:
 
     Args:
         model: the new model.
-        status: how the run ended.
+        ending: how the steps ended, in numbers and words.
         seconds: wall time, prediction included.
         history: mean objective of the visited rows before the first and after the last step.
         gradient_evaluations: rows that a gradient was computed for.
     """
 
     model: Model
-    status: str
+    ending: Ending
     seconds: float
     history: tuple[float, ...]
     gradient_evaluations: int
+
+    @property
+    def status(self) -> str:
+        """How the steps ended, in a word."""
+        return self.ending.status
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class UnlearnedModels:
         task: what they were trained for.
         states: stacked state dicts, each tensor [model, ...].
         forgotten: all rows they have forgotten.
-        status: how many models ended how.
+        endings: how the steps of each model ended.
         seconds: wall time of all together.
         gradient_evaluations: rows that a gradient was computed for, mean over models.
     """
@@ -54,9 +60,14 @@ class UnlearnedModels:
     task: Task
     states: State = field(repr=False)
     forgotten: ForgetSet
-    status: dict[str, int]
+    endings: tuple[Ending, ...]
     seconds: float
     gradient_evaluations: float
+
+    @property
+    def status(self) -> dict[str, int]:
+        """How many models ended how."""
+        return dict(Counter(ending.status for ending in self.endings))
 
     @cached_property
     def outputs(self) -> Array:
@@ -123,11 +134,13 @@ class UnlearningMethod(ABC):
             states={name: tensor[None].to(device) for name, tensor in model.state.items()},
             numbers=(int(model.provenance.get("index", 0)),),
             digests=(digest,),
+            moments=(model.moments,),
             seed=seed,
             device=torch.device(device),
             many=False,
         )
-        ran = execute(self.plan(request), request)
+        plan = self.plan(request)
+        ran = execute(plan, request)
         told = {
             "method": type(self).__name__,
             "settings": told_settings(self),
@@ -135,8 +148,11 @@ class UnlearningMethod(ABC):
         }
         state = {name: tensor.cpu() for name, tensor in unstack(ran.states, 0).items()}
         new = with_forgotten(model, state, left, **told, moments=digest)
+        if plan is not None and plan.moments is not None:
+            moments = {name: held.cpu() for name, held in unstack(plan.moments, 0).items()}
+            new = replace(new, moments=moments)
         seconds = time.perf_counter() - start
-        return Unlearned(new, ran.status[0], seconds, ran.history, int(ran.evaluations[0]))
+        return Unlearned(new, ran.endings[0], seconds, ran.history, int(ran.evaluations[0]))
 
     @abstractmethod
     def plan(self, request: Request) -> Plan | None:
@@ -219,6 +235,7 @@ def unlearn_models(
         states={name: tensor.to(device) for name, tensor in states.items()},
         numbers=tuple(numbers),
         digests=tuple(Model(task, unstack(states, i)).digest() for i in numbers),
+        moments=(None,) * len(numbers),
         seed=seed,
         device=torch.device(device),
         many=why_one_by_one(task.new_model(0), task.rows("train", left.rows[:1])[0], training=False)
@@ -229,7 +246,7 @@ def unlearn_models(
         task=task,
         states={name: tensor.cpu() for name, tensor in ran.states.items()},
         forgotten=request.wanted,
-        status=dict(Counter(ran.status)),
+        endings=ran.endings,
         seconds=time.perf_counter() - start,
         gradient_evaluations=float(np.mean(ran.evaluations)),
     )

@@ -3,13 +3,21 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.utils.data import TensorDataset
 
-from attribution import draw_subsets, moments, train_models
-from attribution.moments import Moments, compute_moments, input_moments, layer_vectors, layers
+from attribution import Task, draw_subsets, moments, train_models
+from attribution.moments import (
+    Moments,
+    compute_moments,
+    input_moments,
+    layer_vectors,
+    layers,
+    moment_shape,
+)
 from attribution.outputs import evaluate
 from stores import Store
-from tests.references import patches
-from tests.tasks import blobs, normalised_mlp
+from tests.references import group_patches
+from tests.tasks import RECIPE, blobs, normalised_mlp
 
 CONVOLUTIONS = {
     "plain": nn.Conv2d(3, 4, 3),
@@ -18,6 +26,8 @@ CONVOLUTIONS = {
     "padding": nn.Conv2d(3, 4, (3, 5), padding=(1, 2)),
     "dilation": nn.Conv2d(3, 4, (2, 3), dilation=(3, 2)),
     "all": nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(2, 3)),
+    "groups": nn.Conv2d(6, 9, 3, groups=3),
+    "own channel": nn.Conv2d(3, 6, (2, 3), groups=3, dilation=(3, 2), stride=2),
 }
 
 
@@ -27,14 +37,16 @@ def convolution(request):
 
 
 def test_patches_equal_indexing(convolution):
-    images = torch.randn(2, 3, 9, 7)
-    expected = patches(convolution, images)
+    images = torch.randn(2, convolution.in_channels, 9, 7)
+    expected = group_patches(convolution, images)
     torch.testing.assert_close(layer_vectors(convolution, images), expected, rtol=0, atol=0)
 
 
 def test_patches_times_the_weight_are_the_output(convolution):
-    images = torch.randn(2, 3, 9, 7)
-    product = layer_vectors(convolution, images) @ convolution.weight.flatten(1).T
+    images, groups = torch.randn(2, convolution.in_channels, 9, 7), convolution.groups
+    vectors = layer_vectors(convolution, images).reshape(groups, -1, moment_shape(convolution)[-1])
+    weights = convolution.weight.flatten(1).unflatten(0, (groups, -1))
+    product = (vectors @ weights.mT).transpose(0, 1).flatten(1)
     expected = convolution(images) - convolution.bias[:, None, None]
     torch.testing.assert_close(product, expected.permute(0, 2, 3, 1).flatten(0, 2))
 
@@ -77,8 +89,19 @@ class Sequences(nn.Module):
         return self.second(torch.tanh(self.first(inputs))).mean(1)
 
 
+def grouped():
+    return nn.Sequential(
+        nn.Conv2d(4, 6, (2, 3), groups=2, dilation=(2, 1)),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, groups=6, padding=1),
+        nn.Flatten(),
+        nn.Linear(6 * 5 * 4, 2),
+    ).double()
+
+
 MODELS = {
     "convolutions": (convolutional, (2, 7, 6)),
+    "groups": (grouped, (4, 7, 6)),
     "sequences": (lambda: Sequences().double(), (4, 3)),
 }
 
@@ -106,12 +129,12 @@ def test_gradients_of_a_row_lie_in_the_span_of_its_vectors(case):
     for row in range(len(inputs)):
         found = input_moments(model, model.state_dict(), inputs[row : row + 1])
         for name, moment in found.items():
-            values, vectors = torch.linalg.eigh(moment)
-            outside = vectors[:, values < 1e-12 * values[-1]]
-            gradient = gradients[f"{name}.weight"][row].flatten(1)
-            torch.testing.assert_close(
-                gradient @ outside, torch.zeros(len(gradient), outside.shape[1]).double()
-            )
+            own = moment.reshape(-1, *moment.shape[-2:])
+            weights = gradients[f"{name}.weight"][row].flatten(1).unflatten(0, (len(own), -1))
+            for group, gradient in zip(own, weights, strict=True):
+                values, vectors = torch.linalg.eigh(group)
+                outside = gradient @ vectors[:, values < 1e-12 * values[-1]]
+                torch.testing.assert_close(outside, torch.zeros_like(outside))
 
 
 def test_moments_are_sums_over_the_layers_inputs(case, monkeypatch):
@@ -122,7 +145,7 @@ def test_moments_are_sums_over_the_layers_inputs(case, monkeypatch):
             lambda layer, given, name=name: seen.update({name: layer_vectors(layer, given[0])})
         )
     evaluate(model, model.state_dict(), inputs)
-    expected = {name: vectors.T @ vectors for name, vectors in seen.items()}
+    expected = {name: vectors.mT @ vectors for name, vectors in seen.items()}
     for rows in (3, 11, 256):
         monkeypatch.setattr(moments, "ROWS_AT_ONCE", rows)
         found = input_moments(model, model.state_dict(), inputs)
@@ -142,9 +165,7 @@ def test_moments_are_taken_in_eval_mode_and_change_nothing():
     assert not any(part._forward_pre_hooks for part in model.modules())
 
 
-def test_groups_and_models_without_layers_are_refused():
-    with pytest.raises(ValueError, match="layer '0' has 2 groups: only groups=1 is supported"):
-        layers(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)))
+def test_models_without_layers_are_refused():
     with pytest.raises(ValueError, match="the model has no Linear or Conv2d layer"):
         layers(nn.Sequential(nn.ReLU()))
 
@@ -174,6 +195,21 @@ def test_stored_moments_are_those_of_each_model(task, full, stored):
         assert list(found) == list(expected) == ["0", "2"]
         for name in expected:
             torch.testing.assert_close(found[name][place], expected[name])
+
+
+def test_moments_of_groups_are_stored(tmp_path):
+    data = TensorDataset(torch.randn(11, 4, 7, 6), torch.arange(11) % 2)
+    make = lambda: grouped().float()  # noqa: E731
+    task = Task("grouped", data, data, make, recipe=RECIPE, test_ids=list("abcdefghijk"))
+    subsets = draw_subsets(task, models=2, design="full")
+    full = train_models(task, subsets, tmp_path / "full", keep="weights", workers=0)
+    found = compute_moments(full, tmp_path / "moments").layers([1])
+    assert [found[name].shape[1:] for name in found] == [(2, 12, 12), (6, 9, 9), (120, 120)]
+    expected = input_moments(
+        task.new_model(0), full.model(1).state, task.rows("train", range(11))[0]
+    )
+    for name in expected:
+        torch.testing.assert_close(found[name][0], expected[name])
 
 
 def test_models_are_found_by_their_digest(task, full, stored):

@@ -193,6 +193,7 @@ def request_of(task, models, forget, *, seed=0, many=True, already=None):
         states=stack([model.state for model in models]),
         numbers=tuple(range(len(models))),
         digests=tuple(model.digest() for model in models),
+        moments=tuple(model.moments for model in models),
         seed=seed,
         device=torch.device("cpu"),
         many=many,

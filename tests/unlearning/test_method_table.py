@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.unlearning.cases import Fixed
+from unlearning.method import told_settings
 from unlearning.methods import METHODS, Evidence, build_method
 
 
@@ -57,6 +58,33 @@ def test_a_switch_is_read_as_true_or_false():
         assert build_method("scrub", NOTHING, {"rewind": text}).rewind is value
     with pytest.raises(ValueError, match="'rewind' of method 'scrub' takes true or false, got 'no"):
         build_method("scrub", NOTHING, {"rewind": "no"})
+
+
+def test_gammas_are_read_by_layer():
+    method = build_method("pgu", Evidence(nothing_given, nothing_given, lambda: None),
+                          {"layer_gammas": "0:0.9,4.conv:0.95"})  # fmt: skip
+    assert method.layer_gammas == {"0": 0.9, "4.conv": 0.95}
+    assert told_settings(method)["layer_gammas"] == {"0": 0.9, "4.conv": 0.95}
+
+
+def test_settings_of_the_backend_are_reached_by_its_name():
+    given = Evidence(lambda _: ZERO, nothing_given, lambda: None)
+    settings = {"backend.gamma": "0.9", "backend.threshold": "squares", "passes": "3"}
+    method = build_method("dmm_pgu", given, settings)
+    assert (method.backend.gamma, method.backend.threshold, method.passes) == (0.9, "squares", 3)
+    assert told_settings(method)["backend"] == {
+        "kind": "GradientProjection", "gamma": 0.9, "threshold": "squares", "layer_gammas": {},
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"'dmm' has no setting 'backend.gamma'; it has: passes"):
+        build_method("dmm", given, {"backend.gamma": "0.9"})
+
+
+def test_a_reference_is_a_number_or_none():
+    given = Evidence(nothing_given, nothing_given, lambda: None)
+    found = [build_method("pgu", given, {"reference": t}).reference for t in ("0.25", "none")]
+    assert found == [0.25, None]
+    with pytest.raises(ValueError, match=r"'reference' of method 'pgu' takes float values or none"):
+        build_method("pgu", given, {"reference": "chance"})
 
 
 def test_an_unknown_method_is_refused():
@@ -123,6 +151,13 @@ def test_a_setting_of_another_type_is_refused(field, text, kind):
         ("pgu", "last_rate", "0", r"ProjectedGradient.last_rate must be above 0"),
         ("pgu", "batch_size", "0", r"ProjectedGradient.batch_size must be above 0"),
         ("pgu", "offset", "0", r"ProjectedGradient.offset must be above 0"),
+        ("pgu", "entropy_weight", "-1", r"ProjectedGradient.entropy_weight must be finite and not"),
+        ("pgu", "entropy", "lower", "entropy must be 'raise' or 'lower_others', got 'lower'"),
+        ("pgu", "reference", "1.5", r"reference must lie in \[0, 1\], got 1.5"),
+        ("pgu", "threshold", "S", "threshold must be 'values' or 'squares', got 'S'"),
+        ("pgu", "layer_gammas", "0:2", r"gamma of layer '0' must lie in \(0, 1\], got 2.0"),
+        ("pgu", "layer_gammas", "0.9", "takes LAYER:NUMBER, separated by commas, got '0.9'"),
+        ("dmm_pgu", "backend.gamma", "0", r"gamma must lie in \(0, 1\], got 0.0"),
         ("pgu", "gamma", "0", r"gamma must lie in \(0, 1\], got 0.0"),
         ("pgu", "gamma", "1.1", r"gamma must lie in \(0, 1\], got 1.1"),
         ("pgu", "gamma", "nan", r"gamma must lie in \(0, 1\], got nan"),

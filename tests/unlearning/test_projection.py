@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from attribution import ForgetSet, Model, Task
-from tests.references import dense_projector, patches
+from tests.references import dense_projector, group_patches
 from tests.unlearning.cases import HeldMoments, copied, fresh_models, request_of
 from unlearning import GradientAscent, GradientProjection, Matching, ProjectedGradient
 from unlearning.execution import execute
@@ -47,6 +47,16 @@ class TestCoreProjector:
         expected = basis[:, :rank] @ basis[:, :rank].T
         torch.testing.assert_close(core_projector(moment, gamma), expected, rtol=0, atol=1e-12)
 
+    # Shares of the sum of S squared: 16/30, 25/30, 29/30, 1.
+    @pytest.mark.parametrize(
+        ("gamma", "rank"), [(0.1, 1), (0.54, 1), (0.82, 1), (0.84, 2), (0.96, 2), (0.97, 3), (1, 4)]
+    )
+    def test_its_rank_may_follow_the_share_of_squares(self, random, gamma, rank):
+        moment, basis = moment_of([4.0, 3.0, 2.0, 1.0], random)
+        expected = basis[:, :rank] @ basis[:, :rank].T
+        found = core_projector(moment, gamma, "squares")
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
     def test_gamma_one_keeps_even_directions_without_inputs(self, random):
         moment, _ = moment_of([4.0, 3.0, 0.0, 0.0], random)
         expected = torch.eye(4, dtype=torch.float64)
@@ -77,18 +87,26 @@ class TestCoreProjector:
 def test_a_gamma_outside_its_range_is_refused(gamma):
     with pytest.raises(ValueError, match=r"gamma must lie in \(0, 1\], got"):
         GradientProjection(None, gamma)
+    with pytest.raises(ValueError, match=r"gamma of layer '3' must lie in \(0, 1\], got"):
+        GradientProjection(None, 0.5, layer_gammas={"0": 0.5, "3": gamma})
+
+
+def test_an_unknown_threshold_is_refused():
+    with pytest.raises(ValueError, match="threshold must be 'values' or 'squares', got 'S'"):
+        GradientProjection(None, 0.5, "S")
 
 
 CONVOLUTIONS = {
     "plain": {"kernel_size": 3},
     "strided": {"kernel_size": 3, "stride": 2, "padding": 1},
     "uneven": {"kernel_size": (2, 3), "stride": (2, 1), "padding": (0, 2), "dilation": (2, 1)},
+    "grouped": {"kernel_size": (3, 2), "groups": 2, "dilation": (1, 2), "padding": 1},
 }
 
 
 def small_network(settings):
     return nn.Sequential(
-        nn.Conv2d(2, 3, **settings), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3, bias=False)
+        nn.Conv2d(2, 4, **settings), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3, bias=False)
     ).double()
 
 
@@ -115,7 +133,7 @@ def dense_inputs(task, settings, state, rows):
     """Input vectors of both layers for some rows, gathered one by one."""
     images, _ = task.rows("train", rows)
     module = small_network(settings)
-    first = patches(module[0], images)
+    first = group_patches(module[0], images)
     hidden = functional.conv2d(
         images,
         state["0.weight"],
@@ -123,32 +141,49 @@ def dense_inputs(task, settings, state, rows):
         module[0].stride,
         module[0].padding,
         module[0].dilation,
+        module[0].groups,
     )
     return {"0": first, "3": hidden.relu().flatten(1)}
 
 
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_downdated_projectors_equal_those_of_the_retain_rows(kind):
-    settings, gamma = CONVOLUTIONS[kind], 0.83
+@pytest.mark.parametrize(
+    ("kind", "threshold", "gammas"),
+    [(kind, "values", (0.83, 0.83)) for kind in CONVOLUTIONS]
+    + [("uneven", "squares", (0.9, 0.9)), ("grouped", "squares", (0.9, 0.6))],
+)
+def test_downdated_projectors_equal_those_of_the_retain_rows(kind, threshold, gammas):
+    settings, power = CONVOLUTIONS[kind], {"values": 1, "squares": 2}[threshold]
     task = images_task(settings)
     models, moments = two_models(task)
     forget = ForgetSet.at(task, [1, 4, 11])
     request = request_of(task, models, forget)
-    bound = GradientProjection(moments, gamma).bind(request).projectors
+    projection = GradientProjection(moments, gammas[0], threshold, {"3": gammas[1]})
+    bound = projection.bind(request).projectors
     downdated = retain_moments(moments, request)
     for i, model in enumerate(models):
         stacked = dense_inputs(task, settings, model.state, forget.retained)
-        for name, vectors in stacked.items():
-            torch.testing.assert_close(downdated[name][i], vectors.T @ vectors)
-            expected = dense_projector(vectors.numpy(), gamma)
-            found = bound[f"{name}.weight"][i].numpy()
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8)
-            assert 0 < np.trace(expected) < len(expected)
+        for (name, vectors), gamma in zip(stacked.items(), gammas, strict=True):
+            torch.testing.assert_close(downdated[name][i], vectors.mT @ vectors)
+            groups = vectors.reshape(-1, *vectors.shape[-2:]).numpy()
+            found = bound[f"{name}.weight"][i].numpy().reshape(len(groups), *vectors.shape[-1:] * 2)
+            for own, projector in zip(groups, found, strict=True):
+                expected = dense_projector(own, gamma, power)
+                np.testing.assert_allclose(projector, expected, rtol=0, atol=1e-8)
+                assert 0 < np.trace(expected) < len(expected)
 
 
+def test_a_gamma_of_an_unknown_layer_is_refused():
+    task = images_task(CONVOLUTIONS["plain"])
+    models, moments = two_models(task)
+    projection = GradientProjection(moments, 0.9, layer_gammas={"2": 0.5})
+    with pytest.raises(ValueError, match="layer_gammas names '2'; the layers are: 0, 3"):
+        projection.bind(request_of(task, models, ForgetSet.at(task, [1])))
+
+
+@pytest.mark.parametrize("kind", ["strided", "grouped"])
 @pytest.mark.parametrize("many", [True, False])
-def test_an_update_loses_its_part_inside_the_core_space(many, random):
-    task = images_task(CONVOLUTIONS["strided"])
+def test_an_update_loses_its_part_inside_the_core_space(many, kind, random):
+    task = images_task(CONVOLUTIONS[kind])
     models, moments = two_models(task)
     request = request_of(task, models, ForgetSet.at(task, [1, 4]))
     bound = GradientProjection(moments, 0.9).bind(request)
@@ -162,9 +197,11 @@ def test_an_update_loses_its_part_inside_the_core_space(many, random):
         found = {k: v[i] for k, v in bound(None)(updates).items()} if many else bound(i)(one)
         assert not found["0.bias"].any()
         for name in ("0.weight", "3.weight"):
-            projector = bound.projectors[name][i]
-            expected = one[name].flatten(1) @ (torch.eye(len(projector)) - projector)
-            torch.testing.assert_close(found[name].flatten(1), expected)
+            inside = bound.projectors[name][i].reshape(-1, *bound.projectors[name].shape[-2:])
+            kernels = [update[name].flatten(1).chunk(len(inside)) for update in (one, found)]
+            for projector, given, left in zip(inside, *kernels, strict=True):
+                outside = torch.eye(len(projector), dtype=projector.dtype) - projector
+                torch.testing.assert_close(left, given @ outside)
 
 
 def spied(plan):

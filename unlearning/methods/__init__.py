@@ -6,7 +6,6 @@ from typing import Any
 
 from attribution import Counterfactual, Oracle
 from attribution.moments import Moments
-from unlearning.method import PLAIN
 from unlearning.methods.ascent_descent import AscentDescent
 from unlearning.methods.bad_teacher import BadTeacher
 from unlearning.methods.do_nothing import DoNothing
@@ -18,10 +17,8 @@ from unlearning.methods.projected_gradient import ProjectedGradient
 from unlearning.methods.saliency_unlearning import SaliencyUnlearning
 from unlearning.methods.scrub import Scrub
 from unlearning.methods.selective_synaptic_dampening import SelectiveSynapticDampening
-from unlearning.projection import GradientProjection
+from unlearning.projection import Gammas, GradientProjection
 from unlearning.runner import UnlearningMethod
-
-SWITCH = {"true": True, "false": False}
 
 
 @dataclass(frozen=True)
@@ -93,21 +90,52 @@ def build_method(
     """
     check_method(name)
     method = METHODS[name](evidence)
-    changed = {f: _parsed(method, name, f, v) for f, v in (settings or {}).items()}
+    changed: dict[str, Any] = {}
+    for setting, text in (settings or {}).items():
+        value = _parsed(method, name, setting, text)
+        owner, _, inner = setting.rpartition(".")
+        if owner:
+            value = replace(changed.get(owner, getattr(method, owner)), **{inner: value})
+        changed[owner or setting] = value
     return replace(method, **changed)  # type: ignore[type-var]
 
 
-def _parsed(method: UnlearningMethod, name: str, field: str, text: str) -> Any:
-    known = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
-    known = {key: value for key, value in known.items() if isinstance(value, PLAIN)}
-    if field not in known:
+def _settable(holder: Any) -> dict[str, Any]:
+    """Annotations by name of the settings that can be given as text, the backend's with its."""
+    found = {f.name: f.type for f in fields(holder) if f.type in READERS}
+    backend = getattr(holder, "backend", None)
+    if backend is not None:
+        found |= {f"backend.{name}": kind for name, kind in _settable(backend).items()}
+    return found
+
+
+def _parsed(method: UnlearningMethod, name: str, setting: str, text: str) -> Any:
+    known = _settable(method)
+    if setting not in known:
         listed = ", ".join(known) or "none"
-        raise ValueError(f"method {name!r} has no setting {field!r}; it has: {listed}")
-    kind = type(known[field])
+        raise ValueError(f"method {name!r} has no setting {setting!r}; it has: {listed}")
+    wanted, read = READERS[known[setting]]
     try:
-        return SWITCH[text] if kind is bool else kind(text)
+        return read(text)
     except (ValueError, KeyError) as error:
-        wanted = "true or false" if kind is bool else f"{kind.__name__} values"
         raise ValueError(
-            f"setting {field!r} of method {name!r} takes {wanted}, got {text!r}"
+            f"setting {setting!r} of method {name!r} takes {wanted}, got {text!r}"
         ) from error
+
+
+def _layers(text: str) -> dict[str, float]:
+    pairs = [part.rpartition(":") for part in text.split(",") if part]
+    if any(not colon for _, colon, _ in pairs):
+        raise ValueError(text)
+    return {layer: float(number) for layer, _, number in pairs}
+
+
+READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
+    bool: ("true or false", {"true": True, "false": False}.__getitem__),
+    int: ("int values", int),
+    float: ("float values", float),
+    str: ("str values", str),
+    float | None: ("float values or none", lambda text: None if text == "none" else float(text)),
+    Gammas: ("LAYER:NUMBER, separated by commas", _layers),
+}
+"""How a setting of each annotation is read from text, and what it takes in words."""

@@ -68,6 +68,7 @@ class Matching(UnlearningMethod):
         targets = torch.from_numpy(change.applied(before).astype(before.dtype)).to(request.device)
         forget, retain = np.split(np.arange(len(rows)), [len(request.forget)])
         visits = np.concatenate([np.tile(forget, self.forget_multiplier), retain])
+        bound = self.backend.bind(request) if self.backend else None
         steps = -(-max(1, int(self.passes * request.forget.total)) // self.batch_size)
         return Plan(
             inputs=inputs,
@@ -78,7 +79,8 @@ class Matching(UnlearningMethod):
             value=_mismatch,
             optimizer=Adam(),
             targets=targets,
-            project=self.backend.bind(request) if self.backend else None,
+            project=bound,
+            moments=bound.moments if bound else None,
             training=self.batchnorm == "update",
         )
 

@@ -1,0 +1,49 @@
+"""How the steps of one model ended, in numbers and in words."""
+
+from dataclasses import dataclass
+
+REASONS = {
+    "unchanged": "the method takes no step",
+    "finished": "all {steps} steps were taken",
+    "rewound": "of {steps} steps taken, the state after {kept} was kept",
+    "crossed": "{measure} fell below {reference:.3f} after {steps} steps; the state after {kept}"
+    " is nearest to it, with {reached:.3f}",
+    "too fast": "{measure} was {reached:.3f}, below {reference:.3f}, before the first step: by"
+    " this rule there is nothing to forget, and the weights are as they were",
+    "never crossed": "{measure} was still {reached:.3f} after all {steps} steps, not below"
+    " {reference:.3f}; the last state was kept",
+}
+"""Every status, and what it says."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the steps of one model ended.
+
+    Args:
+        status: a key of `REASONS`.
+        steps: steps taken.
+        kept: number of steps after which the model was as it is now; fewer than `steps` where an
+            earlier state was kept.
+        measure: what a stopping rule watched, in words; None without such a rule.
+        reached: its value in the kept state.
+        reference: the value below which the model stops.
+
+    Example:
+        >>> Ending("crossed", 8, 6, "accuracy on the forget rows", 0.95, 0.94).reason
+        'accuracy on the forget rows fell below 0.940 after 8 steps; the state after 6 is
+        nearest to it, with 0.950'
+    """
+
+    status: str
+    steps: int = 0
+    kept: int = 0
+    measure: str | None = None
+    reached: float | None = None
+    reference: float | None = None
+
+    @property
+    def reason(self) -> str:
+        """The status as a sentence, with its numbers."""
+        told = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return REASONS[self.status].format_map(told)
