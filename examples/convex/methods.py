@@ -147,7 +147,10 @@ def descent(theory: Theory, marks: Rows, **changed: Any) -> Vector:
 
 
 def noisy_descent(theory: Theory, marks: Rows) -> Vector:
-    """Gradient descent on the retain rows; each step adds normal noise to each weight."""
+    """Gradient descent on the retain rows; each step adds normal noise to each weight.
+
+    Source: Langevin unlearning (arXiv 2401.10371), without its guarantee or projection.
+    """
     random = generator(theory.problem.seed, "noise of noisy gradient descent")
     deviation = noise_deviation(theory.problem)
 
