@@ -22,6 +22,7 @@ from attribution.ridge_datamodels import Ridge
 from attribution.run import Run
 from attribution.subsets import Subsets, draw_subsets
 from attribution.task import Recipe, Task
+from attribution.teachers import HeldOutReference, UntrainedTeacher
 from attribution.trak import TrakScores, fit_trak
 
 __all__ = [
@@ -59,6 +60,8 @@ __all__ = [
     "fit_trak",
     "TrakScores",
     "Oracle",
+    "HeldOutReference",
+    "UntrainedTeacher",
     "lds_bank",
     "linear_datamodeling_score",
     # projected gradients

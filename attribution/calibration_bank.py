@@ -1,4 +1,4 @@
-"""A few models, each retrained without a forget set of its own, to hold predictions against."""
+"""A few forget sets, and models retrained without each, to hold predictions against."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +15,8 @@ from attribution.subsets import Subsets
 from attribution.task import Rows, Task
 from stores import Where, taken_out
 
+Numbers = np.ndarray[Any, Any]
+
 KINDS = ("forget", "retain", "test")
 SHARES = (0.01, 0.1)  # of the training rows: the smallest and the largest forget set
 FEWEST = 10  # rows of a forget set, where there are rows enough
@@ -29,34 +31,43 @@ def calibration_bank(
     to: Where,
     *,
     forget_sets: int = 20,
+    models_each: int = 4,
     seed: int = 0,
     device: str = "cpu",
     workers: int | None = None,
     scheduler: str | None = None,
 ) -> Ensemble:
-    """Trains one model without each of some forget sets, random and coherent in turns.
+    """Trains a few models without each of some forget sets, random and coherent in turns.
+
+    The noise of one retraining is as large as most changes; predictors that differ by less than a
+    tenth of it, as good ones do, can be told apart by three models a set or more.
 
     Args:
         task: what to train.
         to: folder of the store.
         forget_sets: how many.
+        models_each: models trained without each of them.
         seed: of the sets and the models.
         device: where to compute.
         workers: processes; None for one per core, 0 for this process.
         scheduler: address of an existing dask scheduler instead.
 
     Returns:
-        The models; the rows that each of them never saw are its forget set.
+        The models, those of one set side by side; the rows that each of them never saw are its
+        forget set.
 
     Raises:
-        ValueError: fewer than 4 sets, or a task that cannot be trained.
+        ValueError: fewer than 4 sets or 1 model of each, or a task that cannot be trained.
     """
     if forget_sets < 4:
         raise ValueError(f"a calibration needs 4 forget sets or more, got {forget_sets}")
+    if models_each < 1:
+        raise ValueError(f"a calibration needs 1 model of each set or more, got {models_each}")
     masks = np.ones((forget_sets, len(task.train_ids)), dtype=bool)
     for index, mask in enumerate(masks):
         mask[_drawn(task, derive_seed(seed, "calibration set", index), index)] = False
-    everything = np.ones(forget_sets, dtype=bool)
+    masks = masks.repeat(models_each, axis=0)
+    everything = np.ones(len(masks), dtype=bool)
     drawn = Subsets(masks, "calibration", derive_seed(seed, "calibration models"), everything)
     subsets = subsets_left(to) or drawn
     return train_models(task, subsets, to, device=device, workers=workers, scheduler=scheduler)
@@ -87,7 +98,9 @@ class Case:
         task: whose rows were forgotten.
         forget: the forget set.
         before: mean outputs of models trained on all rows, [target, output].
-        change: outputs of the retrained model less that mean, [target, output].
+        change: mean outputs of the retrained models less that mean, [target, output].
+        models: number of these models.
+        scatter: sample variance of their outputs, [target, output]; of one model it tells nothing.
 
     Example:
         >>> from examples.digits import task
@@ -101,6 +114,8 @@ class Case:
     forget: ForgetSet
     before: Array = field(repr=False)
     change: Array = field(repr=False)
+    models: int = 1
+    scatter: Array | float = field(default=0.0, repr=False)
 
     @property
     def targets(self) -> Rows:
@@ -161,27 +176,32 @@ class Case:
 
 
 def cases_of(bank: Ensemble, before: Array) -> list[Case]:
-    """The forget sets of a bank; a model whose set was purged tells nothing and is left out.
+    """The forget sets of a bank; models whose set was purged tell nothing and are left out.
 
     Args:
         bank: models that each never saw a forget set of their own.
         before: mean outputs of models trained on all rows, [target, output].
 
     Returns:
-        One case a model.
+        One case a set.
 
     Raises:
         ValueError: some model of the bank saw all rows.
     """
-    purged = taken_out(bank.store.path) is not None
-    rows = [np.flatnonzero(~mask) for mask in bank.masks]
-    if not purged and not all(len(each) for each in rows):
+    if taken_out(bank.store.path) is None and bank.masks.all(axis=1).any():
         raise ValueError(f"{bank.store.path} holds a model trained on all rows: it is no bank")
-    return [
-        Case(bank.task, ForgetSet.at(bank.task, each), before, outputs - before)
-        for each, outputs in zip(rows, bank.outputs, strict=True)
-        if len(each)
-    ]
+    models: dict[bytes, list[int]] = {}
+    for number, mask in enumerate(bank.masks):
+        if not mask.all():
+            models.setdefault(mask.tobytes(), []).append(number)
+    return [_case(bank, before, numbers) for numbers in models.values()]
+
+
+def _case(bank: Ensemble, before: Array, models: list[int]) -> Case:
+    forget = ForgetSet.at(bank.task, np.flatnonzero(~bank.masks[models[0]]))
+    outputs, count = bank.outputs[models], len(models)
+    scatter = outputs.var(0, ddof=1) if count > 1 else 0.0
+    return Case(bank.task, forget, before, outputs.mean(0) - before, count, scatter)
 
 
 def row_kinds(forget: ForgetSet, targets: Rows) -> Rows:
@@ -204,7 +224,7 @@ def row_kinds(forget: ForgetSet, targets: Rows) -> Rows:
     return kinds
 
 
-def joined(parts: Sequence[Array]) -> Array:
+def joined(parts: Sequence[Numbers]) -> Array:
     """All values of some arrays in a row, float64.
 
     Args:
@@ -221,7 +241,7 @@ def joined(parts: Sequence[Array]) -> Array:
 
 
 def variance_factors(
-    left: Array, *variances: Array, weight: Array | None = None
+    left: Numbers, *variances: Numbers, weight: Numbers | None = None
 ) -> tuple[float, ...]:
     """Factors a >= 0 of standard deviations whose variances add up to what is left.
 
@@ -257,6 +277,51 @@ def variance_factors(
         found = _nonnegative(columns * scale[:, None], left * scale)
         expected = np.maximum(columns @ found, LEAST * total[known])
     return tuple(float(root) for root in np.sqrt(found))
+
+
+def deviation_factors(
+    predicted: Sequence[tuple[Case, Mask, Numbers]],
+    *variances: Sequence[Numbers],
+    noise: Sequence[Numbers],
+) -> tuple[float, ...]:
+    """Factors of the deviations of a prediction and of the spread of one retraining.
+
+    For a forget set with m retrained models, mean t and sample variance s^2 of them,
+
+        (t - predicted)^2 = sum_k a_k^2 variance_k + b^2 noise^2 / m,    s^2 = b^2 noise^2,
+
+    least squares weighted by the expected size, see `variance_factors`, and the second ones by
+    m - 1. Every forget set weighs the same: a coherent one has fewer rows, and says alone what
+    coherence does.
+
+    Args:
+        predicted: each forget set, the rows looked at, and their predicted change, [row, output].
+        variances: one or more, each a list of [row, output].
+        noise: standard deviation of one retraining, list of [row, output].
+
+    Returns:
+        a_1 to a_k, and b.
+
+    Example:
+        >>> from examples.digits import task
+        >>> one, forget = np.ones((1797, 10)), ForgetSet.of(task, ["train-17"])
+        >>> case = Case(task, forget, 0 * one, 3 * one, models=4, scatter=4 * one)
+        >>> rows = np.ones(1797, dtype=bool)
+        >>> a, b = deviation_factors([(case, rows, 0 * one)], [2 * one], noise=[one])
+        >>> round(a, 3), round(b, 3)
+        (2.0, 2.0)
+    """
+    counts = [np.full(mean.shape, case.models) for case, _, mean in predicted]
+    alike = joined([np.full(mean.shape, 1 / mean.size) for *_, mean in predicted])
+    error = joined([np.square(case.change[rows] - mean) for case, rows, mean in predicted])
+    scatter = joined(
+        [np.broadcast_to(case.scatter, case.change.shape)[rows] for case, rows, _ in predicted]
+    )
+    models, power = joined(counts), np.square(joined(noise))
+    columns = [np.append(joined(each), np.zeros(len(error))) for each in variances]
+    columns.append(np.append(power / models, power))
+    weight = np.append(alike, alike * (models - 1))
+    return variance_factors(np.append(error, scatter), *columns, weight=weight)
 
 
 def _nonnegative(columns: Any, wanted: Any) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from attribution.calibration_bank import KINDS, Case, joined, row_kinds, variance_factors
+from attribution.calibration_bank import KINDS, Case, deviation_factors, joined, row_kinds
 from attribution.counterfactual import Change, Counterfactual
 from attribution.forget import ForgetSet
 from attribution.outputs import Array
@@ -145,16 +145,13 @@ def _fitted(
         [np.full(case.change[rows].shape, case.weight(kind)) for case, _, _, rows in parts]
     )
     a, b = _nonnegative(one, two, truth, weight)
-    left = np.square(truth - a * one - b * two)
-    variance = joined(
-        [
-            np.square(_part(a, x.std[rows])) + np.square(_part(b * trusted, y.std[rows]))
-            for _, x, y, rows in parts
-        ]
-    )
-    noise = joined([x.noise[rows] for _, x, _, rows in parts])
-    alike = joined([np.full(c.mean[rows].shape, 1 / c.mean[rows].size) for _, c, _, rows in parts])
-    spread, factor = variance_factors(left, variance, np.square(noise), weight=alike)
+    variance = [
+        np.square(_part(a, x.std[rows])) + np.square(_part(b * trusted, y.std[rows]))
+        for _, x, y, rows in parts
+    ]
+    predicted = [(case, rows, a * x.mean[rows] + b * y.mean[rows]) for case, x, y, rows in parts]
+    noise = [x.noise[rows] for _, x, _, rows in parts]
+    spread, factor = deviation_factors(predicted, variance, noise=noise)
     return Weights(a, b, spread, factor, None if trusted else 0.0)
 
 

@@ -274,6 +274,7 @@ class Descent:
         many: whether the state is stacked.
         training: whether the forward pass runs in train mode (BatchNorm statistics then move).
         project: maps each update, by parameter name, to the update that is made instead.
+        pull: adds pull x (parameters - their start) to the gradients.
         recordings: of earlier descents with the same structure, cotangent and mode, by the shapes
             of what they took; a new one is added. Recording takes as long as many steps.
     """
@@ -288,12 +289,15 @@ class Descent:
         many: bool,
         training: bool = False,
         project: Project | None = None,
+        pull: float = 0.0,
         recordings: Recordings | None = None,
     ) -> None:
         self.module = deepcopy(module).train(training)
         self.parameters, self.rest = split_state(self.module, self._held(state, many))
         self.cotangent, self.project, self.many = cotangent, project, many
         self.optimizer = optimizer
+        self.pull = pull
+        self.start = [p.detach().clone() for p in self.parameters.values()] if pull else []
         self.update = optimizer.bind(list(self.parameters.values()))
         self.recordings = {} if recordings is None else recordings
         self.gradients: Gradients | None = None
@@ -325,9 +329,15 @@ class Descent:
         if self.gradients is None:
             self.gradients = self._bind(batch)
         before = [each.clone() for each in self.parameters.values()] if self.project else []
-        self.update(self._allowed(self.gradients(batch)), rate)
+        self.update(self._allowed(self._pulled(self.gradients(batch))), rate)
         if self.project:
             self._apply_projected(before, self.project)
+
+    def _pulled(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not self.pull:
+            return gradients
+        moved = zip(gradients, self.parameters.values(), self.start, strict=True)
+        return [gradient + self.pull * (now - start) for gradient, now, start in moved]
 
     def _allowed(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
         # Adam rescales each number, so that the projection of its step may lead uphill unless

@@ -19,8 +19,8 @@ class RunCalibration:
         newton: of group Newton.
         weights: of group Newton and the datamodel, by kind of row; empty without a datamodel.
         errors: each predictor's squared error over the squared change, averaged over forget sets,
-            outputs and margins, and kinds of row; the noise of one retraining is in it, alike for
-            all.
+            outputs and margins, and kinds of row; the noise of the retrained models is in it, alike
+            for all.
         residual: weights of group Newton and of the datamodel of what it misses, by kind of row;
             empty where there is none.
 

@@ -176,6 +176,7 @@ def _evidence(run: Run, audit: Audit, chosen: str) -> Evidence:
         predictor=lambda name: run.predictor(name or chosen),
         oracle=lambda: Oracle(audit.full, audit.targets),
         moments=lambda: run.moments,
+        full=lambda: run.full,
     )
 
 

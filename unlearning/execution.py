@@ -98,6 +98,7 @@ def _descend(plan: Plan, request: Request, index: int | None) -> _Ended:
         many=index is None,
         training=plan.training,
         project=plan.project(index) if plan.project else None,
+        pull=plan.pull,
     )
     followed = _followed(plan, request, descent, index)
     for step, rate in enumerate(plan.rates):
@@ -160,8 +161,7 @@ class _Followed(ABC):
 
 def _followed(plan: Plan, request: Request, descent: Descent, index: int | None) -> _Followed:
     if isinstance(plan.stopping, Stopping):
-        inputs = plan.inputs[: plan.stopping.rows]
-        return _Stopped(plan.stopping, inputs, request, descent, index)
+        return _Stopped(plan, plan.stopping, request, descent, index)
     if isinstance(plan.stopping, Rewinding):
         return _Rewound(plan.stopping, request, descent, index)
     return _ToTheEnd(request, descent, index)
@@ -181,14 +181,16 @@ class _Stopped(_Followed):
 
     def __init__(
         self,
+        plan: Plan,
         stopping: Stopping,
-        inputs: Tensor,
         request: Request,
         descent: Descent,
         index: int | None,
     ) -> None:
         super().__init__(request, descent, index)
-        self.stopping, self.inputs = stopping, inputs
+        self.stopping, self.inputs = stopping, plan.inputs[: stopping.rows]
+        every = self.inputs.new_zeros(len(request.numbers), stopping.rows, 0)
+        self.targets = (every if plan.targets is None else plan.targets)[self.models]
         self.reference = stopping.reference[self.models].cpu()
         self.kept: list[tuple[State, Ending] | None] = [None] * self.count
         self.last: tuple[State, Tensor] | None = None
@@ -207,7 +209,8 @@ class _Stopped(_Followed):
 
     def _measured(self) -> tuple[State, Tensor]:
         state = self.descent.state
-        return state, self.stopping.measure(self.outputs(state, self.inputs)).cpu()
+        outputs, targets = self.outputs(state, self.inputs), self.targets[:, : self.stopping.rows]
+        return state, self.stopping.measure(outputs, targets).cpu()
 
     def _nearest(self, i: int, step: int, state: State, found: Tensor) -> tuple[State, Ending]:
         if self.last is None:

@@ -9,27 +9,23 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-import matplotlib as mpl
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
 from matplotlib.image import imsave
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
+from unlearning.drawing import FAINT, GREY, INK, as_svg, set_ticks
+
 Point: TypeAlias = tuple[float, float]
 
-INK, GREY, FAINT, SOFT = "#1f2328", "#8b929a", "#d5d9de", "#b9cfe0"
+SOFT = "#b9cfe0"
 SPREAD_BAND = (0.8, 1.25)
 
 MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★"}
@@ -48,18 +44,6 @@ _SIDES = (  # of a point, where its label may stand: offset and alignment
     (-7, 0, "right", "center"), (0, -6, "center", "top"),
 )  # fmt: skip
 _ROWS_DRAWN = {"forget": 400, "test": 250}
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.family": "DejaVu Sans",
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), GREY),
-    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
-    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
-}
 
 
 @dataclass(frozen=True)
@@ -161,7 +145,7 @@ def margins_figure(rows: Mapping[str, Any], notes: Sequence[str], *, description
         text, frame = "\n".join(notes), axes.transAxes
         axes.text(0.98, 0.03, text, transform=frame, ha="right", va="bottom", fontsize=8.5)
 
-    return _svg(draw, description=description, size=(5.0, 4.1))
+    return as_svg(draw, description=description, size=(5.0, 4.1))
 
 
 def _columns(rows: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
@@ -243,9 +227,9 @@ def distance_figure(
                 axes.plot(ends[1:], [row], "o", mec=mark.colour, mfc="white", ms=5.5, clip_on=False)
         _method_rows(axes, [mark.label for mark in marks])
         axes.set(xscale="log", xlim=limits, xlabel=label)
-        _ticks(axes.xaxis, _TICKS)
+        set_ticks(axes.xaxis, _TICKS)
 
-    return _svg(draw, description=description, size=(5.0, 0.95 + 0.27 * max(len(marks), 2)))
+    return as_svg(draw, description=description, size=(5.0, 0.95 + 0.27 * max(len(marks), 2)))
 
 
 def ratio_figure(
@@ -277,7 +261,7 @@ def ratio_figure(
             axes.plot([x], [y], mark.marker, color=mark.colour, ms=5, mew=0, clip_on=False)
         _method_rows(axes, labels)
 
-    return _svg(draw, description=description, size=(5.0, 0.95 + 0.42 * max(len(labels), 2)))
+    return as_svg(draw, description=description, size=(5.0, 0.95 + 0.42 * max(len(labels), 2)))
 
 
 def _spread_axis(axes: Axes, values: Sequence[float]) -> None:
@@ -286,14 +270,14 @@ def _spread_axis(axes: Axes, values: Sequence[float]) -> None:
     axes.axvline(1, color=INK, linewidth=0.9, zorder=1)
     axes.set(xscale="log", xlim=(low, high))
     axes.set_xlabel("spread over models ÷ spread of retrained models")
-    _ticks(axes.xaxis, (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50))
+    set_ticks(axes.xaxis, (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50))
 
 
 def _shift_axis(axes: Axes, values: Sequence[float]) -> None:
     axes.axvline(0, color=INK, linewidth=0.9, zorder=1)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(-0.05, 1.2 * max([1.0, *values]))
-    _ticks(axes.xaxis, (0, 0.5, 1, 2, 5, 10, 20, 50, 100))
+    set_ticks(axes.xaxis, (0, 0.5, 1, 2, 5, 10, 20, 50, 100))
     axes.set_xlabel("shift of the mean, in standard deviations")
 
 
@@ -324,9 +308,9 @@ def cost_figure(marks: Sequence[Mark], *, label: str, description: str) -> Marku
         axes.set_yscale("symlog", linthresh=0.3)
         axes.set_ylim(1.15 * min(up) - 0.02, 1.6 * max(up))
         axes.set(xscale="log", xlim=(edge / 1.4, 1.5 * max(across)))
-        _ticks(axes.yaxis, (-3, -1, -0.3, -0.1, 0, 0.1, 0.3, 1, 3, 10))
+        set_ticks(axes.yaxis, (-3, -1, -0.3, -0.1, 0, 0.1, 0.3, 1, 3, 10))
         ticks = [edge, *(tick / 100 for tick in _TICKS if tick / 100 > 1.5 * edge)]
-        _ticks(axes.xaxis, ticks, lambda cost: "0" if cost <= edge else f"{100 * cost:g}")
+        set_ticks(axes.xaxis, ticks, lambda cost: "0" if cost <= edge else f"{100 * cost:g}")
         axes.set(xlabel="cost, % of one retraining", ylabel=f"{label} above the null")
         for mark, (x, y) in zip(placed, points, strict=True):
             axes.plot(
@@ -334,7 +318,7 @@ def cost_figure(marks: Sequence[Mark], *, label: str, description: str) -> Marku
             )
         _label_methods(axes, placed, points)
 
-    return _svg(draw, description=description, size=(5.4, 4.2))
+    return as_svg(draw, description=description, size=(5.4, 4.2))
 
 
 def _label_methods(axes: Axes, marks: Sequence[Mark], points: Sequence[Point]) -> None:
@@ -367,32 +351,3 @@ def _method_rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", color="#eef0f2", linewidth=0.7)
-
-
-def _ticks(axis: Axis, at: Sequence[float], text: Callable[[float], str] = "{:g}".format) -> None:
-    low, high = sorted(axis.get_view_interval())
-    axis.set_major_locator(FixedLocator([tick for tick in at if low <= tick <= high]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-    axis.set_minor_locator(NullLocator())
-
-
-def _svg(draw: Callable[[Axes], None], *, description: str, size: tuple[float, float]) -> Markup:
-    # Salted like this, the ids inside a figure are the same in every run and unique on the page.
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": description}):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasSVG(figure)
-        draw(figure.subplots())
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing)
-    return _inline(buffer.getvalue(), description)
-
-
-def _inline(document: str, description: str) -> Markup:
-    body = document[document.index("<svg") :]
-    body = re.sub(r"<!--.*?-->|<style.*?</style>", "", body, flags=re.DOTALL)
-    body = re.sub(r'<g id="[^"]*"', "<g", body)
-    box = re.search(r'viewBox="[^"]*"', body)
-    assert box is not None  # matplotlib always writes it
-    opening = f'<svg {box[0]} role="img" aria-label="{escape(description)}">'
-    return Markup(re.sub(r"\s*\n\s*", "\n", opening + body[body.index(">") + 1 :]))

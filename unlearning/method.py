@@ -18,7 +18,7 @@ from attribution.training import epoch_order
 
 PLAIN = (bool, int, float, str)
 Value = Callable[[Tensor, Tensor, Tensor], Tensor]
-Measure = Callable[[Tensor], Tensor]
+Measure = Callable[[Tensor, Tensor], Tensor]
 Choose = Callable[[Tensor], int]
 
 
@@ -83,7 +83,8 @@ class Stopping:
         every: steps between checks.
         rows: number of leading plan rows that are measured.
         words: what the measure is.
-        measure: maps outputs [model, row, output] to a number of each model, [model].
+        measure: maps outputs [model, row, output] and the plan's targets of these rows to a number
+            of each model, [model].
         reference: of each model, [model].
     """
 
@@ -126,6 +127,7 @@ class Plan:
         project: maps updates by parameter name to the updates that are made, or None.
         stopping: when to stop early, or which state to go back to; None: neither.
         training: steps in train mode, so that BatchNorm statistics move.
+        pull: adds pull/2 |parameters - their start|^2 to the objective.
         moments: of the retain rows' inputs, each [model, *moment_shape], which the new models carry
             to their next request; None: the plan needs none.
         start: states before the first step, each tensor [model, ...]; None: the request's.
@@ -143,6 +145,7 @@ class Plan:
     project: Callable[[int | None], Project] | None = None
     stopping: Stopping | Rewinding | None = None
     training: bool = False
+    pull: float = 0.0
     moments: State | None = None
     start: State | None = None
     spent: int = 0

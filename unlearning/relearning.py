@@ -91,7 +91,8 @@ def _plan(request: Request, goal: float, rate: float, most: int) -> Plan:
     inputs, labels = request.rows(request.forget.rows)
     loss, goals = request.task.loss, torch.full((len(request.numbers),), goal)
 
-    def mean_loss(outputs: torch.Tensor) -> torch.Tensor:
+    def mean_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        del targets
         return loss.value(outputs, labels.expand(len(outputs), *labels.shape)).mean(-1)
 
     return Plan(

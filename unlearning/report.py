@@ -34,6 +34,8 @@ _LABELS = {  # name: as tables and prose say it, as figures say it
     "dmm_pgu": ("dmm, PGU backend", "dmm, PGU"),
     "om": ("oracle matching (om)", "om"),
     "om_absolute": ("oracle matching, absolute", "om, absolute"),
+    "match_reference": ("matching a held-out reference", "held-out reference"),
+    "match_untrained": ("matching untrained models", "untrained models"),
     "pgu": ("PGU", "PGU"),
     "gradient_ascent": ("gradient ascent", "gradient ascent"),
     "fine_tune": ("fine-tune", "fine-tune"),

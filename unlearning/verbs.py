@@ -133,6 +133,7 @@ def _unlearn(options: argparse.Namespace) -> Told:
         predictor=lambda name: run.predictor(name or options.predictor),
         oracle=lambda: run.oracle(forget, len(run.full), **where),
         moments=lambda: run.moments,
+        full=lambda: run.full,
     )
     method = build_method(options.method, evidence, _settings(options.set))
     result = method(model, run.task, forget, seed=options.seed, device=options.device)

@@ -22,7 +22,7 @@ class Calibration:
         spread: factor on the spread over checkpoints, which makes it the uncertainty of the mean.
         noise: factor on the spread of the checkpoints' outputs, which makes it that of one
             retraining without the forget set.
-        forget_sets: how many sets it was fitted on, one retrained model each.
+        forget_sets: how many sets it was fitted on.
         shared: factor on the spread of the checkpoints' outputs, which makes it what the linear
             model gets wrong where all forget rows change alike; none: 0.
 

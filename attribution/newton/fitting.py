@@ -1,4 +1,4 @@
-"""Fits a calibration on a bank of models, each retrained without a forget set of its own."""
+"""Fits a calibration on a bank of models, each retrained without one of some forget sets."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,8 +11,8 @@ from attribution.calibration_bank import (
     Case,
     cases_of,
     common_share,
+    deviation_factors,
     joined,
-    variance_factors,
 )
 from attribution.counterfactual import Change
 from attribution.ensemble import Ensemble
@@ -59,11 +59,12 @@ def calibrate(
     bias: (change - a)(change - b). Then scale s and the variances are least squares,
 
         change = s x predicted,
-        (change - s x predicted)^2 = x spread^2 + z common noise^2 + y noise^2,
+        (change - s x predicted)^2 = x spread^2 + z common noise^2 + y noise^2 / m,
 
-    where common is the share of their change that the forget rows have in common, because rows
-    that go together change what the linear model takes as fixed. For the scale a forget set weighs
-    one over the squared change of its rows of that kind, for the variances all weigh the same.
+    where m is the number of models that the change is the mean of, whose own scatter is y noise^2,
+    and common is the share of their change that the forget rows have in common, because rows that
+    go together change what the linear model takes as fixed. For the scale a forget set weighs one
+    over the squared change of its rows of that kind, for the variances all weigh the same.
 
     Args:
         newton: gives features and number of steps; how it is calibrated now is not used.
@@ -297,17 +298,18 @@ def _fitted_kind(
         return 1.0, 1.0, 0.0, 1.0
     truth = joined([case.change[rows] for case, _, rows in pairs])
     mean = joined([change.mean[rows] for _, change, rows in pairs])
-    std = joined([change.std[rows] for _, change, rows in pairs])
-    one = joined([change.noise[rows] for _, change, rows in pairs])
-    common = _each(pairs, lambda case, change: common_share(change.mean[case.forget.rows]))
     weight = _each(pairs, lambda case, _: case.weight(kind))
     power = float((weight * mean) @ mean)
     scale = max(0.0, float((weight * mean) @ truth) / power) if power else 1.0
-    variances = np.square(std), common * np.square(one), np.square(one)
-    # Every forget set alike: a coherent one has fewer rows, and says alone what coherence does.
-    alike = joined([np.full(c.mean[rows].shape, 1 / c.mean[rows].size) for _, c, rows in pairs])
-    found = variance_factors(np.square(truth - scale * mean), *variances, weight=alike)
-    return scale, found[0], found[1], found[2]
+    predicted = [(case, rows, scale * change.mean[rows]) for case, change, rows in pairs]
+    own = [np.square(change.std[rows]) for _, change, rows in pairs]
+    shared = [
+        common_share(change.mean[case.forget.rows]) * np.square(change.noise[rows])
+        for case, change, rows in pairs
+    ]
+    noise = [change.noise[rows] for _, change, rows in pairs]
+    spread, common, one = deviation_factors(predicted, own, shared, noise=noise)
+    return scale, spread, common, one
 
 
 def _each(

@@ -9,6 +9,7 @@ from attribution.calibration_bank import (
     KINDS,
     Case,
     cases_of,
+    deviation_factors,
     joined,
     row_kinds,
     variance_factors,
@@ -28,20 +29,28 @@ def forgotten(bank):
     return [np.flatnonzero(~mask) for mask in bank.masks]
 
 
+def bank_of(task, folder, sets, seed=0, models_each=1):
+    return calibration_bank(
+        task, folder, forget_sets=sets, models_each=models_each, seed=seed, workers=0
+    )
+
+
 class TestBank:
-    def test_each_model_misses_a_forget_set_of_its_own(self, task, tmp_path):
-        bank = calibration_bank(task, tmp_path / "bank", forget_sets=7, seed=3, workers=0)
-        assert bank.outputs.shape == (7, ALL, 2)
+    def test_each_model_misses_its_forget_set(self, task, tmp_path):
+        bank = bank_of(task, tmp_path / "bank", 7, seed=3, models_each=3)
+        assert bank.outputs.shape == (21, ALL, 2)
         # A tenth of 37 rows is fewer than a quarter of them, the least there may be.
         assert {len(rows) for rows in forgotten(bank)} == {9}
-        assert len(np.unique(bank.outputs.reshape(7, -1), axis=0)) == 7
-        again = calibration_bank(task, tmp_path / "again", forget_sets=7, seed=3, workers=0)
+        np.testing.assert_array_equal(bank.masks[::3], bank.masks[2::3])
+        assert len(np.unique(bank.masks, axis=0)) == 7
+        assert len(np.unique(bank.outputs.reshape(21, -1), axis=0)) == 21
+        again = bank_of(task, tmp_path / "again", 7, seed=3, models_each=3)
         np.testing.assert_array_equal(again.masks, bank.masks)
         np.testing.assert_array_equal(again.outputs, bank.outputs)
 
     def test_random_and_coherent_sets_take_turns(self, tmp_path):
         task = blobs(rows=300)
-        bank = calibration_bank(task, tmp_path / "bank", forget_sets=8, workers=0)
+        bank = bank_of(task, tmp_path / "bank", 8)
         labels = task.rows("train", np.arange(300))[1].numpy()
         sets = forgotten(bank)
         assert all(3 <= len(rows) <= 30 for rows in sets)
@@ -50,9 +59,7 @@ class TestBank:
 
     def test_the_sets_depend_on_the_seed_and_their_number_alone(self, task, tmp_path):
         masks = {
-            (sets, seed): calibration_bank(
-                task, tmp_path / f"{sets}-{seed}", forget_sets=sets, seed=seed, workers=0
-            ).masks
+            (sets, seed): bank_of(task, tmp_path / f"{sets}-{seed}", sets, seed).masks
             for sets, seed in ((4, 3), (6, 3), (4, 5))
         }
         np.testing.assert_array_equal(masks[6, 3][:4], masks[4, 3])
@@ -61,7 +68,7 @@ class TestBank:
     def test_a_class_that_is_too_small_gives_all_it_can_spare(self, tmp_path):
         data = TensorDataset(torch.randn(200, 3), torch.arange(200) // 2)
         task = Task("pairs", data, blob_data(3, 2), lambda: nn.Linear(3, 100), RECIPE)
-        bank = calibration_bank(task, tmp_path / "bank", forget_sets=10, workers=0)
+        bank = bank_of(task, tmp_path / "bank", 10)
         sets = forgotten(bank)
         assert {len(rows) for rows in sets[1::2]} == {2}
         assert max(len(rows) for rows in sets[::2]) > 2
@@ -69,8 +76,12 @@ class TestBank:
 
     def test_too_few_sets_are_refused(self, task, tmp_path):
         with pytest.raises(ValueError, match="a calibration needs 4 forget sets or more, got 3"):
-            calibration_bank(task, tmp_path / "bank", forget_sets=3)
+            bank_of(task, tmp_path / "bank", 3)
         assert not (tmp_path / "bank").exists()
+
+    def test_a_set_without_a_model_is_refused(self, task, tmp_path):
+        with pytest.raises(ValueError, match="needs 1 model of each set or more, got 0"):
+            bank_of(task, tmp_path / "bank", 4, models_each=0)
 
     def test_a_task_that_cannot_be_trained_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="has neither a recipe nor a train function"):
@@ -176,6 +187,41 @@ def test_cases_are_the_forget_sets_of_a_bank(task, tmp_path):
     for case, after in zip(cases, outputs, strict=True):
         np.testing.assert_array_equal(case.change, after - before)
         assert case.before is before
+
+
+def test_models_without_the_same_set_make_one_case(task, tmp_path):
+    masks = np.ones((5, 37), dtype=bool)
+    for mask, row in zip(masks, (1, 1, 1, 4, 4), strict=True):
+        mask[row] = False
+    random = np.random.default_rng(0)
+    outputs = random.normal(size=(5, ALL, 2)).astype(np.float32)
+    cases = cases_of(write_ensemble(tmp_path / "bank", task, masks, outputs), outputs[0])
+    assert [case.forget.positions for case in cases] == [(1,), (4,)]
+    for case, models in zip(cases, (slice(0, 3), slice(3, 5)), strict=True):
+        change = outputs[models] - outputs[0]
+        np.testing.assert_allclose(case.change, change.mean(0), atol=1e-6)
+        np.testing.assert_allclose(case.scatter, change.var(0, ddof=1), rtol=1e-5)
+        assert case.models == len(change)
+
+
+@pytest.mark.parametrize("models", [1, 2, 5])
+def test_factors_of_deviations_are_found_again(models):
+    task, random = blobs(rows=300), np.random.default_rng(models)
+    shape = (len(task.target_ids), 2)
+    predicted, spreads, noises = [], [], []
+    for number in range(60):
+        forget = ForgetSet.at(task, range(number, number + 4))
+        spread, noise = random.uniform(0.5, 2, size=(2, *shape))
+        missed = 1.5 * spread * random.normal(size=shape)
+        drawn = missed + 0.8 * noise * random.normal(size=(models, *shape))
+        scatter = drawn.var(0, ddof=1) if models > 1 else 0.0
+        case = Case(task, forget, np.zeros(shape), drawn.mean(0), models, scatter)
+        rows = case.kinds[1]
+        predicted.append((case, rows, np.zeros(shape)[rows]))
+        spreads.append(np.square(spread)[rows])
+        noises.append(noise[rows])
+    found = deviation_factors(predicted, spreads, noise=noises)
+    assert found == pytest.approx((1.5, 0.8), rel=0.03)
 
 
 def test_a_bank_with_a_model_of_all_rows_is_refused(task, tmp_path):

@@ -103,10 +103,10 @@ class TestNewton:
     def test_the_bank_is_of_other_models_than_the_rest(self, run):
         bank = next(s for s in run.stores() if s.path.endswith("calibration/bank"))
         masks, outputs = bank.constant("mask"), bank.numpy("outputs")
-        assert outputs.shape == (20, 48, 3)
+        assert outputs.shape == (80, 48, 3)
         assert not masks.all(1).any()
-        both = np.concatenate([outputs, run.full.outputs]).reshape(100, -1)
-        assert len(np.unique(both, axis=0)) == 100
+        both = np.concatenate([outputs, run.full.outputs]).reshape(160, -1)
+        assert len(np.unique(both, axis=0)) == 160
 
     def test_the_errors_are_those_of_the_calibrated_predictors(self, run):
         told = run.calibration

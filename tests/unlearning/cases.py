@@ -164,6 +164,7 @@ class Ground:
             predictor=lambda _: self.datamodel,
             oracle=lambda: Oracle(self.full, bank, absolute=again),
             moments=lambda: self.moments,
+            full=lambda: self.full,
         )
 
 

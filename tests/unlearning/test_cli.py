@@ -317,7 +317,7 @@ class TestStatus:
         kinds = [
             (row["kind"], row["blocks"], row["pending"], row["bad"]) for row in found["stores"]
         ]
-        assert kinds.count(("ensemble", 1, 0, [])) == 6
+        assert kinds.count(("ensemble", 1, 0, [])) == 5
         assert ("ensemble", 2, 0, []) in kinds
         assert {kind for kind, *_ in kinds} == {
             "ensemble",

@@ -17,6 +17,7 @@ from attribution import (
     draw_subsets,
     train_models,
 )
+from attribution.descent import SGD, Batch, Descent
 from tests.unlearning.cases import (
     FORGET,
     MORE,
@@ -225,6 +226,94 @@ def test_rows_in_another_order_than_the_predictions_are_refused(ground, kind):
         method(model, other, forget)
     with pytest.raises(ValueError, match=message):
         unlearn_models(method, ground.full, other, forget)
+
+
+class TestDistance:
+    def test_kl_is_that_of_the_probabilities(self, task, forget, fixed):
+        plan = plan_of(Matching(fixed, distance="kl", temperature=2.0), task, forget)
+        random = torch.Generator().manual_seed(1)
+        outputs, targets = torch.randn(2, 17, 3, generator=random, dtype=torch.float64)
+        free = outputs.clone().requires_grad_()
+        wanted, found = ((values / 2).log_softmax(-1) for values in (targets, free))
+        divergence = 4 * (wanted.exp() * (wanted - found)).sum(-1)
+        divergence.sum().backward()
+        labels = torch.arange(17) % 3
+        torch.testing.assert_close(plan.value(outputs, labels, targets), divergence.detach())
+        torch.testing.assert_close(plan.cotangent(outputs, labels, targets), free.grad)
+
+    @pytest.mark.parametrize("distance", ["mse", "kl"])
+    def test_either_falls(self, task, forget, fixed, distance):
+        method = Matching(fixed, distance=distance, passes=60, rate=0.02, retain_extra=0)
+        before, after = method(fresh_models(task, 1)[0], task, forget).history
+        assert after < 0.4 * before
+
+    def test_another_one_is_refused(self, fixed):
+        with pytest.raises(ValueError, match="distance must be 'mse' or 'kl', got 'l1'"):
+            Matching(fixed, distance="l1")
+
+
+class TestPull:
+    @pytest.mark.parametrize("many", [False, True])
+    def test_a_strong_one_keeps_models_where_they_are(self, task, forget, fixed, many):
+        models = fresh_models(task, 2)
+        moved = []
+        for pull in (0.0, 1.0, 100.0):
+            request = request_of(task, models, forget, many=many)
+            states = execute(Matching(fixed, passes=5, pull=pull).plan(request), request).states
+            moved.append(largest_difference(states, request.states))
+        assert moved[0] > moved[1] > moved[2] > 0
+
+    def test_it_is_the_gradient_of_the_squared_distance(self, task, forget, fixed):
+        model = fresh_models(task, 1)[0]
+        module = task.new_model(0)
+        module.load_state_dict(model.state)
+        batch = Batch(*(t[0] for t in (torch.randn(1, 7, 5), torch.zeros(1, 7, dtype=torch.long))),
+                      torch.full((7,), 1 / 7), torch.zeros(7, 0))  # fmt: skip
+        descent = Descent(module, model.state, lambda z, y, t: 0 * z, SGD(), many=False, pull=0.5)
+        with torch.no_grad():
+            for parameter in descent.parameters.values():
+                parameter.add_(1.0)
+        descent.step(batch, 0.1)
+        for name, tensor in descent.state.items():
+            torch.testing.assert_close(tensor, model.state[name] + 1 - 0.1 * 0.5)
+
+    def test_a_negative_one_is_refused(self, fixed):
+        with pytest.raises(ValueError, match=r"Matching\.pull must be finite and not negative"):
+            Matching(fixed, pull=-1.0)
+
+
+class TestTolerance:
+    def test_a_model_stops_near_its_tolerance(self, task, forget, fixed):
+        model = fresh_models(task, 1)[0]
+        settings = {"passes": 60, "rate": 5e-3, "retain_extra": 0}
+        whole = Matching(fixed, **settings)(model, task, forget)
+        stopped = Matching(fixed, tolerance=0.5, **settings)(model, task, forget)
+        assert stopped.status == "crossed"
+        assert 0 < stopped.gradient_evaluations < whole.gradient_evaluations
+        before, after = stopped.history
+        assert 0.4 < after / before < 0.6
+        assert whole.history[1] < after
+
+    def test_one_that_is_never_reached_says_so(self, task, forget, fixed):
+        model = fresh_models(task, 1)[0]
+        result = Matching(fixed, passes=1, rate=1e-6, tolerance=0.5)(model, task, forget)
+        assert result.status == "never crossed"
+
+    def test_models_stop_alike_alone_and_together(self, task, forget, fixed):
+        models = fresh_models(task, 3)
+        method = Matching(fixed, passes=60, rate=5e-3, tolerance=0.5, retain_extra=0)
+        ran = [
+            execute(method.plan(request), request)
+            for request in (request_of(task, models, forget, many=many) for many in (True, False))
+        ]
+        assert ran[0].status == ran[1].status
+        assert "crossed" in ran[0].status
+        assert ran[0].evaluations == ran[1].evaluations
+        assert largest_difference(ran[0].states, ran[1].states) < 1e-4
+
+    def test_one_outside_its_range_is_refused(self, fixed):
+        with pytest.raises(ValueError, match=r"lie in \[0, 1\), got 0\.0 and 1\.0"):
+            Matching(fixed, tolerance=1.0)
 
 
 class TestBatchNorm:

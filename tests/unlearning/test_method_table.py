@@ -33,13 +33,15 @@ NAMES = ", ".join(METHODS)
         ("dmm_datamodel", {"predictor"}),
         ("dmm_newton", {"predictor"}),
         ("om", {"oracle"}),
+        ("match_reference", {"full"}),
+        ("match_untrained", {"full"}),
         ("pgu", {"moments"}),
         ("dmm_pgu", {"predictor", "moments"}),
     ],
 )
 def test_a_method_opens_only_the_evidence_it_needs(name, opened):
     used = set()
-    kinds = ("predictor", "oracle", "moments")
+    kinds = ("predictor", "oracle", "moments", "full")
     given = {kind: lambda *_, kind=kind: used.add(kind) for kind in kinds}
     build_method(name, Evidence(**given))
     assert used == opened

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from attribution import Counterfactual, Oracle
+from attribution import Counterfactual, Ensemble, HeldOutReference, Oracle, UntrainedTeacher
 from attribution.moments import Moments
 from unlearning.methods.ascent_descent import AscentDescent
 from unlearning.methods.bad_teacher import BadTeacher
@@ -21,6 +21,13 @@ from unlearning.projection import Gammas, GradientProjection
 from unlearning.runner import UnlearningMethod
 
 
+def _no_models() -> Ensemble:
+    raise ValueError(
+        "methods with a teacher need models trained on all rows, and there are none: leave"
+        " match_reference and match_untrained out, or precompute without --checkpoint"
+    )
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What a run can give to a method; each is opened only by a method that needs it.
@@ -30,11 +37,13 @@ class Evidence:
             one that was asked for, or else the best.
         oracle: outputs of retrained models for this forget set.
         moments: input moments of the models.
+        full: models trained on all rows.
     """
 
     predictor: Callable[[str | None], Counterfactual]
     oracle: Callable[[], Oracle]
     moments: Callable[[], Moments]
+    full: Callable[[], Ensemble] = _no_models
 
 
 METHODS: dict[str, Callable[[Evidence], UnlearningMethod]] = {
@@ -44,6 +53,8 @@ METHODS: dict[str, Callable[[Evidence], UnlearningMethod]] = {
     "dmm_newton": lambda given: Matching(given.predictor("newton")),
     "om": lambda given: Matching(given.oracle()),
     "om_absolute": lambda given: Matching(replace(given.oracle(), absolute=True)),
+    "match_reference": lambda given: Matching(HeldOutReference(given.full())),
+    "match_untrained": lambda given: Matching(UntrainedTeacher(given.full())),
     "pgu": lambda given: ProjectedGradient(given.moments()),
     "dmm_pgu": lambda given: Matching(
         given.predictor(None), backend=GradientProjection(given.moments())

@@ -101,7 +101,8 @@ class ProjectedGradient(UnlearningMethod):
         per_epoch = order.shape[1] // self.epochs
         rates = np.geomspace(self.rate, self.last_rate, self.epochs).repeat(per_epoch)
 
-        def accuracy(outputs: Tensor) -> Tensor:
+        def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+            del targets
             right = request.task.loss.quality(outputs, labels.expand(outputs.shape[:-1]))
             return right.mean(-1)
 
