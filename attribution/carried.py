@@ -80,7 +80,7 @@ class CarriedMoments(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         """The number of layers."""
-        return len(list(self))
+        return sum(1 for _ in self)
 
     def _read(self, get: Callable[[Any], Any]) -> Any:
         try:

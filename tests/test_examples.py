@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import examples.depoisoning
 import examples.own_training_loop
 import examples.whole_road
 from attribution import draw_subsets, train_models
@@ -40,3 +41,16 @@ def test_a_training_loop_of_ones_own(few_models, capsys):
     told = capsys.readouterr().out
     assert "20 rows unlearned in" in told
     assert "correlation of predicted and measured changes" in told
+
+
+def test_depoisoning_brings_the_class_back(tmp_path, capsys):
+    found = examples.depoisoning.main(models=2, checkpoints=1, to=str(tmp_path), workers=0)
+    assert "2 models, 90 rows of class 4 filed as 9" in capsys.readouterr().out
+    clean, poison = found["trained without"], found["poisoned"]
+    assert poison["class"] < clean["class"] - 0.2
+    assert poison["wrong label"] > 0.5
+    for name in ("dmm", "dmm_pgu", "pgu"):
+        regained = found[name]["class"] - poison["class"]
+        assert regained > 0.8 * (clean["class"] - poison["class"])
+        assert found[name]["others"] > clean["others"] - 0.02
+        assert found[name]["wrong label"] < 0.1

@@ -1,6 +1,10 @@
 """How the steps of one model ended, in numbers and in words."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
 
 REASONS = {
     "unchanged": "the method takes no step",
@@ -47,3 +51,34 @@ class Ending:
         """The status as a sentence, with its numbers."""
         told = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return REASONS[self.status].format_map(told)
+
+    def told(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return asdict(self) | {"reason": self.reason}
+
+
+def told_endings(endings: Sequence[Ending]) -> dict[str, Any]:
+    """How many models ended how, as plain values.
+
+    Args:
+        endings: of the models.
+
+    Returns:
+        By status, `models` and the means over them of `steps`, `kept`, `reached` and `reference`;
+        the last two are None without a stopping rule.
+
+    Example:
+        >>> told_endings([Ending("finished", 8, 8), Ending("finished", 8, 8)])
+        {'finished': {'models': 2, 'steps': 8.0, 'kept': 8.0, 'reached': None, 'reference': None}}
+    """
+    return {status: _means([e for e in endings if e.status == status])
+            for status in dict.fromkeys(ending.status for ending in endings)}  # fmt: skip
+
+
+def _means(endings: Sequence[Ending]) -> dict[str, Any]:
+    values = {
+        name: [getattr(ending, name) for ending in endings]
+        for name in ("steps", "kept", "reached", "reference")
+    }
+    means = {n: None if None in found else float(np.mean(found)) for n, found in values.items()}
+    return {"models": len(endings)} | means

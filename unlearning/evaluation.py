@@ -14,6 +14,7 @@ from stores import versions
 from unlearning.audit import Audit
 from unlearning.budgets import check_budgets, quality_by_budget
 from unlearning.cost import hardware, measure_request, measure_retraining
+from unlearning.ending import told_endings
 from unlearning.explanation import explained_rows
 from unlearning.measures import told_accuracy, told_distances
 from unlearning.method import told_settings
@@ -222,6 +223,7 @@ def _audited(
     told = told_distances(audit, unlearned.outputs)
     told["accuracy"] = told_accuracy(audit, unlearned.outputs)
     told["status"] = unlearned.status
+    told["endings"] = told_endings(unlearned.endings)
     told["settings"] = told_settings(method)
     return unlearned, told | measure_request(method, audit.full.model(0), audit.forget, device)
 

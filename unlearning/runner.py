@@ -55,6 +55,9 @@ class UnlearnedModels:
         endings: how the steps of each model ended.
         seconds: wall time of all together.
         gradient_evaluations: rows that a gradient was computed for, mean over models.
+        digests: digest of the weights that each model's stored moments belong to.
+        moments: of the retain rows' inputs, each [model, *moment_shape], which they carry to their
+            next request; None for models that have seen no projected one.
     """
 
     task: Task
@@ -63,6 +66,12 @@ class UnlearnedModels:
     endings: tuple[Ending, ...]
     seconds: float
     gradient_evaluations: float
+    digests: tuple[str, ...] = field(repr=False)
+    moments: State | None = field(repr=False)
+
+    def __len__(self) -> int:
+        """The number of models."""
+        return len(self.endings)
 
     @property
     def status(self) -> dict[str, int]:
@@ -76,8 +85,7 @@ class UnlearnedModels:
         module = self.task.new_model(0)
         if why_one_by_one(module, inputs[:2], training=False) is None:
             return evaluate_many(module, self.states, inputs).numpy()
-        count = len(next(iter(self.states.values())))
-        each = [evaluate(module, unstack(self.states, i), inputs) for i in range(count)]
+        each = [evaluate(module, unstack(self.states, i), inputs) for i in range(len(self))]
         return torch.stack(each).numpy()
 
     @cached_property
@@ -179,7 +187,7 @@ def _still_there(task: Task, forget: ForgetSet, already: ForgetSet | None) -> Fo
 
 def unlearn_models(
     method: UnlearningMethod,
-    models: Ensemble,
+    models: Ensemble | UnlearnedModels,
     task: Task,
     forget: ForgetSet,
     *,
@@ -191,9 +199,9 @@ def unlearn_models(
 
     Args:
         method: how.
-        models: an ensemble that kept its weights.
+        models: an ensemble that kept its weights, or what came of an earlier request.
         task: what they were trained for.
-        forget: rows to forget.
+        forget: rows to forget; rows they have forgotten before stay forgotten.
         count: the first so many models; None: all.
         seed: of every draw.
         device: where to compute.
@@ -220,28 +228,25 @@ def unlearn_models(
     if count is not None and not 0 < count <= len(models):
         raise ValueError(f"count must lie between 1 and {len(models)} models, got {count}")
     numbers = range(len(models) if count is None else count)
-    states = models.states(numbers)
-    left = _still_there(task, forget, models.without)
-    seen = ~models.without.mask if models.without else np.ones(len(task.train_ids), dtype=bool)
-    if (models.masks != seen).any():
-        raise ValueError(
-            f"the models of {models.store.path} were trained on different rows: unlearn them one by"
-            " one, or an ensemble of design 'full'"
-        )
+    states, digests, held = _start(models, numbers)
+    before = models.without if isinstance(models, Ensemble) else models.forgotten
+    left = _still_there(task, forget, before)
     request = Request(
         task=task,
         forget=left,
-        already=models.without,
+        already=before,
         states={name: tensor.to(device) for name, tensor in states.items()},
         numbers=tuple(numbers),
-        digests=tuple(Model(task, unstack(states, i)).digest() for i in numbers),
-        moments=(None,) * len(numbers),
+        digests=digests,
+        moments=tuple(unstack(held, i) if held else None for i in range(len(numbers))),
         seed=seed,
         device=torch.device(device),
         many=why_one_by_one(task.new_model(0), task.rows("train", left.rows[:1])[0], training=False)
         is None,
     )
-    ran = execute(method.plan(request), request)
+    plan = method.plan(request)
+    ran = execute(plan, request)
+    carried = plan.moments if plan is not None and plan.moments is not None else held
     return UnlearnedModels(
         task=task,
         states={name: tensor.cpu() for name, tensor in ran.states.items()},
@@ -249,7 +254,36 @@ def unlearn_models(
         endings=ran.endings,
         seconds=time.perf_counter() - start,
         gradient_evaluations=float(np.mean(ran.evaluations)),
+        digests=digests,
+        moments=None if carried is None else {n: tensor.cpu() for n, tensor in carried.items()},
     )
+
+
+def _start(
+    models: Ensemble | UnlearnedModels, numbers: range
+) -> tuple[State, tuple[str, ...], State | None]:
+    """States of these models, the digests that name their stored moments, and those they carry."""
+    if isinstance(models, UnlearnedModels):
+        first = slice(len(numbers))
+        held = models.moments
+        return (
+            {name: tensor[first] for name, tensor in models.states.items()},
+            models.digests[first],
+            None if held is None else {name: tensor[first] for name, tensor in held.items()},
+        )
+    states = models.states(numbers)
+    _check_seen(models)
+    digests = tuple(Model(models.task, unstack(states, i)).digest() for i in numbers)
+    return states, digests, None
+
+
+def _check_seen(models: Ensemble) -> None:
+    seen = ~models.without.mask if models.without else np.ones(models.masks.shape[1], dtype=bool)
+    if (models.masks != seen).any():
+        raise ValueError(
+            f"the models of {models.store.path} were trained on different rows: unlearn them one by"
+            " one, or an ensemble of design 'full'"
+        )
 
 
 def margins(models: Ensemble | UnlearnedModels | Sequence[Model], task: Task) -> Array:

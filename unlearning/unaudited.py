@@ -12,6 +12,7 @@ from attribution import Counterfactual, ForgetSet, Model, Oracle, Run
 from attribution.task import Rows
 from stores import versions
 from unlearning.cost import hardware, measure_request
+from unlearning.ending import told_endings
 from unlearning.evaluation import check_names
 from unlearning.method import told_settings
 from unlearning.methods import Evidence, build_method
@@ -122,6 +123,7 @@ def _told(
             "after": _distance(after[forget.rows], wanted.mean),
         },
         "status": {result.status: 1},
+        "endings": told_endings([result.ending]),
     }
 
 

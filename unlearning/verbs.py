@@ -142,6 +142,7 @@ def _unlearn(options: argparse.Namespace) -> Told:
         "out": options.out,
         "method": options.method,
         "status": result.status,
+        "ending": result.ending.told(),
         "seconds": result.seconds,
         "gradient_evaluations": result.gradient_evaluations,
         "history": list(result.history),
@@ -149,7 +150,8 @@ def _unlearn(options: argparse.Namespace) -> Told:
     }
     return told, (
         f"{options.out}: {len(forget)} rows forgotten by {options.method} ({result.status}) in"
-        f" {result.seconds:.2f} s, {result.gradient_evaluations} gradient evaluations"
+        f" {result.seconds:.2f} s, {result.gradient_evaluations} gradient evaluations\n"
+        f"{result.status}: {result.ending.reason}"
     )
 
 

@@ -176,6 +176,8 @@ class TestUnlearn:
         model = load_model(Run.open(run).task, out)
         assert model.forgotten.ids == tuple(f"train-{i}" for i in range(3, 8))
         assert (found["method"], found["out"], found["forgotten"]) == (method, str(out), 5)
+        assert found["ending"]["status"] == found["status"]
+        assert found["ending"]["reason"]
         idle = found["status"] in ("unchanged", "too fast")
         assert idle == (found["gradient_evaluations"] == 0)
         assert idle or method != "do_nothing"
@@ -212,6 +214,34 @@ class TestUnlearn:
         again = told("unlearn", "--run", run, *more, "--method", "dmm", "--out", second)
         assert again["forgotten"] == 7
         assert load_model(opened.task, second).forgotten.ids == both.ids
+
+    def test_the_next_projected_request_starts_from_the_space_that_was_left(
+        self, told, run, tmp_path
+    ):
+        first, second = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+        words = ("--method", "pgu", "--set", "epochs=3", "--set", "reference=none", "--out")
+        told("unlearn", "--run", run, *FEW, *words, first)
+        more = ("--forget", "rows:8:10", "--checkpoint", first)
+        told("unlearn", "--run", run, *more, *words, second)
+        opened = Run.open(run)
+        left = load_model(opened.task, second).moments
+        inputs, _ = opened.task.rows("train", [*range(3), *range(10, TRAIN_ROWS)])
+        kept = inputs.flatten(1).double()
+        torch.testing.assert_close(left["0"], kept.T @ kept, rtol=1e-6, atol=1e-6)
+
+    def test_a_stopping_rule_is_told_in_words_and_numbers(self, told, dmm, run, tmp_path):
+        words = ("--method", "pgu", "--set", "reference=0", "--set", "epochs=3")
+        words = ("unlearn", "--run", run, *FEW, *words, "--out", tmp_path / "model.safetensors")
+        found = told(*words)
+        ending, reached = found["ending"], found["ending"]["reached"]
+        assert (ending["steps"], ending["kept"], ending["reference"]) == (3, 3, 0)
+        assert (found["status"], ending["measure"]) == (
+            "never crossed", "accuracy on the forget rows",
+        )  # fmt: skip
+        assert dmm(*words).splitlines()[1] == (
+            f"never crossed: accuracy on the forget rows was still {reached:.3f} after all 3 steps,"
+            " not below 0.000; the last state was kept"
+        )
 
     def test_the_same_rows_are_refused_the_second_time(self, dmm, run, tmp_path, capsys):
         first, second = tmp_path / "one.safetensors", tmp_path / "two.safetensors"

@@ -83,13 +83,29 @@ class TestLoss:
         torch.testing.assert_close(plan.value(outputs, labels, None), expected.detach())
         torch.testing.assert_close(plan.cotangent(outputs, labels, None), free.grad)
 
-    def test_a_certain_class_bounds_the_loss_and_gives_no_nan(self, ground):
-        plan = ProjectedGradient(ground.moments, offset=0.05).plan(
+    def test_poisoned_labels_are_to_leave_for_one_other_class(self, ground, rows):
+        outputs, labels = rows
+        method = ProjectedGradient(ground.moments, entropy="lower_others", entropy_weight=0.7)
+        plan = method.plan(request_of(ground.task, ground.full.checkpoints(1), ground.forget))
+        free = outputs.clone().requires_grad_()
+        others = torch.arange(4) != labels[:, None]
+        q = free[others].reshape(17, 3).softmax(1)
+        chosen = free.softmax(1)[~others]
+        expected = -torch.log(1.05 - chosen) - 0.7 * (q * q.log()).sum(1)
+        expected.sum().backward()
+        torch.testing.assert_close(plan.value(outputs, labels, None), expected.detach())
+        torch.testing.assert_close(plan.cotangent(outputs, labels, None), free.grad)
+
+    @pytest.mark.parametrize("entropy", ["raise", "lower_others"])
+    def test_a_certain_class_bounds_the_loss_and_gives_no_nan(self, ground, entropy):
+        plan = ProjectedGradient(ground.moments, offset=0.05, entropy=entropy).plan(
             request_of(ground.task, ground.full.checkpoints(1), ground.forget)
         )
         outputs, labels = torch.tensor([[200.0, 0.0, 0.0]] * 2), torch.tensor([0, 1])
         values = plan.value(outputs, labels, None)
-        torch.testing.assert_close(values, torch.tensor([math.log(20), -math.log(1.05)]))
+        others = {"raise": [0, 0], "lower_others": [0.2 * math.log(2), 0]}[entropy]
+        expected = torch.tensor([math.log(20) + others[0], -math.log(1.05) + others[1]])
+        torch.testing.assert_close(values, expected)
         assert torch.isfinite(plan.cotangent(outputs, labels, None)).all()
 
 
@@ -136,9 +152,22 @@ def test_a_second_request_reads_no_row_but_the_new_ones(ground, many):
 def test_a_model_below_its_test_accuracy_from_the_start_is_left_alone(ground, model):
     result = method_with(ground, [1.01])(model, ground.task, ground.forget)
     assert result.status == "too fast"
+    at_start = accuracy(model, ground.forget.rows)
+    assert result.ending.reason == (
+        f"accuracy on the forget rows was {at_start:.3f}, below 1.010, before the first step: by"
+        " this rule there is nothing to forget, and the weights are as they were"
+    )
     assert result.gradient_evaluations == 0
     assert result.history[0] == result.history[1]
     assert_same_bits(result.model.state, model.state)
+
+
+def test_a_reference_stands_for_the_test_accuracy(ground, epochs, fall):
+    models, found = epochs
+    method = method_with(ground, [1.01], epochs=40, reference=found[fall] + 0.01)
+    result = method(models[0], ground.task, ground.forget)
+    assert (result.status, result.ending.reference) == ("crossed", found[fall] + 0.01)
+    assert_same_bits(result.model.state, models[fall].state)
 
 
 def test_accuracy_equal_to_the_reference_is_not_below_it(ground, model, epochs):
@@ -149,6 +178,9 @@ def test_accuracy_equal_to_the_reference_is_not_below_it(ground, model, epochs):
 def test_a_model_that_never_falls_below_keeps_its_last_epoch(ground, model):
     result = method_with(ground, [-0.01], epochs=7)(model, ground.task, ground.forget)
     assert result.status == "never crossed"
+    assert (result.ending.steps, result.ending.kept) == (14, 14)
+    reached = accuracy(result.model, ground.forget.rows)
+    assert result.ending.reached == pytest.approx(reached, rel=1e-6)
     assert result.gradient_evaluations == 7 * len(FORGET)
     assert largest_difference(result.model.state, model.state) > 1e-3
 
@@ -159,6 +191,11 @@ def test_of_two_epochs_the_one_nearer_to_the_reference_is_kept(ground, epochs, f
     reference = found[fall] + share * (found[fall - 1] - found[fall])
     result = method_with(ground, [reference], epochs=40)(models[0], ground.task, ground.forget)
     assert result.status == "crossed"
+    ending = result.ending
+    assert (ending.steps, ending.kept) == (2 * fall, 2 * (fall + kept))
+    assert ending.reached == pytest.approx(found[fall + kept], rel=1e-6)
+    assert ending.reference == pytest.approx(reference)
+    assert f"after {2 * fall} steps; the state after {ending.kept} is nearest" in ending.reason
     assert result.gradient_evaluations == fall * len(FORGET)
     assert_same_bits(result.model.state, models[fall + kept].state)
 
@@ -180,6 +217,7 @@ def test_every_model_is_held_to_its_own_test_accuracy(ground, epochs, fall, many
     ended = execute(method.plan(request), request)
     assert ended.status == ("crossed", "too fast", "never crossed")
     assert ended.evaluations == (5 * fall, 0, 5 * 40)
+    assert [ending.steps for ending in ended.endings] == [2 * fall, 0, 80]
     for name, tensor in ended.states.items():
         assert torch.equal(tensor[1], request.states[name][1])
 
