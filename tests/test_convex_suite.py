@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -134,7 +135,7 @@ def test_what_wins_is_decided_by_the_condition_number(results):
         faster, slower = (case.conditions[name] for name in (GRADIENT, GROUP))
         if case.winner == GROUP:
             faster, slower = slower, faster
-        assert case.winner == "neither" or np.median(faster) < np.median(slower)
+        assert case.winner == "both" or np.median(faster) < np.median(slower)
 
 
 def test_ascent_noise_and_descent_stay_away_where_the_problem_is_ill_conditioned(results):
@@ -195,6 +196,18 @@ def test_words_say_who_wins(results):
     assert "flat at penalty 100; few features at penalty 100" in plain
     ours = [one for one in results if one.winner == GROUP]
     assert not any(line.startswith("Plain") for line in findings(ours))
+
+
+def test_words_say_where_none_wins(results):
+    case = _case(results, "flat", 0.01, "random")
+    slow = case.errors[GRADIENT]
+    none = replace(case, errors={**case.errors, GROUP: slow})
+    assert none.winner == "none"
+    (told,) = [line for line in findings([none]) if line.startswith("None arrives in 1")]
+    assert f"gradient descent ends {slow.weights[0, -1]:.2f} away" in told
+    both = replace(case, errors={**case.errors, GRADIENT: case.errors[GROUP]})
+    assert both.winner == "both"
+    assert any(line.startswith("They arrive about together in 1") for line in findings([both]))
 
 
 def test_the_page_needs_nothing_and_has_a_figure_a_case(results):

@@ -73,18 +73,16 @@ class Result:
 
     @property
     def winner(self) -> str:
-        """Gradient descent or matching group targets: which clearly arrives first, or is nearer.
+        """Gradient descent or matching group targets: which clearly arrives first.
 
-        "neither" if the other takes less than 1.25 times as many steps to 1e-6, or, where none
-        arrives, ends less than 1.25 times as far away.
+        "both" if the later one takes less than 1.25 times as many steps, "none" if no one arrives.
         """
         arrivals = {name: self.arrival(name) for name in (GRADIENT, GROUP)}
-        there = {name: float(at) for name, at in arrivals.items() if at is not None}
-        if len(there) == 1:
-            return next(iter(there))
-        costs = there or {name: float(self.median(name)[-1]) for name in arrivals}
-        ahead, behind = sorted(costs, key=lambda name: costs[name])
-        return ahead if costs[behind] >= CLEAR * costs[ahead] else "neither"
+        there = {name: at for name, at in arrivals.items() if at is not None}
+        if not there:
+            return "none"
+        ahead, behind = min(there, key=lambda name: there[name]), max(there.values())
+        return ahead if len(there) == 1 or behind >= CLEAR * there[ahead] else "both"
 
 
 def marks_until(steps: int) -> Rows:

@@ -40,9 +40,9 @@ def _exactness(results: Sequence[Result]) -> str:
         f" ({_conditions(rest, GROUP)}) and is still on its way." if rest else ""
     )  # fmt: skip
     return (
-        f"Group targets are exact: what matching them leads to is within {limits:.0e} of the"
-        f" retrained weights in the worst case, and gradient descent on them comes within 1e-6 in"
-        f" {len(there)} of {len(results)} cases within the budget.{slow}"
+        f"Group targets are exact: matching them leads to the retrained weights but for"
+        f" {limits:.0e} of the start's distance in the worst case, and gradient descent on them"
+        f" comes within 1e-6 in {len(there)} of {len(results)} cases within the budget.{slow}"
     )
 
 
@@ -66,13 +66,27 @@ def _winners(results: Sequence[Result]) -> list[str]:
         won = [result for result in results if result.winner == name]
         if won:
             sentences.append(
-                f"{title} wins {len(won)} of {len(results)} cases: {_named(won)}. Its condition"
-                f" number there is {_conditions(won, name)}, the other's {_conditions(won, other)}."
+                f"{title} wins {len(won)} of {len(results)} cases, being within 1e-6 first:"
+                f" {_named(won)}. Its condition number there is {_conditions(won, name)}, the"
+                f" other's {_conditions(won, other)}."
             )
-    drawn = [result for result in results if result.winner == "neither"]
+    drawn = [result for result in results if result.winner == "both"]
     if drawn:
-        sentences.append(f"None is clearly ahead in {len(drawn)}: {_named(drawn)}.")
+        sentences.append(f"They arrive about together in {len(drawn)}: {_named(drawn)}.")
+    far = [result for result in results if result.winner == "none"]
+    if far:
+        ends = [" to ".join(_ends(far, name)) for name in (GRADIENT, GROUP)]
+        sentences.append(
+            f"None arrives in {len(far)}: {_named(far)}, where gradient descent ends {ends[0]} away"
+            f" (condition number {_conditions(far, GRADIENT)}) and matching {ends[1]}"
+            f" ({_conditions(far, GROUP)})."
+        )
     return sentences
+
+
+def _ends(results: Sequence[Result], name: str) -> dict[str, None]:
+    found = [float(result.median(name)[-1]) for result in results]
+    return dict.fromkeys(_error(value) for value in (min(found), max(found)))
 
 
 def _named(results: Sequence[Result]) -> str:
@@ -97,7 +111,7 @@ def condition(value: float) -> str:
 
 
 def _error(value: float) -> str:
-    return f"{value:.2f}" if value >= 0.01 else f"{value:.0e}"
+    return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
 
 
 def _noise(results: Sequence[Result]) -> str:
