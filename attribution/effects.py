@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attribution.strongest import Strongest
-from stores import ArraySpec, BlockWriter, score_block
+from stores import ArraySpec, BlockWriter
 
 OBJECT_BYTES = 2**24  # of the effects in one storage object
 PIECE_BYTES = 2**23  # of the effects that are computed at once
@@ -60,28 +60,6 @@ def stored_wide(dtype: str) -> str:
         'float32'
     """
     return "float64" if dtype == "float64" else "float32"
-
-
-def block_targets(targets: int, outputs: int, dtype: str, column_bytes: int, most: int) -> int:
-    """Targets of a block of effects: pieces of rows of a good length, in bounded memory.
-
-    Args:
-        targets: how many there are.
-        outputs: of each.
-        dtype: name of the stored type.
-        column_bytes: memory that one target takes while its block is computed.
-        most: bytes that a block may take.
-
-    Returns:
-        The number.
-
-    Example:
-        >>> block_targets(1797, 10, "float32", 10_000, 2**28)
-        599
-        >>> block_targets(1797, 10, "float32", 10_000, 2**21)
-        200
-    """
-    return score_block(targets, outputs, dtype, most=max(1, most // column_bytes))
 
 
 def object_rows(train: int, width: int, dtype: str) -> int:
@@ -162,11 +140,12 @@ def half_scale(largest: Tensor) -> Tensor:
     return torch.where(largest > 0, scale.clamp(min=torch.finfo(largest.dtype).tiny), 1)
 
 
-def row_pieces(writer: BlockWriter) -> Iterator[slice]:
-    """Rows of a block that are computed at once: few enough for a processor's cache.
+def row_pieces(writer: BlockWriter, most: int | None = None) -> Iterator[slice]:
+    """Rows of a block that are computed at once.
 
     Args:
         writer: of the block.
+        most: bytes of their effects; None: few enough for a processor's cache.
 
     Yields:
         Positions of rows, in order, that lie in one storage object each.
@@ -174,7 +153,7 @@ def row_pieces(writer: BlockWriter) -> Iterator[slice]:
     spec = writer.spec
     train, height = spec.array("effects").shape[0], spec.chunks("effects")[0]
     width = int(np.prod(spec.block_shape("effects", writer.block)[1:]))
-    step = max(1, PIECE_BYTES // (4 * width))
+    step = max(1, (PIECE_BYTES if most is None else most) // (4 * width))
     for first in range(0, train, height):
         end = min(train, first + height)
         for start in range(first, end, step):

@@ -27,14 +27,12 @@ class Design:
         eigenvalues: [rank].
         masks: rotated masks, [rank, train].
         weights: square roots of the models' weights, [model].
-        centre: weighted mean mask, [train].
     """
 
     basis: Tensor
     eigenvalues: Tensor
     masks: Tensor
     weights: Tensor
-    centre: Tensor
 
     def centred(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated centred outputs [rank, ...] of outputs [model, ...], and their centre [...]."""
@@ -79,7 +77,7 @@ def decompose(masks: Tensor, weights: Tensor) -> Design:
     centre = counts / weights.double().sum()
     solved = _over_models if models <= rows else _over_rows
     basis, values, rotated = solved(masks, weights.double(), centre)
-    parts = (basis, values, rotated, weights.double().sqrt(), centre)
+    parts = (basis, values, rotated, weights.double().sqrt())
     return Design(*(part.to(masks.dtype) for part in parts))
 
 

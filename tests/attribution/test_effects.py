@@ -45,7 +45,7 @@ def plain(pair, tmp_path_factory):
 @pytest.fixture
 def small(monkeypatch):
     """Blocks of 7 targets, objects of 5 rows, pieces of 2; none divides what there is."""
-    monkeypatch.setattr(datamodels, "BLOCK_BYTES", 7 * 2 * (MODELS + 1) * OUTPUTS * 4)
+    monkeypatch.setattr(datamodels, "score_block", lambda *_: 7)
     monkeypatch.setattr(effects, "OBJECT_BYTES", 5 * 7 * OUTPUTS * 4)
     monkeypatch.setattr(effects, "PIECE_BYTES", 2 * 7 * OUTPUTS * 4)
 
@@ -59,7 +59,7 @@ def test_pieces_change_nothing(pair, plain, tmp_path, small):
 
 
 def test_workers_end_with_the_same_bits(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(datamodels, "BLOCK_BYTES", 7 * 2 * (MODELS + 1) * OUTPUTS * 4)
+    monkeypatch.setattr(datamodels, "score_block", lambda *_: 7)
     alone, many = fitted(pair, tmp_path / "alone"), fitted(pair, tmp_path / "many", workers=1)
     for name in alone.store.spec.arrays:
         np.testing.assert_array_equal(alone.store.numpy(name), many.store.numpy(name))
