@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from attribution.datamodel_blocks import DatamodelBlock
 from attribution.effects import (
     arithmetic,
@@ -136,7 +138,7 @@ def _lengths(ensemble: Ensemble) -> tuple[int, int, int]:
 
 
 def _check_ensembles(ensemble: Ensemble, anchor: Ensemble) -> None:
-    if (ensemble.masks == ensemble.masks[0]).all():
+    if all(np.array_equal(mask, ensemble.masks[0]) for mask in ensemble.masks):
         raise ValueError(
             f"all models of {ensemble.store.path} saw the same rows: datamodels need models trained"
             " on different subsets (draw_subsets with design half, bernoulli, clusters or mixed)"

@@ -13,6 +13,7 @@ from attribution import (
     fit_datamodels,
     held_out,
     ridge_datamodels,
+    uncertainty,
 )
 from attribution.seeds import generator
 from stores import ArraySpec, Provenance, Store, StoreSpec
@@ -210,6 +211,16 @@ def test_stds_are_those_of_a_bayesian_regression(task, fitted, reference, rows):
         noise = datamodel_objective(*data, penalty, own) / (len(reference.masks) - 1)
         scale = datamodel_posterior_variance(data[0], data[2], penalty, rows, own)
         assert found[target, output] == pytest.approx((noise * scale) ** 0.5, rel=1e-5)
+
+
+def test_stds_are_the_same_whatever_is_looked_at_together(task, fitted, monkeypatch):
+    forgets = [ForgetSet.at(task, rows) for rows in ([0, 1, 2, 3, 9, 11], [4])]
+    expected = [fitted.change(forget).std for forget in forgets]
+    monkeypatch.setattr(uncertainty, "_MASKS", 4 * len(fitted.store.map_constant("masks")))
+    for forget, std in zip(forgets, expected, strict=True):
+        np.testing.assert_allclose(fitted.change(forget).std, std, rtol=1e-6)
+    nothing = fitted.change(forgets[1], already=forgets[1])
+    assert not nothing.std.any()
 
 
 def test_noise_is_the_spread_of_the_full_models(task, fitted, noisy_pair):
