@@ -1,5 +1,7 @@
 """Effects of fitted datamodels as they lie on disk."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,21 @@ def test_the_strongest_rows_are_kept(task, pair, plain, target):
     rows, values = plain.strongest(target)
     np.testing.assert_array_equal(rows, [order[::-1][:4], order[:4]])
     np.testing.assert_allclose(values, margins[rows], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shrink", [(4.0, 0.1), (0.0, 1.0), (1.0, 0.0), (0.5, 0.5)])
+def test_the_strongest_rows_bear_their_factors(pair, plain, tmp_path, monkeypatch, shrink):
+    """An own row that was not among the strongest may be so with a factor of its own."""
+    found = LinearDatamodel(plain.store)
+    monkeypatch.setitem(vars(found), "_uncertainty", SimpleNamespace(shrink=shrink))
+    slopes = found.store.numpy("slopes")
+    for target in range(TARGETS):
+        margins = found.effects(target) @ slopes[target]
+        highest, lowest = np.sort(margins)[::-1][:4], np.sort(margins)[:4]
+        rows, values = found.strongest(target)
+        np.testing.assert_allclose(values, [highest, lowest], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(margins[rows], values, rtol=1e-4, atol=1e-6)
+        assert [len(set(kind)) for kind in rows.tolist()] == [4, 4]
 
 
 def test_few_rows_are_all_kept(pair, tmp_path):
