@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attribution.dense import product
-from attribution.ridge import Design
+from attribution.ridge import Design, owners
 
 PIECE = 2**22  # numbers of the basis that are scaled at once
 
@@ -142,11 +142,11 @@ def outcomes(
         [torch.Size([2, 1, 1]), torch.Size([2, 1, 1])]
     """
     columns, shape = rotated[0].numel(), rotated.shape[1:]
-    # Test targets have no own row.
-    some = own.any(0).nonzero().flatten()
-    both = torch.cat([rotated.flatten(1), own[:, some]], 1)
-    across = product(held_out.damped, (own[:, some, None] * rotated[:, some]).flatten(1))
-    within = product(held_out.damped, own[:, some].square())
+    some = owners(own)  # test targets have no own row
+    masks = own[:, some]
+    both = torch.cat([rotated.flatten(1), masks], 1)
+    across = product(held_out.damped, (masks[:, :, None] * rotated[:, some]).flatten(1))
+    within = product(held_out.damped, masks.square())
     for damped, known, xy, xx in zip(held_out.damped, held_out.maps, across, within, strict=True):
         left = held_out.rotated_back(damped, both)
         mine = left[:-1, columns:]
@@ -162,7 +162,7 @@ def outcomes(
         effect = rotated.new_zeros(shape)
         effect[some] = torch.where(told, 1 / leverage, 0)[:, None] * moved
         residuals[:, some] -= theirs[:, :, None] * effect[some]
-        yield Outcome(residuals / held_out.roots[:, None, None], effect)
+        yield Outcome(residuals.div_(held_out.roots[:, None, None]), effect)
 
 
 def best_outcome(
@@ -189,14 +189,13 @@ def best_outcome(
         tensor([1])
     """
     chosen = torch.zeros(rotated.shape[1], dtype=torch.long)
-    least = torch.full(chosen.shape, torch.inf, dtype=rotated.dtype)
-    residuals = effect = torch.empty(0)
+    residuals = effect = least = torch.empty(0)
     for number, found in enumerate(outcomes(held_out, rotated, own, outside)):
         error = found.residuals[:-1].square().sum((0, 2))
-        better = error < least
         if number == 0:
-            residuals, effect = found.residuals, found.own
-        residuals = torch.where(better[:, None], found.residuals, residuals)
-        effect = torch.where(better[:, None], found.own, effect)
-        chosen[better], least = number, torch.minimum(error, least)
+            residuals, effect, least = found.residuals, found.own, error
+            continue
+        better = (error < least).nonzero().flatten()
+        residuals[:, better], effect[better] = found.residuals[:, better], found.own[better]
+        chosen[better], least[better] = number, error[better]
     return chosen, Outcome(residuals, effect)

@@ -109,7 +109,7 @@ class RidgeSolver(Solver):
         judged = self.problem.judged(outcome.residuals, outcome.own, outputs, targets)
         # |m . d| <= |m| |d|; the own row's effect is no such product.
         longest = float(store.map_constant("longest"))
-        bound = torch.maximum(longest * fit.dual.norm(dim=0), fit.own.abs())
+        bound = torch.maximum(longest * fit.dual.square().sum(0).sqrt(), fit.own.abs())
         found = {"own": fit.own, "variance": fit.variance, "chosen": chosen}
         return Fitted(fit.dual, bound, found | {"cross_products": judged})
 
