@@ -1,6 +1,8 @@
 """Effects [train, target, output] on disk: their layout, and blocks of them that stream there."""
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 from typing import Any, final
 
 import numpy as np
@@ -164,6 +166,9 @@ def row_pieces(writer: BlockWriter, most: int | None = None) -> Iterator[slice]:
 class ObjectWriter:
     """Collects rows of an array until they fill a storage object, and writes that.
 
+    It is written while the next one is filled, by a thread of its own, and is done when the body
+    of `with` ends.
+
     Args:
         writer: of the block.
         name: of the array.
@@ -176,7 +181,10 @@ class ObjectWriter:
         self.scale = scale if array.dtype == "float16" else None
         self.left, self.filled = array.shape[0], 0
         shape = height, *writer.spec.block_shape(name, writer.block)[1:]
-        self.object = torch.empty(shape, dtype=getattr(torch, array.dtype))
+        # One to fill and one to write.
+        self.object, self.other = torch.empty(2, *shape, dtype=getattr(torch, array.dtype))
+        self.thread = ThreadPoolExecutor(1)
+        self.written: Future[None] | None = None
 
     def add(self, values: Tensor) -> None:
         """Takes the next rows, [row, ...]; they end where an object ends, or before."""
@@ -187,8 +195,28 @@ class ObjectWriter:
             torch.div(values, self.scale, out=part)
         self.filled += len(values)
         if self.filled == min(len(self.object), self.left):
-            self.writer.append(self.name, self.object[: self.filled].numpy())
+            self._wait()
+            whole = self.object[: self.filled].numpy()
+            self.written = self.thread.submit(self.writer.append, self.name, whole)
+            self.object, self.other = self.other, self.object
             self.left, self.filled = self.left - self.filled, 0
+
+    def _wait(self) -> None:
+        if self.written is not None:
+            self.written.result()
+
+    def __enter__(self) -> "ObjectWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.thread.shutdown()
+        if error is None:
+            self._wait()
 
 
 def write_effects(
@@ -204,15 +232,15 @@ def write_effects(
         top: rows of either sign that are kept for each target.
     """
     scale = half_scale(bound)
-    objects = ObjectWriter(writer, "effects", scale)
     summed = torch.zeros(bound.shape, dtype=torch.float64)
     kept, first = Strongest.empty(len(bound), top, bound.dtype), 0
     ones = torch.ones(writer.spec.chunks("effects")[0], dtype=bound.dtype)
-    for effects, margins in pieces:
-        objects.add(effects)
-        kept.add(first, margins)
-        summed += torch.mv(effects.flatten(1).T, ones[: len(effects)]).reshape(bound.shape)
-        first += len(effects)
+    with ObjectWriter(writer, "effects", scale) as objects:
+        for effects, margins in pieces:
+            objects.add(effects)
+            kept.add(first, margins)
+            summed += torch.mv(effects.flatten(1).T, ones[: len(effects)]).reshape(bound.shape)
+            first += len(effects)
     found = {"sum": summed.numpy(), "scale": scale.numpy()}
     found |= zip(("top_rows", "top_values"), kept.found(), strict=True)
     append(writer, {name: found[name] for name in found if name in writer.spec.arrays})

@@ -179,14 +179,15 @@ class ScoreBlock:
                 mean = tally.mean(rows.start, self._scored(rows, columns))
                 yield mean, _on_margins(mean, slopes[0])
             return
-        objects = ObjectWriter(writer, "margins", margin_scale)
-        for rows in row_pieces(writer, most):
-            margins = torch.zeros(rows.stop - rows.start, len(tally.targets), dtype=self._number)
-            scored = _adding(self._scored(rows, columns), slopes, margins)
-            mean = tally.mean(rows.start, scored)
-            margins /= len(columns)
-            objects.add(margins)
-            yield mean, margins
+        with ObjectWriter(writer, "margins", margin_scale) as objects:
+            for rows in row_pieces(writer, most):
+                shape = rows.stop - rows.start, len(tally.targets)
+                margins = torch.zeros(shape, dtype=self._number)
+                scored = _adding(self._scored(rows, columns), slopes, margins)
+                mean = tally.mean(rows.start, scored)
+                margins /= len(columns)
+                objects.add(margins)
+                yield mean, margins
 
     def _scored(self, rows: slice, columns: Sequence[Columns]) -> Iterator[Tensor]:
         for store, kept in zip(self.rows, columns, strict=True):
