@@ -3,8 +3,9 @@
 import math
 import tempfile
 from collections.abc import Iterator
+from io import FileIO
 from types import TracebackType
-from typing import IO, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -33,9 +34,10 @@ class Columns:
 
     def __init__(self, shape: tuple[int, ...], axis: int, dtype: torch.dtype, most: int) -> None:
         self.axis, self.filled, self.shapes = axis, 0, list[tuple[int, ...]]()
-        fits = math.prod(shape) * dtype.itemsize <= most
+        self.nbytes = math.prod(shape) * dtype.itemsize
+        fits = self.nbytes <= most
         self.whole = torch.empty(shape, dtype=dtype) if fits else None
-        self.file: IO[bytes] | None = None if fits else tempfile.TemporaryFile()  # noqa: SIM115
+        self.file: FileIO | None = None if fits else _nameless_file()
         self.dtype = dtype
 
     @property
@@ -48,12 +50,15 @@ class Columns:
 
         Args:
             values: of the shape of all, but for the number of targets.
+
+        Raises:
+            OSError: the temporary file cannot be written.
         """
         count = values.shape[self.axis]
         if self.whole is not None:
             self.whole.narrow(self.axis, self.filled, count).copy_(values)
         else:
-            self._file.write(_bytes(values.contiguous()))
+            self._append(values.contiguous())
             self.shapes.append(tuple(values.shape))
         self.filled += count
 
@@ -81,16 +86,31 @@ class Columns:
             begin += math.prod(shape) * self.dtype.itemsize
             yield part
 
+    def _append(self, values: Tensor) -> None:
+        left = _bytes(values)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: a block needs {self.nbytes} bytes for a temporary file in"
+                f" {tempfile.gettempdir()}; name another folder in TMPDIR",
+            ) from error
+
     @property
-    def _file(self) -> IO[bytes]:
+    def _file(self) -> FileIO:
         assert self.file is not None
         return self.file
 
     def _fill(self, into: Tensor, begin: int) -> None:
         self._file.seek(begin)
-        found = self._file.readinto(_bytes(into))  # type: ignore[attr-defined]
-        if found != into.nbytes:
-            raise OSError(f"expected {into.nbytes} bytes in the temporary file, got {found}")
+        left = _bytes(into)
+        while left:
+            found = self._file.readinto(left)
+            if not found:
+                raise OSError(f"the temporary file lacks {len(left)} bytes of {into.nbytes}")
+            left = left[found:]
 
     def __enter__(self) -> "Columns":
         return self
@@ -103,6 +123,11 @@ class Columns:
     ) -> None:
         if self.file is not None:
             self.file.close()
+
+
+def _nameless_file() -> FileIO:
+    # Without a buffer, which would hold what a full disk refused until it is closed.
+    return tempfile.TemporaryFile(buffering=0)
 
 
 def _bytes(values: Tensor) -> memoryview:

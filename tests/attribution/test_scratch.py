@@ -66,5 +66,13 @@ def test_a_file_that_was_cut_short_is_refused(folder):
     with Columns((2, 2), 1, torch.float32, most=0) as columns:
         columns.add(torch.ones(2, 2))
         columns._file.truncate(12)
-        with pytest.raises(OSError, match="expected 16 bytes in the temporary file, got 12"):
+        with pytest.raises(OSError, match="the temporary file lacks 4 bytes of 16"):
             list(columns.read())
+
+
+def test_a_full_disk_is_told_with_its_cure(folder):
+    with Columns((2, 3), 1, torch.float32, most=0) as columns:
+        columns.file.close()
+        columns.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+        with pytest.raises(OSError, match=f"needs 24 bytes .* in {folder}; name another .* TMPDIR"):
+            columns.add(torch.ones(2, 2))
