@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution.effects import OBJECT_BYTES, append, row_pieces, write_effects
+from attribution.effects import append, row_pieces, write_effects
 from attribution.regression import Fitted, Solver
 from attribution.scratch import Columns
 from attribution.training import threads
@@ -48,8 +48,8 @@ class DatamodelBlock:
         with threads(1), Columns(shape, 1, number, self.kept) as kept:
             found, bound = self._fitted(store, span, kept)
             with store.writing(block) as writer:
-                most = OBJECT_BYTES if kept.on_disk else None
-                pieces = self._pieces(store, row_pieces(writer, most), kept, found, span)
+                rows = row_pieces(writer, whole=kept.on_disk)
+                pieces = self._pieces(store, rows, kept, found, span)
                 write_effects(writer, pieces, bound, self.top)
                 append(writer, {name: part.numpy() for name, part in found.items()})
 

@@ -142,12 +142,12 @@ def half_scale(largest: Tensor) -> Tensor:
     return torch.where(largest > 0, scale.clamp(min=torch.finfo(largest.dtype).tiny), 1)
 
 
-def row_pieces(writer: BlockWriter, most: int | None = None) -> Iterator[slice]:
+def row_pieces(writer: BlockWriter, *, whole: bool = False) -> Iterator[slice]:
     """Rows of a block that are computed at once.
 
     Args:
         writer: of the block.
-        most: bytes of their effects; None: few enough for a processor's cache.
+        whole: as many as a storage object has; otherwise few enough for a processor's cache.
 
     Yields:
         Positions of rows, in order, that lie in one storage object each.
@@ -155,7 +155,7 @@ def row_pieces(writer: BlockWriter, most: int | None = None) -> Iterator[slice]:
     spec = writer.spec
     train, height = spec.array("effects").shape[0], spec.chunks("effects")[0]
     width = int(np.prod(spec.block_shape("effects", writer.block)[1:]))
-    step = max(1, (PIECE_BYTES if most is None else most) // (4 * width))
+    step = height if whole else max(1, PIECE_BYTES // (4 * width))
     for first in range(0, train, height):
         end = min(train, first + height)
         for start in range(first, end, step):

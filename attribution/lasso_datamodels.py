@@ -115,8 +115,7 @@ class LassoSolver(Solver):
 
     def effects(self, store: Store, kept: Columns, rows: slice) -> Tensor:
         """What was kept."""
-        parts = [part.clone() if kept.on_disk else part for part in kept.read(rows)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return kept.through(lambda effects: effects, rows)
 
     def _fit(self, outputs: Tensor, noise: Numbers, target: int) -> dict[str, Numbers]:
         """One target's effects [train, output] and what stands beside them."""

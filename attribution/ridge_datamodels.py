@@ -118,10 +118,9 @@ class RidgeSolver(Solver):
         masks = torch.from_numpy(store.map_constant("masks"))[:, rows]
         if kept.on_disk:
             masks = masks.contiguous()  # it is multiplied part by part
-        parts = [
-            product(masks.T, dual.flatten(1)).reshape(-1, *dual.shape[1:]) for dual in kept.read()
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return kept.through(
+            lambda dual: product(masks.T, dual.flatten(1)).reshape(-1, *dual.shape[1:])
+        )
 
     def _design(self, store: Store) -> Design:
         basis, eigenvalues, masks = (

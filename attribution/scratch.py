@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import FileIO
 from types import TracebackType
 from typing import Any, final
@@ -85,6 +85,27 @@ class Columns:
             self._fill(part, begin + first * row * self.dtype.itemsize)
             begin += math.prod(shape) * self.dtype.itemsize
             yield part
+
+    def through(self, work: Callable[[Tensor], Tensor], rows: slice = slice(None)) -> Tensor:
+        """Applies a function to all numbers, part by part, and puts what it gives side by side.
+
+        Args:
+            work: gives numbers [row, target, ...] of those of some targets.
+            rows: as for `read`.
+
+        Returns:
+            What it gives of all targets.
+        """
+        if self.whole is not None:
+            return work(self.whole[rows])
+        found, place = torch.empty(0), 0
+        for part in self.read(rows):
+            made = work(part)
+            if not place:
+                found = made.new_empty(len(made), self.filled, *made.shape[2:])
+            found[:, place : place + made.shape[1]] = made
+            place += made.shape[1]
+        return found
 
     def _append(self, values: Tensor) -> None:
         left = _bytes(values)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from attribution.dense import product
 from attribution.effects import (
-    OBJECT_BYTES,
     ObjectWriter,
     append,
     half_scale,
@@ -173,14 +173,14 @@ class ScoreBlock:
         tally: Tally,
         margin_scale: Tensor,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        most = OBJECT_BYTES if columns[0].on_disk else None
+        parts = row_pieces(writer, whole=columns[0].on_disk)
         if "margins" not in writer.spec.arrays:
-            for rows in row_pieces(writer, most):
+            for rows in parts:
                 mean = tally.mean(rows.start, self._scored(rows, columns))
                 yield mean, _on_margins(mean, slopes[0])
             return
         with ObjectWriter(writer, "margins", margin_scale) as objects:
-            for rows in row_pieces(writer, most):
+            for rows in parts:
                 shape = rows.stop - rows.start, len(tally.targets)
                 margins = torch.zeros(shape, dtype=self._number)
                 scored = _adding(self._scored(rows, columns), slopes, margins)
@@ -192,11 +192,11 @@ class ScoreBlock:
     def _scored(self, rows: slice, columns: Sequence[Columns]) -> Iterator[Tensor]:
         for store, kept in zip(self.rows, columns, strict=True):
             solved = torch.from_numpy(_solved(store, rows))
-            parts = [
-                product(solved, j.flatten(0, 1).T).reshape(len(solved), *j.shape[:2])
-                for j in kept.read()
-            ]
-            yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            yield kept.through(partial(_products, solved))
+
+
+def _products(solved: Tensor, j: Tensor) -> Tensor:
+    return product(solved, j.flatten(0, 1).T).reshape(len(solved), *j.shape[:2])
 
 
 def _solved(store: Store, rows: slice) -> Numbers:

@@ -6,7 +6,6 @@ from attribution import (
     LinearDatamodel,
     Model,
     Ridge,
-    datamodel_blocks,
     datamodels,
     draw_subsets,
     effects,
@@ -313,8 +312,7 @@ def test_little_memory_changes_nothing(noisy_pair, fitted, tmp_path, monkeypatch
     copies = ridge_datamodels.COPIES
     monkeypatch.setattr(datamodels, "STEP_BYTES", step * copies * 39 * OUTPUTS * 8)
     monkeypatch.setattr(datamodels, "KEPT_BYTES", 0)
-    for module in (effects, datamodel_blocks):
-        monkeypatch.setattr(module, "OBJECT_BYTES", rows * TARGETS * OUTPUTS * 8)
+    monkeypatch.setattr(effects, "OBJECT_BYTES", rows * TARGETS * OUTPUTS * 8)
     monkeypatch.setattr(held_out, "PIECE", 60)  # two of the held-out models at once
     widths, solve = [], ridge_datamodels.solve
 

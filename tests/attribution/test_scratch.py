@@ -31,6 +31,16 @@ def test_what_was_added_is_read_again_and_again(folder, most, rows):
             assert torch.equal(torch.cat(parts, 1), values[rows])
 
 
+@pytest.mark.parametrize("most", [0, 10**6])
+def test_what_is_made_of_the_parts_stands_side_by_side(folder, most):
+    values, left = numbers(7, 11, 2), numbers(5, 3)
+    with Columns(values.shape, 1, values.dtype, most) as columns:
+        for part in values.split([4, 1, 6], 1):
+            columns.add(part)
+        found = columns.through(lambda part: torch.tensordot(left, part, 1), slice(2, 5))
+    torch.testing.assert_close(found, torch.tensordot(left, values[2:5], 1))
+
+
 def test_targets_may_come_first(folder):
     values = numbers(11, 2, 3)
     with Columns(values.shape, 0, values.dtype, most=0) as columns:

@@ -64,8 +64,7 @@ def test_little_memory_changes_nothing(features, tmp_path, monkeypatch, kept, ro
     """Features of one target at a time, or of seven, from a file."""
     plain = fit_trak(features, tmp_path / "plain", damping=0.3).store
     monkeypatch.setattr(fitting, "BLOCK_BYTES", kept)
-    for module in (effects, score_blocks):
-        monkeypatch.setattr(module, "OBJECT_BYTES", rows * 48 * 3 * 4)
+    monkeypatch.setattr(effects, "OBJECT_BYTES", rows * 48 * 3 * 4)
     found = fit_trak(features, tmp_path / "trak", damping=0.3).store
     assert found.spec.blocks == plain.spec.blocks == 1
     for name in plain.spec.arrays:
