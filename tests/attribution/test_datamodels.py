@@ -6,16 +6,25 @@ from attribution import (
     LinearDatamodel,
     Model,
     Ridge,
-    datamodels,
     draw_subsets,
-    effects,
     fit_datamodels,
-    held_out,
-    ridge_datamodels,
     uncertainty,
 )
 from attribution.seeds import generator
 from stores import ArraySpec, Provenance, Store, StoreSpec
+from tests.attribution.datamodel_cases import (
+    ANCHORS,
+    LAMBDAS,
+    OUTPUTS,
+    RIDGE,
+    TARGETS,
+    TRAIN,
+    half_masks,
+    linear,
+    made,
+    noisy,
+    write_pair,
+)
 from tests.references import (
     datamodel_objective,
     datamodel_posterior_variance,
@@ -23,48 +32,10 @@ from tests.references import (
 )
 from tests.tasks import blobs, write_ensemble
 
-TRAIN, TARGETS, OUTPUTS = 13, 17, 2
-LAMBDAS = (0.01, 0.3, 5.0)
-RIDGE = Ridge(LAMBDAS)
-ANCHORS = 3
-
 
 @pytest.fixture(scope="module")
 def task():
     return blobs(rows=TRAIN, test_rows=TARGETS - TRAIN)
-
-
-def half_masks(models, random):
-    return random.random((models, TRAIN)).argsort(1).argsort(1) < TRAIN // 2
-
-
-def linear(masks, random):
-    """Effects [train, target, output], and outputs that are exactly linear in the masks."""
-    effects = random.normal(size=(TRAIN, TARGETS, OUTPUTS))
-    return effects, 0.3 + np.tensordot(masks, effects, 1)
-
-
-def noisy(masks, random):
-    """Outputs that noise and a product of two rows add to."""
-    _, outputs = linear(masks, random)
-    together = (masks[:, 2] & masks[:, 9]).astype(float)
-    return outputs + together[:, None, None] + random.normal(size=outputs.shape)
-
-
-def write_pair(folder, task, masks, outputs, judges=None):
-    """Models on subsets, and the full ones: the last rows of masks and outputs."""
-    parts = [slice(0, -ANCHORS), slice(-ANCHORS, None)]
-    names, judging = ["subsets", "full"], [judges, None]
-    return [
-        write_ensemble(folder / name, task, masks[part], outputs[part], judges=judge)
-        for name, part, judge in zip(names, parts, judging, strict=True)
-    ]
-
-
-def made(folder, task, outputs_of, models=38, judges=None):
-    random = np.random.default_rng(5)
-    masks = np.concatenate([half_masks(models, random), np.ones((ANCHORS, TRAIN), dtype=bool)])
-    return write_pair(folder, task, masks, outputs_of(masks, random), judges)
 
 
 @pytest.fixture(scope="module")
@@ -277,79 +248,6 @@ def test_float32_is_close(noisy_pair, fitted, tmp_path):
         expected = fitted.store.numpy(name)
         np.testing.assert_allclose(found.store.numpy(name), expected, rtol=0, atol=1e-4)
     np.testing.assert_array_equal(found.store.numpy("chosen"), fitted.store.numpy("chosen"))
-
-
-def test_blocks_change_nothing_and_resume(noisy_pair, fitted, tmp_path, monkeypatch):
-    ensemble, anchor = noisy_pair
-    options = {"method": RIDGE, "dtype": "float64", "seed": 3, "to": tmp_path / "datamodel"}
-    monkeypatch.setattr(datamodels, "score_block", lambda *_: 5)
-    monkeypatch.setattr(ridge_datamodels, "COLUMNS", 3 * OUTPUTS)
-    solved, solve = [], ridge_datamodels.solve
-
-    def interrupted(*args):
-        solved.append(args)
-        if len(solved) == 4:
-            raise KeyboardInterrupt
-        return solve(*args)
-
-    monkeypatch.setattr(ridge_datamodels, "solve", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fit_datamodels(ensemble, anchor=anchor, **options)
-    with pytest.raises(ValueError, match="datamodel is not finished: run the command"):
-        LinearDatamodel.open(tmp_path / "datamodel")
-    found = fit_datamodels(ensemble, anchor=anchor, **options)
-    assert found.store.spec.blocks == 4
-    assert len(solved) == 4 + 2 + 2 + 1
-    for name in found.store.spec.arrays:
-        expected = fitted.store.numpy(name)
-        np.testing.assert_allclose(found.store.numpy(name), expected, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("sizes", [(1, 13), (3, 4), (7, 5)])
-def test_little_memory_changes_nothing(noisy_pair, fitted, tmp_path, monkeypatch, sizes):
-    """Some targets at a time, their dual coefficients in a file, and rows by storage objects."""
-    (ensemble, anchor), (step, rows) = noisy_pair, sizes
-    copies = ridge_datamodels.COPIES
-    monkeypatch.setattr(datamodels, "STEP_BYTES", step * copies * 39 * OUTPUTS * 8)
-    monkeypatch.setattr(datamodels, "KEPT_BYTES", 0)
-    monkeypatch.setattr(effects, "OBJECT_BYTES", rows * TARGETS * OUTPUTS * 8)
-    monkeypatch.setattr(held_out, "PIECE", 60)  # two of the held-out models at once
-    widths, solve = [], ridge_datamodels.solve
-
-    def watched(design, rotated, *rest):
-        widths.append(rotated.shape[1])
-        return solve(design, rotated, *rest)
-
-    monkeypatch.setattr(ridge_datamodels, "solve", watched)
-    options = {"method": RIDGE, "dtype": "float64", "seed": 3, "to": tmp_path / "datamodel"}
-    found = fit_datamodels(ensemble, anchor=anchor, **options)
-    assert found.store.spec.blocks == 1
-    assert widths == [*[step] * (TARGETS // step), *[TARGETS % step] * (TARGETS % step > 0)]
-    for name in found.store.spec.arrays:
-        expected = fitted.store.numpy(name)
-        np.testing.assert_allclose(found.store.numpy(name), expected, rtol=0, atol=1e-10)
-
-
-def test_a_store_that_was_cut_otherwise_stays_so(noisy_pair, tmp_path, monkeypatch):
-    ensemble, anchor = noisy_pair
-    options = {"method": RIDGE, "to": tmp_path / "datamodel"}
-    with monkeypatch.context() as older:
-        older.setattr(datamodels, "score_block", lambda *_: 5)
-        first = fit_datamodels(ensemble, anchor=anchor, **options)
-    first.store.discard(2)
-    found = fit_datamodels(ensemble, anchor=anchor, **options)
-    assert found.store.spec.block == 5
-
-
-def test_resuming_decomposes_nothing_again(noisy_pair, tmp_path, monkeypatch):
-    ensemble, anchor = noisy_pair
-    options = {"method": RIDGE, "to": tmp_path / "datamodel"}
-    first = fit_datamodels(ensemble, anchor=anchor, **options)
-    bits = {name: first.store.numpy(name).tobytes() for name in first.store.spec.arrays}
-    first.store.discard(0)
-    monkeypatch.setattr(ridge_datamodels, "decompose", lambda *_: pytest.fail("it is stored"))
-    again = fit_datamodels(ensemble, anchor=anchor, **options).store
-    assert {name: again.numpy(name).tobytes() for name in bits} == bits
 
 
 def test_ensembles_that_do_not_fit_are_refused(task, noisy_pair, tmp_path):
