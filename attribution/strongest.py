@@ -53,7 +53,7 @@ class Strongest:
         start = 0
         while start < len(effects):
             # No more rows at a time than before: few of them are then among the highest so far.
-            piece = effects[start : start + max(4 * self.rows.shape[2], first + start)]
+            piece = effects[start : start + max(self.rows.shape[2], first + start)]
             for kind, sign in enumerate((1, -1)):
                 self._notice(kind, sign, first + start, piece)
             start += len(piece)
@@ -94,7 +94,9 @@ class _Waiting:
         if self.parts:
             targets, places, effects = map(np.concatenate, zip(*self.parts, strict=True))
             self.parts.clear()
-            order = np.argsort(targets, kind="stable")
+            # Numpy sorts numbers of two bytes, which targets of a block fit, by their digits.
+            small = targets.astype(np.min_scalar_type(len(values) - 1))
+            order = np.argsort(small, kind="stable")
             _merge(rows, values, targets[order], places[order], effects[order])
 
 
