@@ -1,11 +1,14 @@
 """Linear datamodels: effects of all rows on all targets, regressed from retrained models."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from attribution.datamodel_blocks import DatamodelBlock
 from attribution.effects import (
     arithmetic,
-    block_targets,
     check_dtype,
     effect_arrays,
     object_rows,
@@ -15,8 +18,9 @@ from attribution.ensemble import Ensemble
 from attribution.lasso_datamodels import Lasso
 from attribution.linear_datamodel import LinearDatamodel
 from attribution.products import products_by
-from attribution.regression import Fitter, Regression, Sizes, problem
+from attribution.regression import Numbers, Problem, Regression, Sizes, problem
 from attribution.ridge_datamodels import Ridge
+from attribution.training import threads
 from stores import (
     ArraySpec,
     Provenance,
@@ -26,10 +30,12 @@ from stores import (
     in_turns,
     place,
     run_blocks,
+    score_block,
     versions,
 )
 
-BLOCK_BYTES = 2**28  # of the outputs and effects that are in memory for the targets of one block
+STEP_BYTES = 2**27  # of outputs and what is computed of them, for the targets fitted at once
+KEPT_BYTES = 2**27  # of what their effects are made of; more lies in a temporary file
 
 REGRESSIONS: dict[str, type[Regression]] = {method.name: method for method in (Ridge, Lasso)}
 
@@ -51,8 +57,12 @@ def fit_datamodels(
     How much is penalised is chosen for each target on held-out models; so are the two factors by
     which a prediction shrinks, one for the effect of a target's own row and one for other rows.
     Interrupted at any moment, the same call computes the unfinished blocks only and ends with the
-    same bits, whatever the workers. A process holds the masks of all models, and no more than
-    256 MiB of outputs and effects.
+    same bits, whatever the workers. How many targets make a block follows from the layout
+    (`score_block`), not from memory: a block is fitted in steps, and what does not fit into memory
+    lies in a temporary file meanwhile. The masks are decomposed once, in this process, which then
+    holds them three times and four of their Gram matrices; whoever computes a block maps the
+    decomposition from the store, and takes no more than 256 MiB for outputs and effects, and the
+    effects of as many rows as a storage object holds.
 
     Args:
         ensemble: models trained on subsets.
@@ -97,16 +107,29 @@ def fit_datamodels(
     sizes = Sizes(len(ensemble), *_lengths(ensemble))
     # One more than asked for, as the own row may lose its rank when the factors are applied.
     kept = min(top + 1, sizes.train)
-    spec = _layout(sizes, method, dtype, kept)
-    # What is done once is costly, and an existing store holds what it needs of it.
-    fitter = None if place(to).taken() else method.prepared(models)
-    store = _datamodel_store(ensemble, anchor, to, spec, fitter, _settings(method, seed, dtype))
+    store = _datamodel_store(
+        ensemble,
+        anchor,
+        to,
+        _layout(sizes, method, dtype, kept, _cut(sizes, dtype, to)),
+        # What is done once is costly, and an existing store has it.
+        {} if place(to).taken() else _constants(method, models),
+        _settings(method, seed, dtype),
+    )
     if store.pending():
-        work = in_turns((fitter or method.prepared(models)).work(store.path, kept), store)
+        step = method.step(sizes, models.number, STEP_BYTES)
+        fit = DatamodelBlock(method.solver(models), store.path, step, KEPT_BYTES, kept)
         title = f"fitting {os.path.basename(store.path)}"
         at = None if scheduler else workers
+        work = in_turns(fit, store)
         run_blocks(work, store.pending(), title=title, workers=at, scheduler=scheduler)
     return LinearDatamodel.open(store.finalize().path)
+
+
+def _constants(method: Regression, models: Problem) -> Mapping[str, Numbers]:
+    # One thread: the eigenvectors' last bits depend on how many there are.
+    with threads(1):
+        return method.constants(models)
 
 
 def _lengths(ensemble: Ensemble) -> tuple[int, int, int]:
@@ -115,7 +138,7 @@ def _lengths(ensemble: Ensemble) -> tuple[int, int, int]:
 
 
 def _check_ensembles(ensemble: Ensemble, anchor: Ensemble) -> None:
-    if (ensemble.masks == ensemble.masks[0]).all():
+    if all(np.array_equal(mask, ensemble.masks[0]) for mask in ensemble.masks):
         raise ValueError(
             f"all models of {ensemble.store.path} saw the same rows: datamodels need models trained"
             " on different subsets (draw_subsets with design half, bernoulli, clusters or mixed)"
@@ -131,9 +154,14 @@ def _check_ensembles(ensemble: Ensemble, anchor: Ensemble) -> None:
             raise ValueError(f"ensemble and anchor were made from different {axis} rows")
 
 
-def _layout(sizes: Sizes, method: Regression, dtype: str, top: int) -> StoreSpec:
-    column = method.column_bytes(sizes, arithmetic(dtype))
-    block = block_targets(sizes.targets, sizes.outputs, dtype, column, BLOCK_BYTES)
+def _cut(sizes: Sizes, dtype: str, to: Where) -> int:
+    """Targets of a block; a store that an older version cut otherwise stays as it is."""
+    if place(to).taken():
+        return Store.open(to, "datamodel").spec.block
+    return score_block(sizes.targets, sizes.outputs, dtype)
+
+
+def _layout(sizes: Sizes, method: Regression, dtype: str, top: int, block: int) -> StoreSpec:
     each = ArraySpec(("target", "output"), (sizes.targets, sizes.outputs), stored_wide(dtype))
     shape = sizes.train, sizes.targets, sizes.outputs
     rows = object_rows(sizes.train, block * sizes.outputs, dtype)
@@ -153,7 +181,7 @@ def _datamodel_store(  # noqa: PLR0917 - what a store is made of
     anchor: Ensemble,
     to: Where,
     spec: StoreSpec,
-    fitter: Fitter | None,
+    constants: Mapping[str, Numbers],
     settings: dict[str, Any],
 ) -> Store:
     models = {
@@ -168,6 +196,6 @@ def _datamodel_store(  # noqa: PLR0917 - what a store is made of
         to,
         spec,
         Provenance(models | settings, recorded),
-        constants=fitter.constants if fitter else {},
+        constants=constants,
         ids={"train": ensemble.task.train_ids, "target": ensemble.task.target_ids},
     )

@@ -1,6 +1,8 @@
 """Effects [train, target, output] on disk: their layout, and blocks of them that stream there."""
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 from typing import Any, final
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attribution.strongest import Strongest
-from stores import ArraySpec, BlockWriter, score_block
+from stores import ArraySpec, BlockWriter
 
 OBJECT_BYTES = 2**24  # of the effects in one storage object
 PIECE_BYTES = 2**23  # of the effects that are computed at once
@@ -60,28 +62,6 @@ def stored_wide(dtype: str) -> str:
         'float32'
     """
     return "float64" if dtype == "float64" else "float32"
-
-
-def block_targets(targets: int, outputs: int, dtype: str, column_bytes: int, most: int) -> int:
-    """Targets of a block of effects: pieces of rows of a good length, in bounded memory.
-
-    Args:
-        targets: how many there are.
-        outputs: of each.
-        dtype: name of the stored type.
-        column_bytes: memory that one target takes while its block is computed.
-        most: bytes that a block may take.
-
-    Returns:
-        The number.
-
-    Example:
-        >>> block_targets(1797, 10, "float32", 10_000, 2**28)
-        599
-        >>> block_targets(1797, 10, "float32", 10_000, 2**21)
-        200
-    """
-    return score_block(targets, outputs, dtype, most=max(1, most // column_bytes))
 
 
 def object_rows(train: int, width: int, dtype: str) -> int:
@@ -162,11 +142,12 @@ def half_scale(largest: Tensor) -> Tensor:
     return torch.where(largest > 0, scale.clamp(min=torch.finfo(largest.dtype).tiny), 1)
 
 
-def row_pieces(writer: BlockWriter) -> Iterator[slice]:
-    """Rows of a block that are computed at once: few enough for a processor's cache.
+def row_pieces(writer: BlockWriter, *, whole: bool = False) -> Iterator[slice]:
+    """Rows of a block that are computed at once.
 
     Args:
         writer: of the block.
+        whole: as many as a storage object has; otherwise few enough for a processor's cache.
 
     Yields:
         Positions of rows, in order, that lie in one storage object each.
@@ -174,7 +155,7 @@ def row_pieces(writer: BlockWriter) -> Iterator[slice]:
     spec = writer.spec
     train, height = spec.array("effects").shape[0], spec.chunks("effects")[0]
     width = int(np.prod(spec.block_shape("effects", writer.block)[1:]))
-    step = max(1, PIECE_BYTES // (4 * width))
+    step = height if whole else max(1, PIECE_BYTES // (4 * width))
     for first in range(0, train, height):
         end = min(train, first + height)
         for start in range(first, end, step):
@@ -184,6 +165,9 @@ def row_pieces(writer: BlockWriter) -> Iterator[slice]:
 @final
 class ObjectWriter:
     """Collects rows of an array until they fill a storage object, and writes that.
+
+    It is written while the next one is filled, by a thread of its own, and is done when the body
+    of `with` ends.
 
     Args:
         writer: of the block.
@@ -197,7 +181,10 @@ class ObjectWriter:
         self.scale = scale if array.dtype == "float16" else None
         self.left, self.filled = array.shape[0], 0
         shape = height, *writer.spec.block_shape(name, writer.block)[1:]
-        self.object = torch.empty(shape, dtype=getattr(torch, array.dtype))
+        # One to fill and one to write.
+        self.object, self.other = torch.empty(2, *shape, dtype=getattr(torch, array.dtype))
+        self.thread = ThreadPoolExecutor(1)
+        self.written: Future[None] | None = None
 
     def add(self, values: Tensor) -> None:
         """Takes the next rows, [row, ...]; they end where an object ends, or before."""
@@ -208,8 +195,28 @@ class ObjectWriter:
             torch.div(values, self.scale, out=part)
         self.filled += len(values)
         if self.filled == min(len(self.object), self.left):
-            self.writer.append(self.name, self.object[: self.filled].numpy())
+            self._wait()
+            whole = self.object[: self.filled].numpy()
+            self.written = self.thread.submit(self.writer.append, self.name, whole)
+            self.object, self.other = self.other, self.object
             self.left, self.filled = self.left - self.filled, 0
+
+    def _wait(self) -> None:
+        if self.written is not None:
+            self.written.result()
+
+    def __enter__(self) -> "ObjectWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.thread.shutdown()
+        if error is None:
+            self._wait()
 
 
 def write_effects(
@@ -225,15 +232,15 @@ def write_effects(
         top: rows of either sign that are kept for each target.
     """
     scale = half_scale(bound)
-    objects = ObjectWriter(writer, "effects", scale)
     summed = torch.zeros(bound.shape, dtype=torch.float64)
     kept, first = Strongest.empty(len(bound), top, bound.dtype), 0
     ones = torch.ones(writer.spec.chunks("effects")[0], dtype=bound.dtype)
-    for effects, margins in pieces:
-        objects.add(effects)
-        kept.add(first, margins)
-        summed += torch.mv(effects.flatten(1).T, ones[: len(effects)]).reshape(bound.shape)
-        first += len(effects)
+    with ObjectWriter(writer, "effects", scale) as objects:
+        for effects, margins in pieces:
+            objects.add(effects)
+            kept.add(first, margins)
+            summed += torch.mv(effects.flatten(1).T, ones[: len(effects)]).reshape(bound.shape)
+            first += len(effects)
     found = {"sum": summed.numpy(), "scale": scale.numpy()}
     found |= zip(("top_rows", "top_values"), kept.found(), strict=True)
     append(writer, {name: found[name] for name in found if name in writer.spec.arrays})

@@ -85,7 +85,7 @@ class Ensemble:
     @cached_property
     def masks(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """True where a model trained on a row, [model, train]."""
-        return self.store.constant("mask")
+        return self.store.map_constant("mask")
 
     @cached_property
     def judges(self) -> np.ndarray[Any, np.dtype[np.bool_]]:

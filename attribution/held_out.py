@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from attribution.dense import product
-from attribution.ridge import Design
+from attribution.ridge import Design, owners
+
+PIECE = 2**22  # numbers of the basis that are scaled at once
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class HeldOut:
     """What predicts held-out models, and the last model, for each lambda; made once.
 
     Args:
-        basis: rows of the eigenbasis of the held-out models and of the last model, [asked, rank].
+        basis: eigenbasis of all models, [model, rank].
+        asked: positions of the held-out models and of the last model, [asked].
         roots: square roots of their weights, [asked].
         damped: lambda / (eigenvalue + lambda), [lambda, rank].
         maps: from residuals of the fit on all models to those of the fit on the others,
@@ -34,10 +37,25 @@ class HeldOut:
     """
 
     basis: Tensor
+    asked: Tensor
     roots: Tensor
     damped: Tensor
     maps: Tensor
     spanned: bool
+
+    def rotated_back(self, scaled: Tensor, values: Tensor) -> Tensor:
+        """Asked rows of the basis, times a factor for each of the rank, times values [rank, ...].
+
+        Args:
+            scaled: the factors, [rank].
+            values: matrix, [rank, column].
+
+        Returns:
+            The product, [asked, column].
+        """
+        few = self.asked.split(max(1, PIECE // self.basis.shape[1]))
+        parts = [product(self.basis[rows] * scaled, values) for rows in few]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -54,13 +72,14 @@ class Outcome:
     own: Tensor
 
 
-def hold_out(design: Design, held: Tensor, lambdas: Tensor) -> HeldOut:
+def hold_out(design: Design, held: Tensor, lambdas: Tensor, maps: Tensor | None = None) -> HeldOut:
     """Prepares predictions of some models by fits without them.
 
     Args:
         design: of all models.
         held: positions of the held-out models, [held]; the last model is never one.
         lambdas: candidates, [lambda].
+        maps: those of the same call before; None finds them, which is costly.
 
     Returns:
         What predicts them.
@@ -71,18 +90,24 @@ def hold_out(design: Design, held: Tensor, lambdas: Tensor) -> HeldOut:
         >>> hold_out(design, torch.tensor([0, 2]), torch.tensor([0.1, 1.0])).maps.shape
         torch.Size([2, 3, 3])
     """
-    models = len(design.weights)
+    models, number = len(design.weights), design.basis.dtype
     asked = torch.cat([held, torch.tensor([models - 1])])
+    eigenvalues = design.eigenvalues.double()
+    damped = lambdas.double()[:, None] / (eigenvalues + lambdas.double()[:, None])
+    spanned = len(eigenvalues) == models - 1
+    if maps is None:
+        maps = _maps(design, asked, damped, spanned=spanned)
+    return HeldOut(design.basis, asked, design.weights[asked], damped.to(number), maps, spanned)
+
+
+def _maps(design: Design, asked: Tensor, damped: Tensor, *, spanned: bool) -> Tensor:
     basis, roots = design.basis[asked].double(), design.weights[asked].double()
-    damped = lambdas.double()[:, None] / (design.eigenvalues.double() + lambdas.double()[:, None])
-    spanned = len(design.eigenvalues) == models - 1
     outside = torch.zeros(len(asked), len(asked), dtype=torch.float64)
     if not spanned:
         unit = roots / design.weights.double().norm()
         outside = torch.eye(len(asked)).double() - basis @ basis.T - torch.outer(unit, unit)
-    maps = torch.stack([_map((basis * part) @ basis.T + outside) for part in damped])
-    number = design.basis.dtype
-    return HeldOut(basis.to(number), roots.to(number), damped.to(number), maps.to(number), spanned)
+    maps = [_map((basis * part) @ basis.T + outside) for part in damped]
+    return torch.stack(maps).to(design.basis.dtype)
 
 
 def _map(residuals: Tensor) -> Tensor:
@@ -117,13 +142,13 @@ def outcomes(
         [torch.Size([2, 1, 1]), torch.Size([2, 1, 1])]
     """
     columns, shape = rotated[0].numel(), rotated.shape[1:]
-    # Test targets have no own row.
-    some = own.any(0).nonzero().flatten()
-    both = torch.cat([rotated.flatten(1), own[:, some]], 1)
-    across = product(held_out.damped, (own[:, some, None] * rotated[:, some]).flatten(1))
-    within = product(held_out.damped, own[:, some].square())
+    some = owners(own)  # test targets have no own row
+    masks = own[:, some]
+    both = torch.cat([rotated.flatten(1), masks], 1)
+    across = product(held_out.damped, (masks[:, :, None] * rotated[:, some]).flatten(1))
+    within = product(held_out.damped, masks.square())
     for damped, known, xy, xx in zip(held_out.damped, held_out.maps, across, within, strict=True):
-        left = product(held_out.basis * damped, both)
+        left = held_out.rotated_back(damped, both)
         mine = left[:-1, columns:]
         if outside is not None:
             left[:, :columns] += outside.flatten(1)
@@ -137,7 +162,7 @@ def outcomes(
         effect = rotated.new_zeros(shape)
         effect[some] = torch.where(told, 1 / leverage, 0)[:, None] * moved
         residuals[:, some] -= theirs[:, :, None] * effect[some]
-        yield Outcome(residuals / held_out.roots[:, None, None], effect)
+        yield Outcome(residuals.div_(held_out.roots[:, None, None]), effect)
 
 
 def best_outcome(
@@ -164,14 +189,13 @@ def best_outcome(
         tensor([1])
     """
     chosen = torch.zeros(rotated.shape[1], dtype=torch.long)
-    least = torch.full(chosen.shape, torch.inf, dtype=rotated.dtype)
-    residuals = effect = torch.empty(0)
+    residuals = effect = least = torch.empty(0)
     for number, found in enumerate(outcomes(held_out, rotated, own, outside)):
         error = found.residuals[:-1].square().sum((0, 2))
-        better = error < least
         if number == 0:
-            residuals, effect = found.residuals, found.own
-        residuals = torch.where(better[:, None], found.residuals, residuals)
-        effect = torch.where(better[:, None], found.own, effect)
-        chosen[better], least = number, torch.minimum(error, least)
+            residuals, effect, least = found.residuals, found.own, error
+            continue
+        better = (error < least).nonzero().flatten()
+        residuals[:, better], effect[better] = found.residuals[:, better], found.own[better]
+        chosen[better], least[better] = number, error[better]
     return chosen, Outcome(residuals, effect)

@@ -1,6 +1,6 @@
 """Lasso datamodels: sparse effects, lambda for each target by held-out models."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution.effects import append, row_pieces, write_effects
 from attribution.lasso import (
     Centred,
     Numbers,
@@ -19,8 +18,8 @@ from attribution.lasso import (
     regress_out,
     without_row,
 )
-from attribution.regression import Fitter, Problem, Regression, Sizes
-from attribution.training import threads
+from attribution.regression import Fitted, Problem, Regression, Sizes, Solver
+from attribution.scratch import Columns
 from stores import ArraySpec, Store
 
 # Candidates for lambda, as parts of the smallest at which all effects but the own row's are 0.
@@ -73,74 +72,50 @@ class Lasso(Regression):
         each = ArraySpec(("target", "output"), (sizes.targets, sizes.outputs), wide)
         return dict.fromkeys(("penalty", "own_variance", "row_variance"), each)
 
-    def column_bytes(self, sizes: Sizes, number: torch.dtype) -> int:
-        """Outputs of all models, and the effects."""
-        return (sizes.models + 1 + sizes.train) * sizes.outputs * number.itemsize
+    def step(self, sizes: Sizes, number: torch.dtype, most: int) -> int:
+        """As many as have their models' outputs and their effects in memory."""
+        column = (sizes.models + 1 + sizes.train) * sizes.outputs * number.itemsize
+        return max(1, most // column)
 
-    def prepared(self, models: Problem) -> "LassoFitter":
-        """Nothing: each process multiplies the masks out by itself."""
-        return LassoFitter(models, self)
-
-
-@dataclass(frozen=True)
-class LassoFitter(Fitter):
-    """Settings and models.
-
-    Args:
-        problem: the models.
-        method: the settings.
-    """
-
-    method: Lasso
-
-    @property
-    def constants(self) -> Mapping[str, Numbers]:
-        """None."""
+    def constants(self, models: Problem) -> Mapping[str, Numbers]:
+        """None: each process multiplies the masks out by itself."""
         return {}
 
-    def work(self, path: str, top: int) -> "LassoBlock":
-        """Fits and writes one block."""
-        return LassoBlock(self.problem, self.method, path, top)
+    def solver(self, models: Problem) -> "LassoSolver":
+        """What fits blocks of a store."""
+        return LassoSolver(models, self)
 
 
 @dataclass(frozen=True)
-class LassoBlock:
-    """Fits and writes one block of targets.
+class LassoSolver(Solver):
+    """Lasso target by target; what is kept of a target are its effects.
 
     Args:
         problem: the models.
         method: the settings.
-        path: of the store.
-        top: rows of either sign that are kept for each target.
     """
 
-    problem: Problem
     method: Lasso
-    path: str
-    top: int
 
-    def __call__(self, block: int) -> None:
-        """Computes on one thread, so that the bits do not depend on the machine's cores."""
-        store = Store.open(self.path, "datamodel")
-        with threads(1):
-            self._write(store, block)
+    def inner(self, store: Store) -> int:
+        """Number of rows."""
+        return store.spec.array("effects").shape[0]
 
-    def _write(self, store: Store, block: int) -> None:
-        span = store.spec.span(block)
-        outputs = self.problem.outputs(span)
-        noise = self.problem.noise(span)
-        effects = torch.zeros(store.spec.block_shape("effects", block), dtype=outputs.dtype)
+    def fit(self, store: Store, outputs: Tensor, noise: Numbers, targets: slice) -> Fitted:
+        """Takes the lambda that predicts the held-out models best, and fits all models."""
+        effects = torch.empty(self.inner(store), *outputs.shape[1:], dtype=outputs.dtype)
         found: list[dict[str, Numbers]] = []
         for place in range(outputs.shape[1]):
-            fitted = self._fit(outputs[:, place : place + 1], noise[place], span.start + place)
+            fitted = self._fit(outputs[:, place : place + 1], noise[place], targets.start + place)
             effects[:, place] = torch.from_numpy(fitted.pop("effects"))
             found.append(fitted)
-        slopes = self.problem.slopes(span, outputs)
-        with store.writing(block) as writer:
-            pieces = _pieces(row_pieces(writer), effects, slopes)
-            write_effects(writer, pieces, effects.abs().amax(0), self.top)
-            append(writer, {name: np.stack([one[name] for one in found]) for name in found[0]})
-            append(writer, {"noise": noise, "slopes": slopes.numpy()})
+        arrays = {name: np.stack([one[name] for one in found]) for name in found[0]}
+        beside = {name: torch.from_numpy(value) for name, value in arrays.items()}
+        return Fitted(effects, effects.abs().amax(0), beside)
+
+    def effects(self, store: Store, kept: Columns, rows: slice) -> Tensor:
+        """What was kept."""
+        return kept.through(lambda effects: effects, rows)
 
     def _fit(self, outputs: Tensor, noise: Numbers, target: int) -> dict[str, Numbers]:
         """One target's effects [train, output] and what stands beside them."""
@@ -276,10 +251,3 @@ def _square_left(models: Centred, row: int, active: Numbers) -> float:
     square, whole = float(left @ left), float(models.gram[row, row])
     # Where the others stand for the row entirely, only rounding is left.
     return square if square > 1e-6 * whole else whole
-
-
-def _pieces(
-    rows: Iterable[slice], effects: Tensor, slopes: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for part in rows:
-        yield effects[part], (effects[part] * slopes).sum(2)

@@ -117,12 +117,25 @@ class LinearDatamodel(Counterfactual):
         rows, values = (column(self.store, name, target) for name in ("top_rows", "top_values"))
         if self.store.spec.kind == "trak":
             return rows, values
+        train = self.store.spec.array("effects").shape[0]
         values = np.where(rows == target, self.shrink[0], self.shrink[1]) * values
-        order = np.argsort([[-1], [1]] * values, axis=1, kind="stable")
-        if rows.shape[1] < self.store.spec.arrays["effects"].shape[0]:
-            # The own row may have lost its rank to one that was not kept.
-            order = order[:, :-1]
+        count = rows.shape[1]
+        if count < train:
+            # The own row, whose factor is another one, may have lost its rank to one that was not
+            # kept, or may not have been kept and have won a rank.
+            count -= 1
+            rows, values = (
+                self._with_own(target, rows, values) if target < train else (rows, values)
+            )
+        order = np.argsort([[-1], [1]] * values, axis=1, kind="stable")[:, :count]
         return np.take_along_axis(rows, order, 1), np.take_along_axis(values, order, 1)
+
+    def _with_own(self, target: int, rows: Rows, values: Array) -> tuple[Rows, Array]:
+        own, slopes = (column(self.store, name, target) for name in ("own", "slopes"))
+        # Where it stands among them already it stands last once more, behind all that count.
+        there = (rows == target).any(1, keepdims=True)
+        mine = np.where(there, [[-np.inf], [np.inf]], self.shrink[0] * (own @ slopes))
+        return np.append(rows, np.full((2, 1), target), 1), np.append(values, mine, 1)
 
     def effects_view(self) -> "dask.array.Array":
         """A lazy view of the effects of all rows, [train, target, output], for one's own analysis.

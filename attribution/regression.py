@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attribution.ensemble import Ensemble
 from attribution.gradients import output_cotangents
+from attribution.scratch import Columns
 from attribution.seeds import generator
 from attribution.task import Rows, Task
 from stores import ArraySpec, Store, mapped
@@ -46,8 +47,10 @@ class Problem:
 
     def masks(self) -> Tensor:
         """Rows that each model saw, [model, train]; the last saw all."""
-        masks = torch.from_numpy(self.ensemble.constant("mask")).to(self.number)
-        return torch.cat([masks, torch.ones_like(masks[:1])])
+        seen = torch.from_numpy(self.ensemble.map_constant("mask"))
+        masks = torch.ones(len(seen) + 1, seen.shape[1], dtype=self.number)
+        masks[:-1] = seen
+        return masks
 
     def weights(self) -> Tensor:
         """Models that each stands for, [model]."""
@@ -96,9 +99,9 @@ class Problem:
 
     def _own_removed(self, targets: slice) -> Tensor:
         """-1 where a judging model did not see a target's own row, else 0, [judging, target]."""
-        masks = self.ensemble.constant("mask")[self.held[self.judging].numpy()]
-        own = torch.zeros(len(masks), targets.stop - targets.start, dtype=self.number)
-        seen = masks[:, targets.start : targets.stop]
+        models = self.held[self.judging].numpy()
+        seen = self.ensemble.map_constant("mask")[models, targets]
+        own = torch.zeros(len(models), targets.stop - targets.start, dtype=self.number)
         own[:, : seen.shape[1]] = torch.from_numpy(seen).to(self.number) - 1
         return own
 
@@ -151,8 +154,26 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Fitter(ABC):
-    """A regression of one problem, ready to be run block by block.
+class Fitted:
+    """What a regression found for some targets.
+
+    Args:
+        kept: what the effects are made of, [inner, target, output].
+        bound: of the effects' sizes, [target, output].
+        arrays: what stands beside the effects, by name, [target, ...]; the effect of each target's
+            own row `own`, [target, output], among it.
+    """
+
+    kept: Tensor
+    bound: Tensor
+    arrays: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """A regression of one problem, ready to be run for some targets after the others.
+
+    What is found once for all targets lies in the store as constants.
 
     Args:
         problem: the models.
@@ -160,21 +181,35 @@ class Fitter(ABC):
 
     problem: Problem
 
-    @property
     @abstractmethod
-    def constants(self) -> Mapping[str, Numbers]:
-        """What its store keeps beside the blocks."""
+    def inner(self, store: Store) -> int:
+        """Numbers that are kept of each target and output."""
 
     @abstractmethod
-    def work(self, path: str, top: int) -> Callable[[int], None]:
-        """The function that fits and writes one block.
+    def fit(self, store: Store, outputs: Tensor, noise: Numbers, targets: slice) -> Fitted:
+        """Regresses the outputs of some targets.
 
         Args:
-            path: of the store.
-            top: rows of either sign that are kept for each target.
+            store: of the datamodel.
+            outputs: of all models, [model, target, output].
+            noise: spread of one retraining, [target, output].
+            targets: which.
 
         Returns:
-            It.
+            What was found.
+        """
+
+    @abstractmethod
+    def effects(self, store: Store, kept: Columns, rows: slice) -> Tensor:
+        """Effects of some rows on all targets of a block; own rows' are put in their places later.
+
+        Args:
+            store: of the datamodel.
+            kept: what was kept of these targets.
+            rows: which.
+
+        Returns:
+            Effects, [row, target, output].
         """
 
 
@@ -202,9 +237,22 @@ class Regression(ABC):
         """
 
     @abstractmethod
-    def column_bytes(self, sizes: Sizes, number: torch.dtype) -> int:
-        """Memory that one target takes while its block is fitted."""
+    def step(self, sizes: Sizes, number: torch.dtype, most: int) -> int:
+        """Targets that are fitted at once.
+
+        Args:
+            sizes: lengths of the axes.
+            number: type of the arithmetic.
+            most: bytes of memory that this may take, unless a single target takes more.
+
+        Returns:
+            How many.
+        """
 
     @abstractmethod
-    def prepared(self, models: Problem) -> Fitter:
-        """Does what is done once for all targets."""
+    def constants(self, models: Problem) -> Mapping[str, Numbers]:
+        """Does what is done once for all targets, and gives it for the store to keep."""
+
+    @abstractmethod
+    def solver(self, models: Problem) -> Solver:
+        """What fits blocks of a store that has those constants."""

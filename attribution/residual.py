@@ -6,6 +6,7 @@ hundred models are enough: the prior has told the larger part of the change alre
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from stores import (
     StoreSpec,
     Where,
     digest,
+    gather,
     in_turns,
     place,
     run_blocks,
@@ -59,7 +61,7 @@ def models_like_requests(ensemble: Ensemble, models: int, seed: int = 0) -> Rows
         ...     models_like_requests(train_models(task, mixed, folder + "/a", workers=0), 3).shape
         (3,)
     """
-    lacking = (~ensemble.masks).mean(1)
+    lacking = np.array([(~mask).mean() for mask in ensemble.masks])
     fitting = np.flatnonzero((lacking > 0) & (lacking <= LARGEST))
     return np.sort(generator(seed, "residual models").permutation(fitting)[:models])
 
@@ -121,9 +123,7 @@ def residual_models(
     for checkpoint in range(few):  # here and not in several workers at the same time
         newton.features.curvature(checkpoint, plain.temperature or 1.0)
     prior = _prior(plain, masks, place(to) / "prior", settings, where)
-    outputs = ensemble.outputs[numbers]
-    left = outputs - _scaled(prior, outputs - anchor.outputs.mean(0), masks)
-    return _written(ensemble, numbers, left, place(to) / "models", settings)
+    return _written(ensemble, numbers, _Residual(ensemble, anchor, numbers, prior), to, settings)
 
 
 def _uncalibrated(newton: GroupNewton) -> GroupNewton:
@@ -136,7 +136,7 @@ def _uncalibrated(newton: GroupNewton) -> GroupNewton:
 
 def _prior(
     newton: GroupNewton, masks: Mask, to: Place, settings: dict[str, Any], where: dict[str, Any]
-) -> Array:
+) -> Store:
     targets = len(newton.task.target_ids)
     shape = (len(masks), targets, newton.features.outputs(0, np.array([0])).shape[1])
     arrays = {"change": ArraySpec(("model", "target", "output"), shape, "float32")}
@@ -154,7 +154,7 @@ def _prior(
             title="predictions of retrained models",
             **where,
         )
-    return store.finalize().numpy("change")
+    return store.finalize()
 
 
 @dataclass(frozen=True)
@@ -164,36 +164,69 @@ class _PriorBlock:
 
     def __call__(self, block: int) -> None:
         store = Store.open(self.path)
-        lacking = ~store.constant("mask")[store.spec.span(block)]
+        lacking = ~store.map_constant("mask")[store.spec.span(block)]
         sets = [ForgetSet.at(self.newton.task, np.flatnonzero(rows)) for rows in lacking]
         with threads(1):
             found = np.stack([self.newton.change(forget).mean for forget in sets])
         store.write_block(block, {"change": found.astype(np.float32)})
 
 
-def _scaled(prior: Array, change: Array, masks: Mask) -> Array:
-    """The prior times its factor for each kind of row."""
-    targets = np.arange(prior.shape[1])
-    kinds = np.stack([np.where(targets < masks.shape[1], 1, 2)] * len(masks))
-    kinds[:, : masks.shape[1]][~masks] = 0
-    factors = np.zeros(len(KINDS), dtype=np.float32)
-    for kind in range(len(KINDS)):
-        p, t = prior[kinds == kind], change[kinds == kind]
-        power = float(np.square(p, dtype=np.float64).sum())
-        factors[kind] = max(0.0, float((p * t).sum(dtype=np.float64)) / power) if power else 0.0
-    return np.asarray(factors[kinds][..., None] * prior)
+@dataclass(frozen=True)
+class _Residual:
+    """Outputs less the prior times its factor for each kind of row, a few models at a time."""
+
+    ensemble: Ensemble
+    anchor: Ensemble
+    numbers: Rows
+    prior: Store
+
+    def outputs(self, block: int) -> Array:
+        """What is left of the outputs of a block of models, [model, target, output]."""
+        return self._outputs(block) - self._factors[self._kinds(block)][..., None] * self._change(
+            block
+        )
+
+    def _outputs(self, block: int) -> Array:
+        return gather(self.ensemble.store, "outputs", self.numbers[self.prior.spec.span(block)])
+
+    def _change(self, block: int) -> Array:
+        return self.prior.numpy("change", block)
+
+    def _kinds(self, block: int) -> Rows:
+        masks = self.prior.map_constant("mask")[self.prior.spec.span(block)]
+        targets = np.arange(self.prior.spec.array("change").shape[1])
+        kinds = np.stack([np.where(targets < masks.shape[1], 1, 2)] * len(masks))
+        kinds[:, : masks.shape[1]][~masks] = 0
+        return kinds
+
+    @cached_property
+    def _factors(self) -> Array:
+        mean = self.anchor.outputs.mean(0)
+        powers, products = np.zeros((2, len(KINDS)))
+        for block in range(self.prior.spec.blocks):
+            prior, change, kinds = (
+                self._change(block),
+                self._outputs(block) - mean,
+                self._kinds(block),
+            )
+            for kind in range(len(KINDS)):
+                p, t = prior[kinds == kind], change[kinds == kind]
+                powers[kind] += np.square(p, dtype=np.float64).sum()
+                products[kind] += (p * t).sum(dtype=np.float64)
+        found = np.divide(products, powers, out=np.zeros(len(KINDS)), where=powers > 0)
+        return np.maximum(found, 0).astype(np.float32)
 
 
 def _written(
-    ensemble: Ensemble, numbers: Rows, outputs: Array, to: Place, settings: dict[str, Any]
+    ensemble: Ensemble, numbers: Rows, left: _Residual, to: Where, settings: dict[str, Any]
 ) -> Ensemble:
     told, masks = ensemble.store, ensemble.masks[numbers]
-    axes = ("model", "target", "output")
-    block = min(MODELS_TOGETHER, len(outputs))
-    arrays = {"outputs": ArraySpec(axes, outputs.shape, told.spec.array("outputs").dtype)}
+    made = left.prior.spec
+    dtype = told.spec.array("outputs").dtype
+    arrays = {"outputs": replace(made.array("change"), dtype=dtype)}
     store = Store.open_or_create(
-        to,
-        StoreSpec("ensemble", "model", block, arrays),
+        place(to) / "models",
+        StoreSpec("ensemble", "model", made.block, arrays),
         # Like every ensemble it bears the digest of its masks, which a purge exchanges.
         Provenance(
             settings | {"masks": digest(masks)},
@@ -205,6 +238,5 @@ def _written(
         | {"keys": []},
     )
     for number in store.pending():
-        wanted = outputs[store.spec.span(number)].astype(arrays["outputs"].dtype)
-        store.write_block(number, {"outputs": wanted})
+        store.write_block(number, {"outputs": left.outputs(number).astype(dtype)})
     return Ensemble.open(store.finalize().path, ensemble.task)

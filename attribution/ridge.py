@@ -27,14 +27,12 @@ class Design:
         eigenvalues: [rank].
         masks: rotated masks, [rank, train].
         weights: square roots of the models' weights, [model].
-        centre: weighted mean mask, [train].
     """
 
     basis: Tensor
     eigenvalues: Tensor
     masks: Tensor
     weights: Tensor
-    centre: Tensor
 
     def centred(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated centred outputs [rank, ...] of outputs [model, ...], and their centre [...]."""
@@ -79,7 +77,7 @@ def decompose(masks: Tensor, weights: Tensor) -> Design:
     centre = counts / weights.double().sum()
     solved = _over_models if models <= rows else _over_rows
     basis, values, rotated = solved(masks, weights.double(), centre)
-    parts = (basis, values, rotated, weights.double().sqrt(), centre)
+    parts = (basis, values, rotated, weights.double().sqrt())
     return Design(*(part.to(masks.dtype) for part in parts))
 
 
@@ -156,11 +154,30 @@ def solve(
     damped = 1 / (design.eigenvalues[:, None] + penalty)
     leverage = (own.square() * damped).sum(0).clamp_min(torch.finfo(own.dtype).tiny)
     effect = ((own * damped)[:, :, None] * rotated).sum(0) / leverage[:, None]
-    dual = damped[:, :, None] * (rotated - own[:, :, None] * effect)
+    dual, some = rotated.clone(), owners(own)
+    dual[:, some] -= own[:, some, None] * effect[some]
+    dual *= damped[:, :, None]
     objective = penalty[:, None] * (rotated * dual).sum(0)
     if outside is not None:
         objective = objective + outside
     return Fit(dual, effect, objective / (len(design.weights) - 1))
+
+
+def owners(own: Tensor) -> slice:
+    """Targets up to the last one that has an own row; training rows stand before test rows.
+
+    Args:
+        own: rotated mask of each target's own row, [rank, target]; 0 where there is none.
+
+    Returns:
+        Their positions.
+
+    Example:
+        >>> owners(torch.tensor([[1.0, 0, 2, 0]]))
+        slice(0, 3, None)
+    """
+    found = own.any(0).nonzero()
+    return slice(0, int(found[-1]) + 1 if len(found) else 0)
 
 
 def own_masks(design: Design, places: Tensor) -> Tensor:

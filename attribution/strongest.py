@@ -20,10 +20,12 @@ class Strongest:
         rows: positions of the rows with the highest effects, then the lowest, [2, target, count].
         values: the highest effects, then the lowest with their sign turned, [2, target, count];
             minus infinity where fewer rows have come by.
+        waiting: candidates of either sign that are still to be sorted in among them.
     """
 
     rows: Tensor
     values: Tensor
+    waiting: tuple["_Waiting", "_Waiting"]
 
     @classmethod
     def empty(cls, targets: int, count: int, dtype: torch.dtype) -> "Strongest":
@@ -38,7 +40,8 @@ class Strongest:
             It.
         """
         shape = 2, targets, count
-        return cls(torch.zeros(shape, dtype=torch.long), torch.full(shape, -torch.inf, dtype=dtype))
+        values = torch.full(shape, -torch.inf, dtype=dtype)
+        return cls(torch.zeros(shape, dtype=torch.long), values, (_Waiting([]), _Waiting([])))
 
     def add(self, first: int, effects: Tensor) -> None:
         """Takes in the next rows; of equal effects the first to come by stand first.
@@ -50,30 +53,59 @@ class Strongest:
         start = 0
         while start < len(effects):
             # No more rows at a time than before: few of them are then among the highest so far.
-            piece = effects[start : start + max(4 * self.rows.shape[2], first + start)]
-            for rows, values, sign in zip(self.rows, self.values, (1, -1), strict=True):
-                _merge(rows, values, first + start, piece, sign)
+            piece = effects[start : start + max(self.rows.shape[2], first + start)]
+            for kind, sign in enumerate((1, -1)):
+                self._notice(kind, sign, first + start, piece)
             start += len(piece)
+
+    def _notice(self, kind: int, sign: int, first: int, effects: Tensor) -> None:
+        values, waiting = self.values[kind], self.waiting[kind]
+        last = values[:, -1]
+        # Numpy runs through false entries, and picks single ones, several times as fast as torch.
+        found = np.flatnonzero((effects > last if sign > 0 else effects < -last).numpy())
+        rows, targets = np.divmod(found, len(values))
+        waiting.append((targets, rows + first, sign * effects.numpy().ravel().take(found)))
+        # Sorting them in makes later ones fewer, but is costly: it waits until it changes much.
+        if len(waiting) > values.numel() // 2:
+            waiting.merge(self.rows[kind], values)
 
     def found(self) -> tuple[Numbers, Numbers]:
         """Rows and their effects, each [target, 2, count]: the highest, then the lowest."""
+        for kind, waiting in enumerate(self.waiting):
+            waiting.merge(self.rows[kind], self.values[kind])
         values = torch.stack([self.values[0], -self.values[1]], 1)
         return self.rows.permute(1, 0, 2).contiguous().numpy(), values.numpy()
 
 
-def _merge(rows: Tensor, values: Tensor, first: int, effects: Tensor, sign: int) -> None:
-    last, count = values[:, -1], values.shape[1]
-    # Numpy runs through false entries, and picks single ones, several times as fast as torch.
-    found = np.flatnonzero((effects > last if sign > 0 else effects < -last).numpy())
-    if not len(found):
-        return
-    found = found[np.argsort(found % len(values), kind="stable")]
-    touched, places, width = _table(found % len(values))
-    more = np.full(len(touched) * width, -np.inf, values.numpy().dtype)
+@dataclass(frozen=True)
+class _Waiting:
+    """Targets, rows and effects, in the order of the rows."""
+
+    parts: list[tuple[Rows, Rows, Numbers]]
+
+    def __len__(self) -> int:
+        return sum(len(targets) for targets, _, _ in self.parts)
+
+    def append(self, part: tuple[Rows, Rows, Numbers]) -> None:
+        if len(part[0]):
+            self.parts.append(part)
+
+    def merge(self, rows: Tensor, values: Tensor) -> None:
+        if self.parts:
+            targets, places, effects = map(np.concatenate, zip(*self.parts, strict=True))
+            self.parts.clear()
+            # Numpy sorts numbers of two bytes, which targets of a block fit, by their digits.
+            small = targets.astype(np.min_scalar_type(len(values) - 1))
+            order = np.argsort(small, kind="stable")
+            _merge(rows, values, targets[order], places[order], effects[order])
+
+
+def _merge(rows: Tensor, values: Tensor, targets: Rows, places: Rows, effects: Numbers) -> None:
+    touched, cells, width = _table(targets)
+    more = np.full(len(touched) * width, -np.inf, effects.dtype)
     those = np.zeros(len(more), np.int64)
-    more[places] = sign * effects.numpy().ravel().take(found)
-    those[places] = found // len(values) + first
-    shape, columns = (len(touched), width), torch.from_numpy(touched)
+    more[cells], those[cells] = effects, places
+    count, shape, columns = values.shape[1], (len(touched), width), torch.from_numpy(touched)
     # The sort keeps the order of equal ones, and rows that came before stand before.
     both = torch.cat([values[columns], torch.from_numpy(more.reshape(shape))], 1)
     merged = both.sort(stable=True, dim=1, descending=True)

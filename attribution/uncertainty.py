@@ -11,6 +11,8 @@ from attribution.outputs import Array
 from attribution.task import Rows
 from stores import Store
 
+_MASKS = 2**22  # numbers of the targets' own masks that are looked at together
+
 
 class Uncertainty(ABC):
     """Error bars of sums of stored effects, and the factors that such sums are trusted by."""
@@ -79,13 +81,27 @@ class RidgePosterior(Uncertainty):
 
     @cached_property
     def _design(self) -> tuple[Any, Any, Any]:
-        masks, eigenvalues = self.store.constant("masks"), self.store.constant("eigenvalues")
-        return masks, eigenvalues, self.store.constant("lambdas")
+        masks, eigenvalues, lambdas = (
+            self.store.map_constant(name) for name in ("masks", "eigenvalues", "lambdas")
+        )
+        return masks, eigenvalues, lambdas
 
 
 def _bracket(masks: Any, damped: Any, rows: Rows, mine: Any, places: Rows) -> Any:
     """The bracket of the posterior variance for targets that share a lambda, [target]."""
-    summed = masks[:, rows].sum(1)
+    step = max(1, _MASKS // len(masks))
+    few = (masks[:, rows[i : i + step]].sum(1) for i in range(0, len(rows), step))
+    summed = sum(few, start=np.zeros(len(masks), masks.dtype))
+    parts = [
+        _some_bracket(masks, damped, len(rows), summed, mine[i : i + step], places[i : i + step])
+        for i in range(0, len(places), step)
+    ]
+    return np.concatenate(parts)
+
+
+def _some_bracket(  # noqa: PLR0917 - the symbols of the formula
+    masks: Any, damped: Any, count: int, summed: Any, mine: Any, places: Rows
+) -> Any:
     inside = places < masks.shape[1]
     own = np.where(inside, masks[:, np.minimum(places, masks.shape[1] - 1)], 0)
     leverage = np.einsum("rt,r,rt->t", own, damped, own)
@@ -96,7 +112,7 @@ def _bracket(masks: Any, damped: Any, rows: Rows, mine: Any, places: Rows) -> An
     # Nothing tells the effect of a row that every model saw: its uncertainty has no bound.
     unknown = np.where(mine & inside, np.inf, 0)
     unpenalised = np.divide(left**2, leverage, out=unknown, where=leverage > 0)
-    return np.maximum(len(rows) - 2 * mine - quadratic + unpenalised, 0)
+    return np.maximum(count - 2 * mine - quadratic + unpenalised, 0)
 
 
 def _fitted_factors(store: Store) -> tuple[float, float]:

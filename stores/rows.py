@@ -208,13 +208,18 @@ def _slabs(store: Store, name: str, block: int) -> Iterator[tuple[slice, np.ndar
 
 def _total(store: Store, name: str, rows: np.ndarray) -> np.ndarray:
     array = store.spec.array(name)
-    found = np.zeros(array.shape[1:], np.promote_types(array.dtype, np.float32))
+    shape, dtype = array.shape[1:], np.promote_types(array.dtype, np.float32)
+    found: np.ndarray | None = None
     for _, part, values in pieces(store, name, rows):
-        if values.dtype == np.float16:
-            found[part] += sum_halves(values)
-        else:
-            found[part] += values.sum(axis=0, dtype=found.dtype)
-    return _scaled(store, name, found)
+        halves = values.dtype == np.float16
+        summed = sum_halves(values) if halves else values.sum(axis=0, dtype=dtype)
+        if found is None:
+            # Few rows in one piece are the usual query, and need no zeros to be added to.
+            found = summed if summed.shape == shape else np.zeros(shape, dtype)
+            if found is summed:
+                continue
+        found[part] += summed
+    return _scaled(store, name, np.zeros(shape, dtype) if found is None else found)
 
 
 def _scaled(store: Store, name: str, values: np.ndarray) -> np.ndarray:

@@ -5,30 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import final
 
-import dask.array
 import numpy as np
-import zarr
 
-from stores.blocks import marked, refuse_pending, refuse_unmarked, refuse_unreadable, region
+from stores.blocks import refuse_pending
+from stores.contents import Contents
 from stores.creation import create_group
-from stores.places import Place, Where, place
+from stores.places import Where, place
 from stores.provenance import Provenance, check_provenance, plain_json, refuse_differences
-from stores.roots import check_ids_equal, check_known, read_root, refuse_rewritten
+from stores.roots import check_ids_equal, read_root, refuse_rewritten
 from stores.schema import Json, StoreSpec, check_schema
 from stores.verification import complete, discard, sound
-from stores.wholes import read_whole
 from stores.writing import BlockWriter, writing
-
-if TYPE_CHECKING:
-    import xarray
 
 
 @final
 @dataclass(frozen=True)
-class Store:
+class Store(Contents):
     """Arrays on disk, all cut into the same blocks, each block written once.
 
     A block is done when its mark exists, and the mark is written after the arrays: whoever is
@@ -52,10 +46,6 @@ class Store:
         >>> store.numpy("outputs", 1)
         array([[1., 1., 1., 1.]], dtype=float32)
     """
-
-    path: str
-    spec: StoreSpec
-    provenance: Provenance
 
     @staticmethod
     def create(  # noqa: PLR0917 - three optional parts of a store
@@ -163,50 +153,6 @@ class Store:
         """Pickle the path only; whoever unpickles it opens the store anew."""
         return Store.open, (self.path,)
 
-    @cached_property
-    def place(self) -> Place:
-        """Where the store lies."""
-        return place(self.path)
-
-    def done(self) -> list[int]:
-        """Give the numbers of the blocks that are written."""
-        return sorted(marked(self.place))
-
-    def pending(self) -> list[int]:
-        """Give the numbers of the blocks that are still to be written."""
-        done = marked(self.place)
-        return [block for block in range(self.spec.blocks) if block not in done]
-
-    @property
-    def schema_version(self) -> int:
-        """Version of the schema that the store was written by."""
-        return int(self._root["schema_version"])
-
-    @property
-    def complete(self) -> bool:
-        """Whether no block is pending."""
-        return not self.pending()
-
-    @property
-    def attributes(self) -> dict[str, Json]:
-        """The JSON values given to `create`."""
-        return dict(self._root["attributes"])
-
-    def refuse_pending(self, blocks: Sequence[int]) -> None:
-        """Refuse to go on where a block is pending, or the store was rewritten since it was opened.
-
-        Raises:
-            ValueError: It is so.
-        """
-        generation = self.place.generation()
-        known, done = self._memory.get("marks", (None, set()))
-        # A done block becomes pending by `discard` alone, which writes the root first.
-        if generation is None or known != generation or not done.issuperset(blocks):
-            refuse_rewritten(self.place, self._root)
-            done = marked(self.place)
-            self._memory["marks"] = generation, done
-            refuse_unmarked(self.place, blocks, done)
-
     def write_block(self, block: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write one block of every array, then mark it done.
 
@@ -256,98 +202,6 @@ class Store:
         refuse_rewritten(self.place, self._root)
         return writing(self.place, self.spec, block)
 
-    def numpy(self, name: str, block: int | None = None) -> np.ndarray:
-        """Read an array, or one block of it, into memory.
-
-        Args:
-            name: Name of the array.
-            block: Number of the block; None reads all of them.
-
-        Returns:
-            The values, of the shape in the specification, cut to the block if one is given.
-
-        Raises:
-            ValueError: The array is unknown, or a block that is wanted is pending or damaged.
-        """
-        refuse_unreadable(self.place, self.spec, name, None if block is None else [block])
-        wanted = ... if block is None else region(self.spec, name, block)
-        return np.asarray(self.array(name)[wanted])
-
-    def constant(self, name: str) -> np.ndarray:
-        """Read a constant given to `create`.
-
-        Args:
-            name: Name of the constant.
-
-        Returns:
-            The values.
-
-        Raises:
-            ValueError: There is no such constant, or it is missing or damaged.
-        """
-        check_known("constants", name, self._root["constants"])
-        return self._whole(name)
-
-    def ids(self, axis: str) -> list[str]:
-        """Read the ids of the rows of an axis.
-
-        Args:
-            axis: Name of the axis.
-
-        Returns:
-            The ids, in row order.
-
-        Raises:
-            ValueError: The store holds no ids of that axis, or they are missing or damaged.
-        """
-        check_known("ids of the axes", axis, self._root["ids"])
-        return [str(name) for name in self._whole(f"{axis}_id")]
-
-    def array(self, name: str) -> zarr.Array[Any]:
-        """Give a read-only zarr array; its pending blocks read as fill values.
-
-        Args:
-            name: Name of the array.
-
-        Returns:
-            The zarr array.
-
-        Raises:
-            ValueError: There is no such array.
-        """
-        self.spec.array(name)
-        return self._readable(name)
-
-    def dask(self, name: str) -> dask.array.Array:
-        """Give a lazy view whose chunks are whole storage objects.
-
-        Args:
-            name: Name of the array.
-
-        Returns:
-            A dask array.
-
-        Raises:
-            ValueError: The array is unknown, or a block is pending or damaged.
-        """
-        refuse_unreadable(self.place, self.spec, name)
-        lazy = dask.array.from_zarr(self.array(name), chunks=self.spec.chunks(name))
-        return cast(dask.array.Array, lazy)
-
-    def to_xarray(self) -> xarray.Dataset:
-        """Give a lazy xarray view of all arrays, constants and ids.
-
-        Returns:
-            A dataset; ids are coordinates.
-
-        Raises:
-            ImportError: xarray is not installed.
-            ValueError: A block is pending or damaged.
-        """
-        from stores.views import to_xarray
-
-        return to_xarray(self, self._root["ids"])
-
     def verify(self) -> list[int]:
         """Read all done blocks again and compare them with their checksums.
 
@@ -379,29 +233,3 @@ class Store:
         refuse_pending(self.place, range(self.spec.blocks))
         complete(self.place, self.spec)
         return self
-
-    @cached_property
-    def _root(self) -> dict[str, Json]:
-        return read_root(self.place)
-
-    @cached_property
-    def plans(self) -> dict[str, object]:
-        """How rows of each array are read, kept for the next query."""
-        return {}
-
-    @cached_property
-    def _memory(self) -> dict[str, tuple[object, set[int]]]:
-        return {}
-
-    @cached_property
-    def _handles(self) -> dict[str, zarr.Array[Any]]:
-        return {}
-
-    def _whole(self, name: str) -> np.ndarray:
-        return read_whole(self.place, self._readable(name), self._root.get("checksums", {}))
-
-    def _readable(self, name: str) -> zarr.Array[Any]:
-        refuse_rewritten(self.place, self._root)
-        if name not in self._handles:
-            self._handles[name] = zarr.open_array(self.place.zarr(), path=name, mode="r")
-        return self._handles[name]

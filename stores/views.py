@@ -10,10 +10,10 @@ from stores.blocks import refuse_unreadable
 if TYPE_CHECKING:
     import xarray
 
-    from stores.store import Store
+    from stores.contents import Contents
 
 
-def to_xarray(store: Store, axes: Sequence[str]) -> xarray.Dataset:
+def to_xarray(store: Contents, axes: Sequence[str]) -> xarray.Dataset:
     """Give a lazy xarray view of all arrays, constants and ids of a store.
 
     Args:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from attribution.gradients import output_cotangents
 from attribution.outputs import Array
 from attribution.run import Run
-from attribution.task import Task
+from attribution.strongest import strongest
+from attribution.task import Rows, Task
 from attribution.trak import TrakScores, margin_effects
 from stores import Store
 from unlearning.figures import thumbnail
@@ -31,10 +32,34 @@ class MarginEffects:
     Args:
         predictor: its name.
         of: gives the effects of all rows, [train], on the margin of the target at a position.
+        kept: gives the rows that were kept as the strongest, and their effects, each [2, count]:
+            the highest, then the lowest; None where none were kept.
     """
 
     predictor: str
     of: Callable[[int], Array] = field(repr=False)
+    kept: Callable[[int], tuple[Rows, Array]] | None = field(default=None, repr=False)
+
+    def strongest(self, target: int, top: int) -> tuple[Rows, Array]:
+        """The rows that raise and that lower a target's margin most.
+
+        Those that were kept are read in a millisecond; where more are asked for than were kept,
+        all effects on the target are read.
+
+        Args:
+            target: position of the target.
+            top: rows of either sign, or as many as there are.
+
+        Returns:
+            Rows and their effects, each [2, count]: the highest, then the lowest.
+        """
+        if self.kept is not None:
+            rows, values = self.kept(target)
+            if rows.shape[1] >= top:
+                return rows[:, :top], values[:, :top]
+        effects = self.of(target)
+        found, values = strongest(effects[:, None], min(top, len(effects)))
+        return found[0], values[0]
 
 
 @dataclass(frozen=True)
@@ -93,19 +118,20 @@ def run_scores(run: Run, predictor: str | None = None) -> MarginEffects:
     Raises:
         ValueError: an unknown predictor, or one that the run has not.
     """
+    known: dict[str, Callable[[Run], MarginEffects | None]]
     known = {"datamodel": _datamodel_effects, "trak": _trak_effects}
     if predictor is not None and predictor not in known:
         raise ValueError(f"unknown predictor {predictor!r}: choose from {', '.join(known)}")
     for name in [predictor] if predictor else known:
         effects = known[name](run)
         if effects is not None:
-            return MarginEffects(name, effects)
+            return effects
     raise ValueError(
         f"{run.path} has no {predictor or 'effects of rows'}: run dmm precompute, which makes them"
     )
 
 
-def _datamodel_effects(run: Run) -> Callable[[int], Array] | None:
+def _datamodel_effects(run: Run) -> MarginEffects | None:
     if not (run.path / f"datamodel-{run.settings.subsets}").taken():
         return None
     datamodel, outputs = run.datamodel, run.full.store.array("outputs")
@@ -116,16 +142,21 @@ def _datamodel_effects(run: Run) -> Callable[[int], Array] | None:
         slope = output_cotangents(run.task.loss, mean, label, "margin")[0, 0]
         return np.asarray(datamodel.effects(target) @ slope.numpy())
 
-    return of
+    # Datamodels fitted by older versions kept no rows.
+    kept = "top_rows" in datamodel.store.spec.arrays
+    return MarginEffects("datamodel", of, datamodel.strongest if kept else None)
 
 
-def _trak_effects(run: Run) -> Callable[[int], Array] | None:
+def _trak_effects(run: Run) -> MarginEffects | None:
     if not (run.path / "features/checkpoint-0").taken():
         return None
     stored = run.trak_path / "scores"
     if stored.taken() and Store.open(stored).complete:
-        return TrakScores.open(run.trak_path).margins
-    return lambda target: margin_effects(run.features, target, damping=run.trak_damping)
+        scores = TrakScores.open(run.trak_path)
+        return MarginEffects("trak", scores.margins, scores.strongest)
+    return MarginEffects(
+        "trak", lambda target: margin_effects(run.features, target, damping=run.trak_damping)
+    )
 
 
 def explain(scores: MarginEffects, task: Task, target_id: str, top: int = 20) -> Explanation:
@@ -156,11 +187,10 @@ def explain(scores: MarginEffects, task: Task, target_id: str, top: int = 20) ->
     if top < 1:
         raise ValueError(f"expected at least 1 row, got top={top}")
     target = task.positions[target_id]
-    values = scores.of(target)
-    order = np.argsort(-values, kind="stable")
-    up = [i for i in order[:top] if values[i] > 0]
-    down = [i for i in order[::-1][:top] if values[i] < 0]
-    rows = [_row(task, int(i), float(values[i])) for i in up + down]
+    places, values = scores.strongest(target, top)
+    told = (values * [[1], [-1]]) > 0
+    pairs = zip(places[told], values[told], strict=True)
+    rows = [_row(task, int(place), float(value)) for place, value in pairs]
     label = _label(task, target)
     return Explanation(task.name, target_id, label, scores.predictor, tuple(rows))
 

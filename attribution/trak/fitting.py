@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from attribution.effects import (
-    block_targets,
     check_dtype,
     effect_arrays,
     object_rows,
@@ -40,11 +39,12 @@ from stores import (
     in_turns,
     place,
     run_blocks,
+    score_block,
     versions,
 )
 
 ROWS_KIND = "trak-rows"
-BLOCK_BYTES = 2**27  # of the features of the targets of one block
+BLOCK_BYTES = 2**27  # of the targets' features in memory
 ROWS_BYTES = 2**24  # of the features of one block of rows
 
 Numbers = np.ndarray[Any, Any]
@@ -86,8 +86,9 @@ def fit_trak(
 
     and on its margin the margin's derivative at the checkpoint's outputs times that. It is in the
     unit of the outputs. Interrupted at any moment, the same call computes the unfinished blocks
-    only and ends with the same bits, whatever the workers. A process holds the features of the
-    targets of one block, 128 MiB at most, and scores of as many rows as a storage object holds.
+    only and ends with the same bits, whatever the workers. How many targets make a block follows
+    from the layout (`score_block`), not from memory: a process holds 128 MiB of their features at
+    most, the rest in a temporary file, and scores of as many rows as a storage object holds.
 
     Args:
         features: projected gradients of the checkpoints.
@@ -139,7 +140,7 @@ def fit_trak(
             _solved_rows(features, checkpoint, place(to) / f"rows-{checkpoint}", chosen, run)
             for checkpoint in range(len(features))
         )
-        work = ScoreBlock(features, rows, store.path, chosen.top)
+        work = ScoreBlock(features, rows, store.path, BLOCK_BYTES, chosen.top)
         run(in_turns(work, store), store.pending(), title=f"TRAK scores of {features.task.name}")
     return TrakScores(store.finalize())
 
@@ -227,8 +228,9 @@ def _score_store(features: Features, path: Place, chosen: _Settings) -> Store:
     train = len(features.task.train_ids)
     targets, outputs = features.stores[0].spec.array("outputs").shape
     wide = stored_wide(chosen.dtype)
-    column = len(features) * outputs * features.width * np.dtype(wide).itemsize
-    block = block_targets(targets, outputs, chosen.dtype, column, BLOCK_BYTES)
+    # A store that an older version cut otherwise stays as it is.
+    known = Store.open(path, KIND).spec.block if path.taken() else None
+    block = known or score_block(targets, outputs, chosen.dtype)
     each = ArraySpec(("target", "output"), (targets, outputs), wide)
     rows = object_rows(train, block * outputs, chosen.dtype)
     sizes = train, targets, outputs

@@ -1,7 +1,9 @@
 """One block of TRAK scores: products of solved rows with the features of the block's targets."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from attribution.effects import (
     write_effects,
 )
 from attribution.gradients import Features, output_cotangents
+from attribution.scratch import Columns
 from attribution.task import Rows
 from attribution.training import threads
 from attribution.trak.scores import KIND
@@ -88,36 +91,68 @@ def margin_arrays(train: int, targets: int, dtype: str, rows: int) -> dict[str, 
 class ScoreBlock:
     """Computes and writes one block of targets.
 
+    How many targets a block has follows from how its rows are read, how many have their features
+    in memory from the memory that they take. The features are brought into the form that products
+    need once, and wait in a temporary file unless all of them fit into memory.
+
     Args:
         features: of the checkpoints.
         rows: what each training row pulls the parameters by, a store for each checkpoint.
         path: of the scores.
+        kept: bytes of features that may stay in memory.
         top: rows of either sign that are kept for each target.
     """
 
     features: Features
     rows: tuple[Store, ...]
     path: str
+    kept: int
     top: int
 
     def __call__(self, block: int) -> None:
         """Computes on one thread, so that the bits do not depend on the machine's cores."""
         store = Store.open(self.path, KIND)
         span = store.spec.span(block)
-        with threads(1), store.writing(block) as writer:
-            self._write(writer, np.arange(span.start, span.stop))
+        targets = np.arange(span.start, span.stop)
+        with threads(1), ExitStack() as held:
+            columns = [held.enter_context(self._columns(len(targets))) for _ in self.rows]
+            bounds = [
+                self._prepare(checkpoint, targets, kept) for checkpoint, kept in enumerate(columns)
+            ]
+            with store.writing(block) as writer:
+                self._write(writer, targets, columns, torch.stack(bounds))
 
-    def _write(self, writer: BlockWriter, targets: Rows) -> None:
+    @property
+    def _number(self) -> torch.dtype:
+        number: torch.dtype = getattr(torch, self.rows[0].spec.array("rows").dtype)
+        return number
+
+    def _columns(self, targets: int) -> Columns:
+        shape = targets, self._outputs, self.features.width
+        return Columns(shape, 0, self._number, self.kept // len(self.rows))
+
+    @property
+    def _outputs(self) -> int:
+        return self.features.stores[0].spec.array("outputs").shape[1]
+
+    def _prepare(self, checkpoint: int, targets: Rows, kept: Columns) -> Tensor:
+        """Keeps a checkpoint's features of the targets; bounds of its scores, [target, output]."""
+        # The features as stored, converted and negated.
+        each = 3 * self._outputs * self.features.width * self._number.itemsize
+        step = max(1, self.kept // each) if kept.on_disk else len(targets)
+        lengths = []
+        for few in np.split(targets, range(step, len(targets), step)):
+            j = -torch.from_numpy(self.features.gather(checkpoint, few)).to(self._number)
+            lengths.append(j.norm(dim=2))
+            kept.add(j)
+        return _longest(self.rows[checkpoint]) * torch.cat(lengths)
+
+    def _write(
+        self, writer: BlockWriter, targets: Rows, columns: Sequence[Columns], bounds: Tensor
+    ) -> None:
         checkpoints = range(len(self.rows))
         outputs = np.stack([self.features.outputs(c, targets) for c in checkpoints])
-        number = getattr(torch, self.rows[0].spec.array("rows").dtype)
-        columns = [
-            -torch.from_numpy(self.features.gather(c, targets)).to(number) for c in checkpoints
-        ]
-        slopes = [margin_slopes(self.features, c, targets).to(number) for c in checkpoints]
-        bounds = torch.stack(
-            [_longest(store) * j.norm(dim=2) for store, j in zip(self.rows, columns, strict=True)]
-        )
+        slopes = [margin_slopes(self.features, c, targets).to(self._number) for c in checkpoints]
         on_margins = (bounds * torch.stack(slopes).abs()).mean(0).sum(1)
         tally = Tally.empty(len(columns), targets, outputs.shape[2])
         margin_scale = half_scale(on_margins)
@@ -133,30 +168,35 @@ class ScoreBlock:
     def _pieces(
         self,
         writer: BlockWriter,
-        columns: list[Tensor],
+        columns: Sequence[Columns],
         slopes: list[Tensor],
         tally: Tally,
         margin_scale: Tensor,
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = row_pieces(writer, whole=columns[0].on_disk)
         if "margins" not in writer.spec.arrays:
-            for rows in row_pieces(writer):
+            for rows in parts:
                 mean = tally.mean(rows.start, self._scored(rows, columns))
                 yield mean, _on_margins(mean, slopes[0])
             return
-        objects = ObjectWriter(writer, "margins", margin_scale)
-        for rows in row_pieces(writer):
-            shape = rows.stop - rows.start, len(tally.targets)
-            margins = torch.zeros(shape, dtype=columns[0].dtype)
-            scored = _adding(self._scored(rows, columns), slopes, margins)
-            mean = tally.mean(rows.start, scored)
-            margins /= len(columns)
-            objects.add(margins)
-            yield mean, margins
+        with ObjectWriter(writer, "margins", margin_scale) as objects:
+            for rows in parts:
+                shape = rows.stop - rows.start, len(tally.targets)
+                margins = torch.zeros(shape, dtype=self._number)
+                scored = _adding(self._scored(rows, columns), slopes, margins)
+                mean = tally.mean(rows.start, scored)
+                margins /= len(columns)
+                objects.add(margins)
+                yield mean, margins
 
-    def _scored(self, rows: slice, columns: list[Tensor]) -> Iterator[Tensor]:
-        for store, j in zip(self.rows, columns, strict=True):
+    def _scored(self, rows: slice, columns: Sequence[Columns]) -> Iterator[Tensor]:
+        for store, kept in zip(self.rows, columns, strict=True):
             solved = torch.from_numpy(_solved(store, rows))
-            yield product(solved, j.flatten(0, 1).T).reshape(len(solved), *j.shape[:2])
+            yield kept.through(partial(_products, solved))
+
+
+def _products(solved: Tensor, j: Tensor) -> Tensor:
+    return product(solved, j.flatten(0, 1).T).reshape(len(solved), *j.shape[:2])
 
 
 def _solved(store: Store, rows: slice) -> Numbers:

@@ -71,6 +71,5 @@ class TrakScores:
         Returns:
             Rows and effects on the margin, each [2, count]: the highest, then the lowest.
         """
-        block, place = divmod(target, self.store.spec.block)
-        rows, values = (self.store.numpy(n, block)[place] for n in ("top_rows", "top_values"))
+        rows, values = (column(self.store, name, target) for name in ("top_rows", "top_values"))
         return rows, values

@@ -6,13 +6,25 @@ from attribution import (
     LinearDatamodel,
     Model,
     Ridge,
-    datamodels,
     draw_subsets,
     fit_datamodels,
-    ridge_datamodels,
+    uncertainty,
 )
 from attribution.seeds import generator
 from stores import ArraySpec, Provenance, Store, StoreSpec
+from tests.attribution.datamodel_cases import (
+    ANCHORS,
+    LAMBDAS,
+    OUTPUTS,
+    RIDGE,
+    TARGETS,
+    TRAIN,
+    half_masks,
+    linear,
+    made,
+    noisy,
+    write_pair,
+)
 from tests.references import (
     datamodel_objective,
     datamodel_posterior_variance,
@@ -20,48 +32,10 @@ from tests.references import (
 )
 from tests.tasks import blobs, write_ensemble
 
-TRAIN, TARGETS, OUTPUTS = 13, 17, 2
-LAMBDAS = (0.01, 0.3, 5.0)
-RIDGE = Ridge(LAMBDAS)
-ANCHORS = 3
-
 
 @pytest.fixture(scope="module")
 def task():
     return blobs(rows=TRAIN, test_rows=TARGETS - TRAIN)
-
-
-def half_masks(models, random):
-    return random.random((models, TRAIN)).argsort(1).argsort(1) < TRAIN // 2
-
-
-def linear(masks, random):
-    """Effects [train, target, output], and outputs that are exactly linear in the masks."""
-    effects = random.normal(size=(TRAIN, TARGETS, OUTPUTS))
-    return effects, 0.3 + np.tensordot(masks, effects, 1)
-
-
-def noisy(masks, random):
-    """Outputs that noise and a product of two rows add to."""
-    _, outputs = linear(masks, random)
-    together = (masks[:, 2] & masks[:, 9]).astype(float)
-    return outputs + together[:, None, None] + random.normal(size=outputs.shape)
-
-
-def write_pair(folder, task, masks, outputs, judges=None):
-    """Models on subsets, and the full ones: the last rows of masks and outputs."""
-    parts = [slice(0, -ANCHORS), slice(-ANCHORS, None)]
-    names, judging = ["subsets", "full"], [judges, None]
-    return [
-        write_ensemble(folder / name, task, masks[part], outputs[part], judges=judge)
-        for name, part, judge in zip(names, parts, judging, strict=True)
-    ]
-
-
-def made(folder, task, outputs_of, models=38, judges=None):
-    random = np.random.default_rng(5)
-    masks = np.concatenate([half_masks(models, random), np.ones((ANCHORS, TRAIN), dtype=bool)])
-    return write_pair(folder, task, masks, outputs_of(masks, random), judges)
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +183,16 @@ def test_stds_are_those_of_a_bayesian_regression(task, fitted, reference, rows):
         assert found[target, output] == pytest.approx((noise * scale) ** 0.5, rel=1e-5)
 
 
+def test_stds_are_the_same_whatever_is_looked_at_together(task, fitted, monkeypatch):
+    forgets = [ForgetSet.at(task, rows) for rows in ([0, 1, 2, 3, 9, 11], [4])]
+    expected = [fitted.change(forget).std for forget in forgets]
+    monkeypatch.setattr(uncertainty, "_MASKS", 4 * len(fitted.store.map_constant("masks")))
+    for forget, std in zip(forgets, expected, strict=True):
+        np.testing.assert_allclose(fitted.change(forget).std, std, rtol=1e-6)
+    nothing = fitted.change(forgets[1], already=forgets[1])
+    assert not nothing.std.any()
+
+
 def test_noise_is_the_spread_of_the_full_models(task, fitted, noisy_pair):
     found = fitted.change(ForgetSet.at(task, [3]), targets=np.array([16, 0])).noise
     expected = noisy_pair[1].outputs.std(0, ddof=1)[[16, 0]]
@@ -264,32 +248,6 @@ def test_float32_is_close(noisy_pair, fitted, tmp_path):
         expected = fitted.store.numpy(name)
         np.testing.assert_allclose(found.store.numpy(name), expected, rtol=0, atol=1e-4)
     np.testing.assert_array_equal(found.store.numpy("chosen"), fitted.store.numpy("chosen"))
-
-
-def test_blocks_change_nothing_and_resume(noisy_pair, fitted, tmp_path, monkeypatch):
-    ensemble, anchor = noisy_pair
-    options = {"method": RIDGE, "dtype": "float64", "seed": 3, "to": tmp_path / "datamodel"}
-    monkeypatch.setattr(datamodels, "BLOCK_BYTES", 5 * 2 * 39 * OUTPUTS * 8)
-    monkeypatch.setattr(ridge_datamodels, "COLUMNS", 3 * OUTPUTS)
-    solved, solve = [], ridge_datamodels.solve
-
-    def interrupted(*args):
-        solved.append(args)
-        if len(solved) == 4:
-            raise KeyboardInterrupt
-        return solve(*args)
-
-    monkeypatch.setattr(ridge_datamodels, "solve", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fit_datamodels(ensemble, anchor=anchor, **options)
-    with pytest.raises(ValueError, match="datamodel is not finished: run the command"):
-        LinearDatamodel.open(tmp_path / "datamodel")
-    found = fit_datamodels(ensemble, anchor=anchor, **options)
-    assert found.store.spec.blocks == 4
-    assert len(solved) == 4 + 2 + 2 + 1
-    for name in found.store.spec.arrays:
-        expected = fitted.store.numpy(name)
-        np.testing.assert_allclose(found.store.numpy(name), expected, rtol=0, atol=1e-10)
 
 
 def test_ensembles_that_do_not_fit_are_refused(task, noisy_pair, tmp_path):

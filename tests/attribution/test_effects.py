@@ -1,5 +1,7 @@
 """Effects of fitted datamodels as they lie on disk."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -45,7 +47,7 @@ def plain(pair, tmp_path_factory):
 @pytest.fixture
 def small(monkeypatch):
     """Blocks of 7 targets, objects of 5 rows, pieces of 2; none divides what there is."""
-    monkeypatch.setattr(datamodels, "BLOCK_BYTES", 7 * 2 * (MODELS + 1) * OUTPUTS * 4)
+    monkeypatch.setattr(datamodels, "score_block", lambda *_: 7)
     monkeypatch.setattr(effects, "OBJECT_BYTES", 5 * 7 * OUTPUTS * 4)
     monkeypatch.setattr(effects, "PIECE_BYTES", 2 * 7 * OUTPUTS * 4)
 
@@ -59,7 +61,7 @@ def test_pieces_change_nothing(pair, plain, tmp_path, small):
 
 
 def test_workers_end_with_the_same_bits(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(datamodels, "BLOCK_BYTES", 7 * 2 * (MODELS + 1) * OUTPUTS * 4)
+    monkeypatch.setattr(datamodels, "score_block", lambda *_: 7)
     alone, many = fitted(pair, tmp_path / "alone"), fitted(pair, tmp_path / "many", workers=1)
     for name in alone.store.spec.arrays:
         np.testing.assert_array_equal(alone.store.numpy(name), many.store.numpy(name))
@@ -101,6 +103,21 @@ def test_the_strongest_rows_are_kept(task, pair, plain, target):
     rows, values = plain.strongest(target)
     np.testing.assert_array_equal(rows, [order[::-1][:4], order[:4]])
     np.testing.assert_allclose(values, margins[rows], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shrink", [(4.0, 0.1), (0.0, 1.0), (1.0, 0.0), (0.5, 0.5)])
+def test_the_strongest_rows_bear_their_factors(pair, plain, tmp_path, monkeypatch, shrink):
+    """An own row that was not among the strongest may be so with a factor of its own."""
+    found = LinearDatamodel(plain.store)
+    monkeypatch.setitem(vars(found), "_uncertainty", SimpleNamespace(shrink=shrink))
+    slopes = found.store.numpy("slopes")
+    for target in range(TARGETS):
+        margins = found.effects(target) @ slopes[target]
+        highest, lowest = np.sort(margins)[::-1][:4], np.sort(margins)[:4]
+        rows, values = found.strongest(target)
+        np.testing.assert_allclose(values, [highest, lowest], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(margins[rows], values, rtol=1e-4, atol=1e-6)
+        assert [len(set(kind)) for kind in rows.tolist()] == [4, 4]
 
 
 def test_few_rows_are_all_kept(pair, tmp_path):

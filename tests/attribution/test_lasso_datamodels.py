@@ -118,12 +118,16 @@ def test_error_bars_cover_the_true_effects(task, fitted):
     assert (off < bars).mean() > 0.9
 
 
-def test_blocks_change_nothing(pair, fitted, tmp_path, monkeypatch):
-    monkeypatch.setattr(datamodels, "BLOCK_BYTES", 5 * (MODELS + 1 + TRAIN) * OUTPUTS * 8)
+@pytest.mark.parametrize("sizes", [(5, 17), (17, 4), (7, 1)])
+def test_blocks_and_little_memory_change_nothing(pair, fitted, tmp_path, monkeypatch, sizes):
+    block, step = sizes
+    monkeypatch.setattr(datamodels, "score_block", lambda *_: block)
+    monkeypatch.setattr(datamodels, "STEP_BYTES", step * (MODELS + 1 + TRAIN) * OUTPUTS * 8)
+    monkeypatch.setattr(datamodels, "KEPT_BYTES", 0)
     ensemble, anchor = pair
     options = {"anchor": anchor, "to": tmp_path / "x", "method": LASSO, "dtype": "float64"}
     found = fit_datamodels(ensemble, **options)
-    assert found.store.spec.blocks == 4
+    assert found.store.spec.block == block
     for name in found.store.spec.arrays:
         np.testing.assert_array_equal(found.store.numpy(name), fitted.store.numpy(name))
 

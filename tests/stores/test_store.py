@@ -12,44 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from stores import ArraySpec, Provenance, Store, StoreSpec, damaged_constants
+from stores import ArraySpec, Store, StoreSpec
 from stores.folder import Folder
-
-IDS = {"train": [f"train-{row}" for row in range(10)], "target": ["é", "b", "c", "d", "e"]}
-ARRAYS = {
-    "weights": ArraySpec(("train", "target", None), (10, 5, 3), "float16", rows=4),
-    "bias": ArraySpec(("target",), (5,), "float32"),
-    "chosen": ArraySpec(("target", "train"), (5, 10), "bool", compress=True),
-}
-SPEC = StoreSpec("datamodel", "target", 2, ARRAYS)
-MADE_BY = Provenance({"seed": 0})
-
-
-def values(block, seed=0):
-    generator = np.random.default_rng([seed, block])
-    return {
-        name: generator.normal(size=SPEC.block_shape(name, block)).astype(array.dtype)
-        for name, array in ARRAYS.items()
-    }
-
-
-def whole(name, seed=0):
-    parts = [values(block, seed)[name] for block in range(SPEC.blocks)]
-    return np.concatenate(parts, SPEC.block_axis(name))
-
-
-@pytest.fixture
-def store(tmp_path):
-    return Store.create(
-        tmp_path / "a" / "s", SPEC, MADE_BY, {"scale": np.ones((2, 3))}, IDS, {"note": "x"}
-    )
-
-
-@pytest.fixture
-def full(store):
-    for block in (2, 0, 1):
-        store.write_block(block, values(block))
-    return store
+from tests.stores.small_store import ARRAYS, IDS, MADE_BY, SPEC, values, whole
 
 
 def test_round_trip(full):
@@ -83,51 +48,6 @@ def test_zeros_and_constants_are_stored_as_objects(store):
     store.write_block(0, zeros)
     np.testing.assert_array_equal(store.numpy("chosen", 0), zeros["chosen"])
     assert os.path.exists(f"{store.path}/chosen/c/0/0")
-
-
-WHOLES = {"scale": lambda s: s.constant("scale"), "target_id": lambda s: s.ids("target")}
-
-
-@pytest.mark.parametrize(("name", "read"), WHOLES.items(), ids=WHOLES)
-def test_damaged_constants_and_ids_are_found_and_refused(store, name, read):
-    file = Path(store.path, name, *"c00"[: store._readable(name).ndim + 1])
-    content = file.read_bytes()
-    assert damaged_constants(store) == []
-    for place in range(len(content)):
-        changed = bytearray(content)
-        changed[place] ^= 1
-        file.write_bytes(changed)
-        with pytest.raises(ValueError, match=f"{name} is damaged .* restore it from a copy, or"):
-            read(store)
-    assert damaged_constants(Store.open(store.path)) == [name]
-    file.unlink()
-    with pytest.raises(ValueError, match=f"{name} is missing .* restore it from a copy, or"):
-        read(store)
-    assert damaged_constants(store) == [name]
-
-
-def test_stores_without_checksums_are_read_and_miss_no_constant(store):
-    root = zarr.open_group(store.path, mode="r+")
-    del root.attrs["checksums"]
-    old = Store.open(store.path)
-    np.testing.assert_array_equal(old.constant("scale"), np.ones((2, 3)))
-    Path(store.path, "scale/c/0/0").unlink()
-    with pytest.raises(ValueError, match="scale is missing"):
-        old.constant("scale")
-
-
-def test_constants_of_any_shape_and_byte_order_keep_their_checksums(tmp_path):
-    wholes = {
-        "point": np.array(3.5),
-        "none": np.zeros((0, 3), bool),
-        "big": np.arange(4, dtype=">i4"),
-        "turned": np.arange(6.0).reshape(2, 3).T,
-    }
-    store = Store.create(tmp_path / "s", SPEC, MADE_BY, wholes, {"model": ["a\0", "é", ""]})
-    assert damaged_constants(store) == []
-    assert store.ids("model") == ["a\0", "é", ""]
-    for name, value in wholes.items():
-        np.testing.assert_array_equal(store.constant(name), value)
 
 
 def test_dask_is_lazy_over_whole_objects(full):
@@ -321,68 +241,6 @@ def test_a_mark_that_is_being_written_does_not_count(store):
     assert store.done() == []
 
 
-def test_create_refuses_an_existing_path(store, tmp_path):
-    with pytest.raises(ValueError, match="exists already; open it, or give another folder"):
-        Store.create(store.path, SPEC, MADE_BY)
-    assert os.listdir(tmp_path / "a") == ["s"]
-
-
-def test_create_refuses_what_it_cannot_write(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot write .*file/s: ") as caught:
-        Store.create(tmp_path / "file" / "s", SPEC, MADE_BY)
-    assert isinstance(caught.value.__cause__, OSError)
-
-
-@pytest.mark.parametrize(
-    ("named", "error", "message"),
-    [
-        ({"ids": {"rows": ["a"]}}, ValueError, "expected ids of the axes .* got 'rows'"),
-        ({"ids": {"target": [1, 2]}}, TypeError, "expected texts as ids of 'target', got 1"),
-        ({"ids": {"target": ["a"]}}, ValueError, "expected 5 ids of the axis 'target', got 1"),
-        ({"ids": {"target": list("abcda")}}, ValueError, "each id of 'target' once, got 'a' twice"),
-        ({"constants": {"bias": np.ones(1)}}, ValueError, "expected another name .* 'bias'"),
-        ({"constants": {"done": np.ones(1)}}, ValueError, "expected an identifier"),
-        ({"constants": {"c": [1]}}, TypeError, "numpy array of numbers as the constant 'c'"),
-        ({"constants": {"c": np.array(["a"])}}, TypeError, "array of numbers .*got <U1"),
-        ({"attributes": {"a": np.ones(1)}}, TypeError, r"expected a plain value at attributes\.a"),
-    ],
-)
-def test_create_refuses_unusable_parts(tmp_path, named, error, message):
-    with pytest.raises(error, match=message):
-        Store.create(tmp_path / "s", SPEC, MADE_BY, **named)
-    assert os.listdir(tmp_path) == []
-
-
-def test_open_refuses_what_is_no_such_store(store, tmp_path):
-    with pytest.raises(ValueError, match=r"expected a store at .*none, found none"):
-        Store.open(tmp_path / "none")
-    zarr.create_group(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"expected a store of datamodel-matching at .*other"):
-        Store.open(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"expected a store of kind 'masks' at .*'datamodel'"):
-        Store.open(store.path, "masks")
-    zarr.open_group(store.path, mode="r+").attrs["schema_version"] = 3
-    with pytest.raises(ValueError, match="has schema version 3, expected at most 2"):
-        Store.open(store.path)
-
-
-def test_open_or_create_resumes_only_the_same(tmp_path):
-    path = tmp_path / "s"
-    store = Store.open_or_create(path, SPEC, MADE_BY, ids=IDS)
-    store.write_block(0, values(0))
-    assert Store.open_or_create(path, SPEC, MADE_BY, ids=IDS).done() == [0]
-    other = StoreSpec("datamodel", "target", 3, ARRAYS)
-    with pytest.raises(ValueError, match="block: stored 2, wanted 3"):
-        Store.open_or_create(path, other, MADE_BY, ids=IDS)
-    with pytest.raises(ValueError, match="seed: stored 0, wanted 1"):
-        Store.open_or_create(path, SPEC, Provenance({"seed": 1}), ids=IDS)
-    with pytest.raises(ValueError, match="made for other target ids"):
-        Store.open_or_create(path, SPEC, MADE_BY, ids={**IDS, "target": list("abcde")})
-    with pytest.raises(ValueError, match="expected a store of kind"):
-        Store.open_or_create(path, StoreSpec("masks", "target", 2, ARRAYS), MADE_BY)
-
-
 class StoreAgainstDict(RuleBasedStateMachine):
     """Every operation on a store gives what it gives on a dict of blocks."""
 
@@ -446,17 +304,3 @@ def test_store_against_dict(tmp_path, monkeypatch):
         max_examples=15, stateful_step_count=12, derandomize=True, deadline=None, database=None
     )
     machine.runTest()
-
-
-def test_a_store_that_another_process_creates_meanwhile_is_opened(tmp_path, monkeypatch):
-    spec = StoreSpec("outputs", "model", 2, {"a": ArraySpec(("model",), (3,), "float32")})
-    path, looked = tmp_path / "outputs", []
-    Store.create(path, spec, Provenance({"seed": 0}))
-    taken = Folder.taken
-
-    def not_yet(where):
-        looked.append(where)
-        return len(looked) > 1 and taken(where)
-
-    monkeypatch.setattr(Folder, "taken", not_yet)
-    assert Store.open_or_create(path, spec, Provenance({"seed": 0})).pending() == [0, 1]

@@ -67,6 +67,16 @@ class TestExplain:
         found = explain(by_hand(EFFECTS), blobs(), "train-5", top=1)
         assert [row.id for row in found.rows] == ["train-2", "train-1"]
 
+    @pytest.mark.parametrize("count", [1, 2, 5])
+    def test_rows_that_were_kept_are_told_unless_more_are_asked_for(self, count):
+        whole = by_hand(EFFECTS)
+        kept = lambda target: whole.strongest(target, count)  # noqa: E731
+        for top in (1, 2, 3):
+            found = MarginEffects("by hand", whole.of, kept)
+            if top <= count:
+                found = MarginEffects("by hand", lambda _: pytest.fail("no need to"), kept)
+            assert explain(found, blobs(), "test-0", top) == explain(whole, blobs(), "test-0", top)
+
     def test_labels_may_be_numbers(self):
         found = explain(by_hand(EFFECTS), line(), "test-0")
         assert float(found.label) == pytest.approx(line().targets([37])[1].item())
@@ -93,12 +103,26 @@ class TestRunScores:
             found = run_scores(run, "datamodel").of(target)
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
+    def test_the_rows_kept_are_those_of_the_column(self, path):
+        found = run_scores(Run.open(path), "datamodel")
+        whole = MarginEffects("whole", found.of)
+        for target in (3, TRAIN_ROWS + 2):
+            some, all_rows = (scores.strongest(target, 20) for scores in (found, whole))
+            assert found.kept(target)[0].shape == (2, 20)
+            np.testing.assert_array_equal(some[0], all_rows[0])
+            np.testing.assert_allclose(some[1], all_rows[1], rtol=0, atol=1e-6)
+            more = found.strongest(target, 21)
+            np.testing.assert_array_equal(more[0], whole.strongest(target, 21)[0])
+
     def test_trak_scores_are_read_where_they_are_stored(self, gradients):
         fit_trak(gradients.features, gradients.trak_path, damping=0.5)
         stored = TrakScores.open(gradients.trak_path)
         found = run_scores(gradients)
         assert found.predictor == "trak"
         np.testing.assert_array_equal(found.of(4), stored.margins(4))
+        rows, values = found.strongest(4, 3)
+        np.testing.assert_array_equal(values, stored.margins(4)[rows])
+        np.testing.assert_array_equal(rows, MarginEffects("", found.of).strongest(4, 3)[0])
 
     def test_else_they_are_computed_from_the_features(self, gradients):
         found = run_scores(gradients, "trak").of(4)

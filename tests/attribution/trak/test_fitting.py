@@ -31,7 +31,7 @@ def scores(features, tmp_path_factory):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 5 targets and of 4 rows, which divide neither the 48 nor the 37."""
-    monkeypatch.setattr(fitting, "BLOCK_BYTES", 5 * 3 * 2 * 32 * 4)
+    monkeypatch.setattr(fitting, "score_block", lambda *_: 5)
     monkeypatch.setattr(fitting, "ROWS_BYTES", 4 * 2 * 32 * 4)
 
 

@@ -25,7 +25,7 @@ def features(task, tmp_path_factory):
 @pytest.fixture
 def small(monkeypatch):
     """Blocks of 5 targets whose storage objects hold 6 rows; neither divides what there is."""
-    monkeypatch.setattr(fitting, "BLOCK_BYTES", 5 * 3 * 3 * 31 * 4)
+    monkeypatch.setattr(fitting, "score_block", lambda *_: 5)
     monkeypatch.setattr(effects, "OBJECT_BYTES", 6 * 5 * 3 * 4)
 
 
@@ -56,6 +56,20 @@ def test_half_precision_keeps_effects_of_any_size(features, tmp_path):
     changes = [LinearDatamodel.from_scores(each).change(forget) for each in (plain, halved)]
     np.testing.assert_allclose(changes[1].mean, changes[0].mean, rtol=1e-2, atol=1e-10)
     np.testing.assert_allclose(changes[1].std, changes[0].std, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [1, 3 * 3 * 3 * 31 * 4 * 7])
+@pytest.mark.parametrize("rows", [6, 37])
+def test_little_memory_changes_nothing(features, tmp_path, monkeypatch, kept, rows):
+    """Features of one target at a time, or of seven, from a file."""
+    plain = fit_trak(features, tmp_path / "plain", damping=0.3).store
+    monkeypatch.setattr(fitting, "BLOCK_BYTES", kept)
+    monkeypatch.setattr(effects, "OBJECT_BYTES", rows * 48 * 3 * 4)
+    found = fit_trak(features, tmp_path / "trak", damping=0.3).store
+    assert found.spec.blocks == plain.spec.blocks == 1
+    for name in plain.spec.arrays:
+        expected = plain.numpy(name)
+        np.testing.assert_allclose(found.numpy(name), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [line, binary, blobs])
