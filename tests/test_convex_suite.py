@@ -16,6 +16,7 @@ from examples.convex.methods import (
     counterfactuals,
     descent,
     matching,
+    matching_as_shipped,
     noise_deviation,
     oracle,
 )
@@ -169,6 +170,20 @@ def test_adam_matches_outputs_but_leaves_the_span_of_the_rows(results):
     assert found.outputs["test"][:, -1].min() > 0.1
     few = _case(results, "few features", 0.01, "random").errors["matching, group, Adam"]
     assert few.weights[:, -1].max() < 1e-6
+
+
+def test_only_gradient_descent_keeps_to_the_span_of_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(grids, "ADAM_RATES", (0.01,))
+    theory = _theory()
+    group = counterfactuals(theory.problem, str(tmp_path))["group"]
+    rows = np.linalg.svd(theory.problem.x, full_matrices=False)[2]
+
+    def outside(method):
+        moved = method(group, theory, marks_until(60))[-1] - theory.problem.full
+        return np.linalg.norm(moved - rows.T @ (rows @ moved)) / np.linalg.norm(moved)
+
+    assert outside(matching) < 1e-10
+    assert outside(matching_as_shipped) > 0.3
 
 
 def test_words_say_who_wins(results):

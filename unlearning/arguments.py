@@ -105,16 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     unlearn.add_argument("--checkpoint", metavar="FILE", help="start from this model")
     unlearn.add_argument("--out", required=True, metavar="FILE.safetensors")
-    evaluate = _verb(verbs, "evaluate", "compare methods with retrained models")
-    evaluate.add_argument("--forget", nargs="+", required=True, metavar="SPEC")
-    evaluate.add_argument("--methods", nargs="+", required=True, metavar="NAME,NAME")
-    evaluate.add_argument("--n-models", type=int, default=100)
-    text = "also score how predictors rank subsets (LDS), on so many models"
-    evaluate.add_argument("--lds-models", type=int, default=0, metavar="M", help=text)
-    text = "also count the steps in which models learn the forgotten rows again"
-    evaluate.add_argument("--relearning", action="store_true", help=text)
-    _predictor(evaluate)
-    evaluate.add_argument("--out", metavar="FILE.json")
+    _evaluate(_verb(verbs, "evaluate", "compare methods with retrained models"))
     status = _verb(verbs, "status", "what a run holds and what is pending")
     status.add_argument("--verify", action="store_true", help="recompute all checksums")
     status.add_argument("--discard", action="store_true", help="make damaged blocks pending")
@@ -151,3 +142,17 @@ def _forget(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
 def _predictor(parser: argparse.ArgumentParser) -> None:
     text = "default: the best on the calibration bank"
     parser.add_argument("--predictor", choices=PREDICTORS, help=text)
+
+
+def _evaluate(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("--forget", nargs="+", required=True, metavar="SPEC")
+    evaluate.add_argument("--methods", nargs="+", required=True, metavar="NAME,NAME")
+    evaluate.add_argument("--n-models", type=int, default=100)
+    text = "also score how predictors rank subsets (LDS), on so many models"
+    evaluate.add_argument("--lds-models", type=int, default=0, metavar="M", help=text)
+    text = "also count the steps in which models learn the forgotten rows again"
+    evaluate.add_argument("--relearning", action="store_true", help=text)
+    text = "also audit matching at 1, 2, 5, 10 and 30 %% of the cost of a retraining"
+    evaluate.add_argument("--budgets", action="store_true", help=text)
+    _predictor(evaluate)
+    evaluate.add_argument("--out", metavar="FILE.json")

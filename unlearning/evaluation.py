@@ -12,6 +12,7 @@ from attribution import ForgetSet, Oracle
 from attribution.run import Run
 from stores import versions
 from unlearning.audit import Audit
+from unlearning.budgets import check_budgets, quality_by_budget
 from unlearning.cost import hardware, measure_request, measure_retraining
 from unlearning.ending import told_endings
 from unlearning.explanation import explained_rows
@@ -45,6 +46,7 @@ def evaluate_methods(
     settings: Mapping[str, Mapping[str, str]] | None = None,
     lds_models: int = 0,
     relearning: bool = False,
+    budgets: bool = False,
     device: str = "cpu",
     workers: int | None = None,
     scheduler: str | None = None,
@@ -64,6 +66,8 @@ def evaluate_methods(
         lds_models: models trained for linear datamodeling scores; 0: none are computed.
         relearning: also count the steps of training that bring each forget set back, in 20 models
             of every method and in 20 oracles, which are retrained once more to keep their weights.
+        budgets: also audit every method of matching at 1, 2, 5, 10 and 30 % of the gradient
+            evaluations of a retraining.
         device: where to compute.
         workers: processes; None for one per core, 0 for this process.
         scheduler: address of an existing dask scheduler instead.
@@ -76,6 +80,8 @@ def evaluate_methods(
             full models.
     """
     _check(run, forget_sets, methods, n_models)
+    if budgets:
+        check_budgets(run.task)
     chosen = run.best if predictor is None else predictor
     counterfactuals = {
         name: run.predictor(name)
@@ -98,9 +104,14 @@ def evaluate_methods(
             again = _relearned(run, audit, where) if relearning else None
             if again is not None:
                 block["null"]["relearning"] = told_relearning(again, again)
-            for name in methods:
-                changed = (settings or {}).get(name)
-                method = build_method(name, given, changed)
+            built = {
+                name: build_method(name, given, (settings or {}).get(name)) for name in methods
+            }
+            if budgets:
+                block["budgets"] = quality_by_budget(
+                    audit, built, models=n_models, seed=seed, device=device
+                )
+            for name, method in built.items():
                 unlearned, told = _audited(audit, method, n_models, seed, device)
                 if again is not None:
                     steps = audited_steps(audit, unlearned.states, device)

@@ -48,7 +48,7 @@ def told_distances(audit: Audit, outputs: Array) -> Json:
         attacks on membership and the epsilon are about the forgotten rows; harmed are retain rows.
     """
     margins, oracles = target_margins(audit.task, outputs), audit.oracles.margins
-    told = _divergences(audit, margins, oracles)
+    told = told_divergences(audit, outputs)
     told["klom_corrected"] = _by_split(
         audit, lambda rows: asdict(corrected_mean(margins[:, rows], oracles[:, rows]))
     )
@@ -82,8 +82,17 @@ def told_accuracy(audit: Audit, outputs: Array) -> Json:
     return _means(audit, _of_rows(audit, audit.task.loss.quality, outputs))
 
 
-def _divergences(audit: Audit, margins: Array, oracles: Array) -> Json:
-    """KLOM where there are models enough, and Gaussian KL."""
+def told_divergences(audit: Audit, outputs: Array) -> Json:
+    """KLOM where there are models enough, and Gaussian KL.
+
+    Args:
+        audit: the forget set and its oracles.
+        outputs: of the models on all targets, [model, target, output].
+
+    Returns:
+        By name of the measure and split, mean and 95th percentile over rows.
+    """
+    margins, oracles = target_margins(audit.task, outputs), audit.oracles.margins
     enough = min(len(margins), len(oracles)) >= FEWEST_MODELS
     measures = {"gaussian_kl": gaussian_kl} | ({"klom": klom} if enough else {})
     told: Json = {"klom": _by_split(audit, lambda _: {"mean": None, "p95": None})}

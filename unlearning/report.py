@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from unlearning.budget_panels import budget_panels
 from unlearning.figures import (
     MARKERS,
     SPREAD_BAND,
@@ -22,6 +22,7 @@ from unlearning.figures import (
     ratio_figure,
     thumbnail,
 )
+from unlearning.reading import pick, value
 from unlearning.tables import pooled_name
 from unlearning.wording import as_number, as_percent, as_range, as_seconds, listed
 
@@ -120,7 +121,7 @@ def _environment() -> jinja2.Environment:
         listed=listed,
     )  # fmt: skip
     environment.globals.update(
-        value=_value, pick=_pick, methods=_methods, predictors=_predictors, lacking=_lacking,
+        value=value, pick=pick, methods=_methods, predictors=_predictors, lacking=_lacking,
         narrower=_narrower,
     )  # fmt: skip
     return environment
@@ -129,25 +130,13 @@ def _environment() -> jinja2.Environment:
 # -- reading the evaluation: anything may be absent or null ---------------------------------
 
 
-def _pick(block: Any, *path: str) -> Any:
-    for key in path:
-        block = block.get(key) if isinstance(block, Mapping) else None
-    return block
-
-
-def _value(block: Any, *path: str) -> float | None:
-    found = _pick(block, *path)
-    is_number = isinstance(found, int | float) and not isinstance(found, bool)
-    return float(found) if is_number and math.isfinite(found) else None
-
-
 def _sets(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return dict(evaluation.get("forget_sets") or {})
 
 
 def _methods(block: Any) -> dict[str, Any]:
     """Give the methods of a forget set: the known ones in their order, then the others."""
-    methods = _pick(block, "methods") or {}
+    methods = pick(block, "methods") or {}
     names = [*(name for name in _LABELS if name in methods), *sorted(set(methods) - set(_LABELS))]
     return {name: methods[name] for name in names}
 
@@ -180,7 +169,7 @@ def _entries(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 def _distance(evaluation: Mapping[str, Any]) -> str:
     """KLOM wherever it was computed; below 80 models it is not, and Gaussian KL stands in."""
     for key in _DISTANCES:
-        if any(_value(results, key, "forget", "mean") is not None
+        if any(value(results, key, "forget", "mean") is not None
                for _, _, results in _entries(evaluation)):  # fmt: skip
             return key
     return "klom"
@@ -203,7 +192,7 @@ def _nearest(evaluation: Mapping[str, Any], distance: str) -> dict[str, list[tup
             (score, method)
             for method, results in _methods(block).items()
             if method not in ("om", "om_absolute")  # they are given the answer
-            and (score := _value(results, distance, "forget", "mean")) is not None
+            and (score := value(results, distance, "forget", "mean")) is not None
         ]
         if scores:
             score, method = min(scores)
@@ -217,8 +206,8 @@ def _side_effect(evaluation: Mapping[str, Any], distance: str) -> tuple[float, s
     found = []
     for name, block in _sets(evaluation).items():
         for split in ("retain", "test"):
-            before = _value(block, "methods", "do_nothing", distance, split, "mean")
-            after = _value(block, "methods", method, distance, split, "mean")
+            before = value(block, "methods", "do_nothing", distance, split, "mean")
+            after = value(block, "methods", method, distance, split, "mean")
             if before is not None and after is not None:
                 found.append((round(after, 2) - round(before, 2), name, split))
     return max(found, default=None)
@@ -228,8 +217,8 @@ def _predictors(evaluation: Mapping[str, Any], *path: str) -> dict[str, list[flo
     """Collect one number of every predictor over the forget sets."""
     found: dict[str, list[float]] = {}
     for block in _sets(evaluation).values():
-        for predictor, result in (_pick(block, "predictions") or {}).items():
-            if (number := _value(result, *path)) is not None:
+        for predictor, result in (pick(block, "predictions") or {}).items():
+            if (number := value(result, *path)) is not None:
                 found.setdefault(predictor, []).append(number)
     return found
 
@@ -239,7 +228,7 @@ def _predicted(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, b
     blocks = [(name, block, False) for name, block in _sets(evaluation).items()]
     blocks += [(pooled_name(group), group, True) for group in evaluation.get("pooled") or []]
     for title, block, pooled in blocks:
-        for predictor, kinds in (_pick(block, "predictions") or {}).items():
+        for predictor, kinds in (pick(block, "predictions") or {}).items():
             yield title, predictor, kinds, pooled
 
 
@@ -247,15 +236,15 @@ def _narrower(evaluation: Mapping[str, Any], predictor: str) -> tuple[int, int]:
     """On how many forget sets error bars of one width would have to be wider, and of how many."""
     found = []
     for block in _sets(evaluation).values():
-        margins = _pick(block, "predictions", predictor, "margins", "forget")
-        own, constant = (_value(margins, key, "80") for key in ("width", "constant_width"))
+        margins = pick(block, "predictions", predictor, "margins", "forget")
+        own, constant = (value(margins, key, "80") for key in ("width", "constant_width"))
         if own is not None and constant is not None:
             found.append(own < constant)
     return sum(found), len(found)
 
 
 def _lacking(evaluation: Mapping[str, Any], key: str) -> list[str]:
-    return [name for name, block in _sets(evaluation).items() if not _pick(block, key)]
+    return [name for name, block in _sets(evaluation).items() if not pick(block, key)]
 
 
 # -- figures and the table of rows ----------------------------------------------------------
@@ -268,6 +257,12 @@ def _figures(evaluation: Mapping[str, Any], distance: str) -> dict[str, Any]:
         "spread": _ratio(evaluation, "spread"),
         "shift": _ratio(evaluation, "shift"),
         "cost": _cost(evaluation, distance),
+        "budgets": budget_panels(
+            _sets(evaluation),
+            distance,
+            _DISTANCES[distance],
+            {name: (_label(name, short=True), c) for name, c in _colours(evaluation).items()},
+        ),
     }
 
 
@@ -278,23 +273,23 @@ def _mark(evaluation: Mapping[str, Any], name: str, method: str, x: float, y: An
 
 def _margin_panels(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Markup]]:
     for name, block in _sets(evaluation).items():
-        for predictor, rows in (_pick(block, "rows") or {}).items():
+        for predictor, rows in (pick(block, "rows") or {}).items():
             figure = margins_figure(
                 rows,
-                _statistics(_pick(block, "predictions", predictor, "margins", "forget")),
+                _statistics(pick(block, "predictions", predictor, "margins", "forget")),
                 description=f"Margins of {name} predicted by {predictor} against retrained ones",
             )
             yield f"{name}, predicted by {predictor}", figure
 
 
 def _statistics(margins: Any) -> list[str]:
-    ceiling = _value(margins, "ceiling")
+    ceiling = value(margins, "ceiling")
     best = "" if ceiling is None else f" (ceiling {as_number(ceiling)})"
     ends = {"slope": "", "r2": best, "corr": ""}
     return [
         f"{'R²' if key == 'r2' else key} {as_number(found)}{ends[key]}"
         for key in ends
-        if (found := _value(margins, key)) is not None
+        if (found := value(margins, key)) is not None
     ]
 
 
@@ -302,17 +297,17 @@ def _distance_panels(evaluation: Mapping[str, Any], key: str) -> Iterator[tuple[
     limits = _distance_limits(evaluation, key)
     for name, block in _sets(evaluation).items():
         marks = [
-            _mark(evaluation, name, method, mean, _value(results, key, "forget", "p95"))
+            _mark(evaluation, name, method, mean, value(results, key, "forget", "p95"))
             for method, results in _methods(block).items()
-            if (mean := _value(results, key, "forget", "mean")) is not None
+            if (mean := value(results, key, "forget", "mean")) is not None
         ]
-        null = _pick(block, "null", key, "forget")
+        null = pick(block, "null", key, "forget")
         if marks:
             yield (
                 name,
                 distance_figure(
                     marks,
-                    (_value(null, "mean"), _value(null, "p95")),
+                    (value(null, "mean"), value(null, "p95")),
                     limits=limits,
                     label=f"{_DISTANCES[key]} of the forgotten rows",
                     description=f"{_DISTANCES[key]} of each method on the forgotten rows of {name}",
@@ -322,12 +317,12 @@ def _distance_panels(evaluation: Mapping[str, Any], key: str) -> Iterator[tuple[
 
 def _distance_limits(evaluation: Mapping[str, Any], key: str) -> tuple[float, float]:
     blocks = [results for _, _, results in _entries(evaluation)]
-    blocks += [_pick(block, "null") for block in _sets(evaluation).values()]
+    blocks += [pick(block, "null") for block in _sets(evaluation).values()]
     numbers = [
         number
         for block in blocks
         for statistic in ("mean", "p95")
-        if (number := _value(block, key, "forget", statistic)) is not None
+        if (number := value(block, key, "forget", statistic)) is not None
     ]
     low, high = min(numbers, default=0.1), max(numbers, default=1.0)
     return max(low, _LOWEST) / 1.3, max(high, 2 * _LOWEST) * 1.3
@@ -337,7 +332,7 @@ def _ratio(evaluation: Mapping[str, Any], kind: Literal["spread", "shift"]) -> M
     marks = [
         _mark(evaluation, name, method, number)
         for name, method, results in _entries(evaluation)
-        if (number := _value(results, kind, "forget")) is not None
+        if (number := value(results, kind, "forget")) is not None
     ]
     description = f"{kind.capitalize()} of every method on the forgotten rows"
     return ratio_figure(marks, kind=kind, description=description) if marks else None
@@ -346,9 +341,9 @@ def _ratio(evaluation: Mapping[str, Any], kind: Literal["spread", "shift"]) -> M
 def _cost(evaluation: Mapping[str, Any], distance: str) -> Markup | None:
     marks = []
     for name, method, results in _entries(evaluation):
-        cost = _value(results, "cost_over_retrain")
-        mean = _value(results, distance, "forget", "mean")
-        null = _value(_sets(evaluation)[name], "null", distance, "forget", "mean")
+        cost = value(results, "cost_over_retrain")
+        mean = value(results, distance, "forget", "mean")
+        null = value(_sets(evaluation)[name], "null", distance, "forget", "mean")
         if cost is not None and mean is not None and null is not None:
             marks.append(_mark(evaluation, name, method, cost, mean - null))
     description = "Cost of every method against its excess distance on the forgotten rows"
@@ -359,15 +354,15 @@ def _cost(evaluation: Mapping[str, Any], distance: str) -> Markup | None:
 
 def _affected(block: Any, thumbnails: Mapping[str, NDArray[Any]] | None) -> list[dict[str, Any]]:
     """Give the most affected rows with their place on the strip and the image, where allowed."""
-    rows = [dict(row) for row in _pick(block, "affected") or []]
-    found = [_value(row, key) for row in rows for key in _STAGES]
+    rows = [dict(row) for row in pick(block, "affected") or []]
+    found = [value(row, key) for row in rows for key in _STAGES]
     numbers = [number for number in found if number is not None]
     low, high = min(numbers, default=0.0), max(numbers, default=1.0)
     for row in rows:
         row["strip"] = {
             key: round(6 + 108 * (number - low) / ((high - low) or 1.0), 1)
             for key in _STAGES
-            if (number := _value(row, key)) is not None
+            if (number := value(row, key)) is not None
         }
         image = (thumbnails or {}).get(str(row.get("id"))) if row.get("split") == "forget" else None
         row["thumbnail"] = None if image is None else thumbnail(image)

@@ -170,7 +170,7 @@ def _evaluate(options: argparse.Namespace) -> Told:
         told = evaluate_checkpoints(run, forgets, methods, device=options.device, **shared)
     else:
         more = _where(options) | {"n_models": options.n_models, "lds_models": options.lds_models}
-        more["relearning"] = options.relearning
+        more |= {"relearning": options.relearning, "budgets": options.budgets}
         told = evaluate_methods(run, forgets, methods, **shared, **more)
     told = plain(told)
     write_text(out, json.dumps(told, indent=1) + "\n")

@@ -87,7 +87,7 @@ def counterfactuals(problem: Problem, folder: str) -> dict[str, Counterfactual]:
 
 def oracle(problem: Problem, forget: ForgetSet, folder: str) -> Oracle:
     """The oracle of one forget set; two models each, all alike, since training is exact."""
-    banks = [
+    full, bank = (
         train_models(
             problem.task,
             draw_subsets(problem.task, models=2, design="full", without=without),
@@ -95,8 +95,8 @@ def oracle(problem: Problem, forget: ForgetSet, folder: str) -> Oracle:
             workers=0,
         )
         for name, without in (("full", None), (f"without-{forget.name}", forget))
-    ]
-    return Oracle(*banks)
+    )
+    return Oracle(full, bank)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def noisy_descent(theory: Theory, marks: Rows) -> Vector:
 
 def noise_deviation(problem: Problem) -> float:
     """Standard deviation of the noise that each weight gets at each step."""
-    return NOISE * float(np.linalg.norm(problem.full)) / np.sqrt(len(problem.full))
+    return float(NOISE * np.linalg.norm(problem.full) / np.sqrt(len(problem.full)))
 
 
 def ascent_descent(theory: Theory, marks: Rows) -> Vector:

@@ -59,7 +59,7 @@ class Theory:
         """Weights that a kind of target belongs to, [feature]."""
         x, y = self.problem.x, self.problem.y
         mine = x[self.forget.rows]
-        e = mine @ self.problem.full - y[self.forget.rows]
+        e: Any = mine @ self.problem.full - y[self.forget.rows]
         h = x.T @ x + self.problem.penalty * np.eye(x.shape[1])
         spread = np.linalg.solve(h, mine.T)
         within = mine @ spread
