@@ -10,6 +10,7 @@ from attribution.run import PREDICTORS
 from attribution.subsets import DESIGNS
 from unlearning.explanation import PREDICTORS as EXPLAINERS
 from unlearning.methods import METHODS
+from unlearning.tuning import TUNING_SETS
 
 BAD_INPUT = 2
 
@@ -106,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--checkpoint", metavar="FILE", help="start from this model")
     unlearn.add_argument("--out", required=True, metavar="FILE.safetensors")
     _evaluate(_verb(verbs, "evaluate", "compare methods with retrained models"))
+    _tune(_verb(verbs, "tune", "choose the settings of methods on forget sets of their own"))
     status = _verb(verbs, "status", "what a run holds and what is pending")
     status.add_argument("--verify", action="store_true", help="recompute all checksums")
     status.add_argument("--discard", action="store_true", help="make damaged blocks pending")
@@ -154,5 +156,16 @@ def _evaluate(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--relearning", action="store_true", help=text)
     text = "also audit matching at 1, 2, 5, 10 and 30 %% of the cost of a retraining"
     evaluate.add_argument("--budgets", action="store_true", help=text)
+    text = "take the settings that dmm tune chose in this run"
+    evaluate.add_argument("--tuned", action="store_true", help=text)
     _predictor(evaluate)
     evaluate.add_argument("--out", metavar="FILE.json")
+
+
+def _tune(tune: argparse.ArgumentParser) -> None:
+    tune.add_argument("--methods", nargs="+", required=True, metavar="NAME,NAME")
+    text = "forget sets to tune on, which may not be audited; default: %(default)s"
+    tune.add_argument("--forget", nargs="+", default=TUNING_SETS, metavar="SPEC", help=text)
+    tune.add_argument("--trials", type=int, default=12, help="settings tried of each method")
+    tune.add_argument("--n-models", type=int, default=100)
+    _predictor(tune)

@@ -97,7 +97,7 @@ def evaluate_methods(
         for forget in forget_sets:
             banks = [run.bank(forget, which, n_models, **where) for which in (0, 1)]
             audit = Audit(run.task, forget, run.full, *banks)
-            given = _evidence(run, audit, chosen)
+            given = evidence_of(run, audit, chosen)
             judged = {n: Judged(audit, c.change(forget)) for n, c in counterfactuals.items()}
             compared.append((forget, {name: one.comparisons for name, one in judged.items()}))
             block = _measured(audit) | _predicted(judged, chosen) | {"methods": {}}
@@ -182,7 +182,17 @@ def check_names(forget_sets: Sequence[ForgetSet], methods: Sequence[str]) -> Non
         )
 
 
-def _evidence(run: Run, audit: Audit, chosen: str) -> Evidence:
+def evidence_of(run: Run, audit: Audit, chosen: str) -> Evidence:
+    """What methods may take from a run and from the second bank of an audit.
+
+    Args:
+        run: a finished run.
+        audit: gives the oracle its targets.
+        chosen: name of the predictor that methods get if they ask for no other.
+
+    Returns:
+        The evidence.
+    """
     return Evidence(
         predictor=lambda name: run.predictor(name or chosen),
         oracle=lambda: Oracle(audit.full, audit.targets),

@@ -36,6 +36,35 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
+def tuning_table(tuned: Mapping[str, Any]) -> str:
+    """What tuning chose, and how much nearer to retrained models it comes.
+
+    Args:
+        tuned: what `tune_methods` returned.
+
+    Returns:
+        The table, one line a method.
+
+    Example:
+        >>> found = {"score": 0.5, "default_score": 0.7, "settings": {"rate": "0.01"}}
+        >>> print(tuning_table({"dmm": found}))
+        method  as it is  tuned  settings
+        ------  --------  -----  ---------
+        dmm         0.70   0.50  rate=0.01
+    """
+    header = ["method", "as it is", "tuned", "settings"]
+    rows = [
+        [
+            name,
+            _number(found["default_score"]),
+            _number(found["score"]),
+            ", ".join("=".join(pair) for pair in found["settings"].items()) or "as they are",
+        ]
+        for name, found in tuned.items()
+    ]
+    return _lines(header, rows)
+
+
 def evaluation_table(evaluation: Mapping[str, Any]) -> str:
     """What methods and predictors reach: one table a forget set, then one of all predictions.
 

@@ -29,8 +29,10 @@ from unlearning.tables import (
     purge_notes,
     purge_text,
     status_table,
+    tuning_table,
 )
 from unlearning.thumbnails import report_thumbnails, row_thumbnails
+from unlearning.tuning import TUNED, tune_methods, tuned_settings
 from unlearning.unaudited import evaluate_checkpoints
 
 Told: TypeAlias = tuple[Any, str]
@@ -156,26 +158,53 @@ def _unlearn(options: argparse.Namespace) -> Told:
 
 
 def _evaluate(options: argparse.Namespace) -> Told:
-    methods = [name for part in options.methods for name in part.split(",") if name]
-    if not methods:
-        raise ValueError(f"name at least one method: {', '.join(METHODS)}")
-    for name in methods:
-        check_method(name)
+    methods = _methods(options)
     out = options.out or beside(options.run, EVALUATION)
     check_writable(out)
     run = Run.open(options.run)
     forgets = [parse_forget(run.task, spec) for spec in options.forget]
     shared = {"seed": options.seed, "predictor": options.predictor}
     if run.settings.files:
+        if options.tuned or options.budgets:
+            raise ValueError(
+                f"{run.path} holds checkpoints and no retrained models: leave --tuned and"
+                " --budgets out"
+            )
         told = evaluate_checkpoints(run, forgets, methods, device=options.device, **shared)
     else:
         more = _where(options) | {"n_models": options.n_models, "lds_models": options.lds_models}
         more |= {"relearning": options.relearning, "budgets": options.budgets}
+        more["settings"] = tuned_settings(run, methods, forgets) if options.tuned else None
         told = evaluate_methods(run, forgets, methods, **shared, **more)
     told = plain(told)
     write_text(out, json.dumps(told, indent=1) + "\n")
     parts = [evaluation_table(told), *told.get("missing", ()), *purge_notes(told)]
     return told, "\n\n".join(parts) + f"\nwritten to {out}"
+
+
+def _tune(options: argparse.Namespace) -> Told:
+    methods = _methods(options)
+    run = Run.open(options.run)
+    told = tune_methods(
+        run,
+        methods,
+        specs=options.forget,
+        trials=options.trials,
+        n_models=options.n_models,
+        seed=options.seed,
+        predictor=options.predictor,
+        **_where(options),
+    )
+    return told, f"{tuning_table(told)}\nwritten to {beside(options.run, TUNED)}"
+
+
+def _methods(options: argparse.Namespace) -> list[str]:
+    methods = [name for part in options.methods for name in part.split(",") if name]
+    if not methods:
+        raise ValueError(f"name at least one method: {', '.join(METHODS)}")
+    for name in methods:
+        check_method(name)
+    return methods
 
 
 def _status(options: argparse.Namespace) -> Told:
@@ -259,6 +288,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], Told]] = {
     "explain": _explain,
     "unlearn": _unlearn,
     "evaluate": _evaluate,
+    "tune": _tune,
     "status": _status,
     "purge": _purge,
     "report": _report,

@@ -31,7 +31,7 @@ def test_a_budget_is_a_share_of_the_gradients_of_a_retraining(run, forget, share
 
 def test_a_task_with_training_of_its_own_is_refused(run):
     task = blobs(recipe=None, train=lambda *_: None)
-    with pytest.raises(ValueError, match="trains by a function of its own.*leave --budgets out"):
+    with pytest.raises(ValueError, match=r"trains by a function of its own.*leave --budgets out"):
         budgeted(Matching(run.datamodel), task, 0.1)
 
 

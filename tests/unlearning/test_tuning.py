@@ -1,0 +1,126 @@
+"""Tuning: what is tried, what is kept, and where it may be used."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from attribution import Run, parse_forget
+from tests.small_runs import finished_run
+from unlearning.evaluation import evaluate_methods
+from unlearning.klom import gaussian_kl
+from unlearning.methods import METHODS, build_method
+from unlearning.runner import margins
+from unlearning.tuning import TUNED, drawn_settings, tune_methods, tuned_settings
+from unlearning.tuning_spaces import SPACES, Among, Between
+
+SETS = ["random:4:100", "random:6:101"]
+
+
+@pytest.fixture
+def run(tmp_path_factory, tmp_path):
+    shutil.copytree(finished_run(tmp_path_factory.getbasetemp()), tmp_path / "run")
+    return Run.open(tmp_path / "run")
+
+
+def tuned(run, methods, **changes):
+    options = {"specs": SETS, "trials": 3, "n_models": 4, "workers": 0, "predictor": "datamodel"}
+    return tune_methods(run, methods, **(options | changes))
+
+
+def test_every_method_has_a_space_of_settings_that_it_takes():
+    assert set(SPACES) == set(METHODS)
+    for name, space in SPACES.items():
+        for setting in space.values():
+            assert isinstance(setting, Between | Among)
+        if name not in ("do_nothing",):
+            assert space
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_drawn_is_taken(name, ground):
+    for settings in drawn_settings(name, 6, 0):
+        build_method(name, ground.evidence(), settings)
+
+
+def test_numbers_keep_to_their_bounds_and_the_seed_reproduces():
+    drawn = drawn_settings("pgu", 200, 3)
+    assert drawn == drawn_settings("pgu", 200, 3)
+    assert drawn[:5] == drawn_settings("pgu", 5, 3)
+    assert drawn[1:] != drawn_settings("pgu", 200, 4)[1:]
+    rates = np.array([float(settings["rate"]) for settings in drawn[1:]])
+    assert rates.min() >= 0.01
+    assert rates.max() <= 0.3
+    assert np.median(np.log(rates)) == pytest.approx(np.log(0.01 * 0.3) / 2, abs=0.3)
+
+
+def test_the_best_score_is_kept_and_told(run):
+    found = tuned(run, ["do_nothing", "fine_tune"])
+    assert found["do_nothing"]["settings"] == {}
+    assert len(found["do_nothing"]["trials"]) == 1
+    told = found["fine_tune"]
+    scores = [trial["score"] for trial in told["trials"]]
+    assert len(scores) == 3
+    assert told["score"] == min(scores) <= told["default_score"] == scores[0]
+    stored = json.loads(run.path.read(TUNED))
+    assert stored == {"schema": 1, "methods": found}
+
+
+def test_the_score_is_the_mean_distance_over_sets_and_splits(run):
+    score = tuned(run, ["do_nothing"])["do_nothing"]["score"]
+    parts = []
+    for spec in SETS:
+        forget = parse_forget(run.task, spec)
+        oracles = run.bank(forget, 0, 4, workers=0)
+        after = margins(run.full, run.task)[:4]
+        values = gaussian_kl(after, margins(oracles, run.task))
+        splits = forget.rows, forget.retained, np.arange(forget.total, values.size)
+        parts += [values[rows].mean() for rows in splits]
+    assert score == pytest.approx(np.mean(parts), rel=1e-5)
+
+
+def test_settings_chosen_before_stay_when_another_method_is_tuned(run):
+    first = tuned(run, ["fine_tune"])
+    second = tuned(run, ["gradient_ascent"], trials=2)
+    stored = json.loads(run.path.read(TUNED))["methods"]
+    assert stored == first | second
+
+
+def test_an_audit_takes_them_on_other_sets_alone(run):
+    found = tuned(run, ["fine_tune", "do_nothing"])
+    audited = parse_forget(run.task, "random:5:0")
+    settings = tuned_settings(run, ["do_nothing", "fine_tune"], [audited])
+    assert settings == {"do_nothing": {}, "fine_tune": found["fine_tune"]["settings"]}
+    told = evaluate_methods(run, [audited], ["fine_tune"], n_models=4, workers=0, settings=settings)
+    used = told["forget_sets"][audited.name]["methods"]["fine_tune"]["settings"]
+    for name, text in found["fine_tune"]["settings"].items():
+        assert float(used[name]) == float(text)
+    same = parse_forget(run.task, SETS[1])
+    with pytest.raises(ValueError, match=r"is random:6:101, which methods were tuned on"):
+        tuned_settings(run, ["fine_tune"], [audited, same])
+
+
+def test_a_method_that_was_not_tuned_is_refused(run):
+    tuned(run, ["do_nothing"])
+    audited = [parse_forget(run.task, "random:5:0")]
+    assert tuned_settings(run, ["do_nothing"], audited) == {"do_nothing": {}}
+    with pytest.raises(ValueError, match=r"'dmm' has no tuned settings .*: run dmm tune --methods"):
+        tuned_settings(run, ["do_nothing", "dmm"], audited)
+
+
+def test_settings_that_diverge_lose(run, monkeypatch):
+    monkeypatch.setitem(SPACES, "fine_tune", {"rate": Among(("1e30",))})
+    found = tuned(run, ["fine_tune"])["fine_tune"]
+    assert found["settings"] == {}
+    assert [trial["score"] for trial in found["trials"][1:]] == [None, None]
+
+
+def test_nonsense_is_refused(run):
+    with pytest.raises(ValueError, match="expected 1 trial or more and 2 to"):
+        tuned(run, ["dmm"], trials=0)
+    with pytest.raises(ValueError, match="unknown method 'none'"):
+        tuned(run, ["none"])
+    run.path.write(TUNED, b'{"schema": 9}')
+    with pytest.raises(ValueError, match="its schema is 9, this version reads 1; remove it"):
+        tuned(run, ["do_nothing"])

@@ -1,0 +1,182 @@
+"""Choose the settings of methods on forget sets of their own, each with the same budget."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from attribution import ForgetSet, parse_forget
+from attribution.run import Run
+from attribution.seeds import generator
+from unlearning.audit import Audit
+from unlearning.evaluation import evidence_of, plain
+from unlearning.klom import FEWEST_MODELS
+from unlearning.measures import told_divergences
+from unlearning.methods import build_method, check_method
+from unlearning.runner import UnlearningMethod, unlearn_models
+from unlearning.tuning_spaces import SPACES, Space
+
+SCHEMA = 1
+TUNED = "tuned.json"
+# Seeds that no example audits.
+TUNING_SETS = ("random:50:1000", "random:140:1001", "cluster:60:1002")
+
+Json = dict[str, Any]
+Settings = dict[str, str]
+
+
+def tune_methods(
+    run: Run,
+    methods: Sequence[str],
+    *,
+    specs: Sequence[str] = TUNING_SETS,
+    trials: int = 12,
+    n_models: int = 100,
+    seed: int = 0,
+    predictor: str | None = None,
+    device: str = "cpu",
+    workers: int | None = None,
+    scheduler: str | None = None,
+) -> Json:
+    """Draws settings of methods at random and keeps the best of each in the run.
+
+    The score is the mean over forget sets and over forget, retain and test rows of the mean
+    distance to retrained models: KLOM with 80 models or more, else the Gaussian KL. The first
+    trial is the settings as they are, so that the score chosen is never worse.
+
+    Args:
+        run: a finished run.
+        methods: names of the table.
+        specs: forget sets; they must not be audited afterwards.
+        trials: settings tried of each method.
+        n_models: full models unlearned and compared with as many oracles.
+        seed: of the settings and of every unlearning.
+        predictor: which predictions matching uses; None: the best on the calibration bank.
+        device: where to compute.
+        workers: processes that train the oracles; None for one per core, 0 for this process.
+        scheduler: address of an existing dask scheduler instead.
+
+    Returns:
+        By method: `settings`, `score`, `default_score`, all `trials`, and what they were found on.
+
+    Raises:
+        ValueError: an unknown method, no trial, or too few full models.
+    """
+    for name in methods:
+        check_method(name)
+    if trials < 1 or not 2 <= n_models <= len(run.full):
+        raise ValueError(
+            f"expected 1 trial or more and 2 to {len(run.full)} models, got {trials} and {n_models}"
+        )
+    where: Json = {"device": device, "workers": workers, "scheduler": scheduler}
+    audits = [_audit(run, parse_forget(run.task, spec), n_models, where) for spec in specs]
+    chosen = predictor or run.best
+    header = {"specs": list(specs), "n_models": n_models, "seed": seed, "predictor": chosen}
+    found: Json = {}
+    bar = tqdm(total=len(methods) * trials, desc="tuning", unit="trial", disable=None)
+    with bar:
+        for name in methods:
+            tried: list[Json] = []
+            for settings in drawn_settings(name, trials, seed):
+                built = [build_method(name, evidence_of(run, a, chosen), settings) for a in audits]
+                scores = [
+                    _score(audit, method, n_models, seed, device)
+                    for audit, method in zip(audits, built, strict=True)
+                ]
+                tried.append({"settings": settings, "score": float(np.mean(scores))})
+                bar.update()
+            best = min(tried, key=lambda trial: float(trial["score"]))
+            found[name] = best | {"default_score": tried[0]["score"], "trials": tried} | header
+    found = plain(found)
+    text = json.dumps({"schema": SCHEMA, "methods": _tuned_before(run) | found}, indent=1)
+    run.path.write(TUNED, text.encode() + b"\n")
+    return found
+
+
+def drawn_settings(name: str, trials: int, seed: int) -> list[Settings]:
+    """Settings to try: those that a method has by itself, then random ones.
+
+    Args:
+        name: of the method.
+        trials: how many; a method without anything to tune has one.
+        seed: of the draw.
+
+    Returns:
+        Values by field, as text.
+
+    Example:
+        >>> drawn_settings("do_nothing", 12, 0), len(drawn_settings("dmm", 12, 0))
+        ([{}], 12)
+    """
+    space: Space = SPACES[name]
+    random = [generator(seed, f"tuning {name}", number) for number in range(trials - 1)]
+    return [{}] + [{f: s.draw(r) for f, s in space.items()} for r in random if space]
+
+
+def tuned_settings(
+    run: Run, methods: Sequence[str], forget_sets: Sequence[ForgetSet]
+) -> Mapping[str, Settings]:
+    """Settings that were chosen for methods, for an audit of other forget sets.
+
+    Args:
+        run: a run in which `tune_methods` left them.
+        methods: names of the table.
+        forget_sets: what will be audited.
+
+    Returns:
+        Settings by method.
+
+    Raises:
+        ValueError: a method was not tuned, or on one of these forget sets.
+    """
+    known = _tuned_before(run)
+    missing = [name for name in methods if SPACES[name] and name not in known]
+    if missing:
+        raise ValueError(
+            f"{missing[0]!r} has no tuned settings in {run.path}: run dmm tune --methods"
+            f" {','.join(missing)}"
+        )
+    used = {spec for name in methods if name in known for spec in known[name]["specs"]}
+    tuned_on = {parse_forget(run.task, spec).positions: spec for spec in sorted(used)}
+    for forget in forget_sets:
+        if forget.positions in tuned_on:
+            raise ValueError(
+                f"forget set {forget.name!r} is {tuned_on[forget.positions]}, which methods were"
+                " tuned on: audit another one"
+            )
+    return {name: dict(known[name]["settings"]) for name in methods if name in known}
+
+
+def _tuned_before(run: Run) -> Json:
+    if not run.path.exists(TUNED):
+        return {}
+    try:
+        told = json.loads(run.path.read(TUNED))
+        if told["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {told['schema']}, this version reads {SCHEMA}")
+        return dict(told["methods"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"cannot read {run.path / TUNED}: {error}; remove it and run dmm tune again"
+        ) from error
+
+
+def _audit(run: Run, forget: ForgetSet, n_models: int, where: Json) -> Audit:
+    banks = [run.bank(forget, which, n_models, **where) for which in (0, 1)]
+    return Audit(run.task, forget, run.full, *banks)
+
+
+def _score(audit: Audit, method: UnlearningMethod, models: int, seed: int, device: str) -> float:
+    try:
+        after = unlearn_models(
+            method, audit.full, audit.task, audit.forget, count=models, seed=seed, device=device
+        )
+    except ValueError as error:
+        if "diverged" in str(error):
+            return float("inf")
+        raise
+    measure = "klom" if models >= FEWEST_MODELS else "gaussian_kl"
+    told = told_divergences(audit, after.outputs)[measure]
+    return float(np.mean([split["mean"] for split in told.values() if split["mean"] is not None]))

@@ -1,0 +1,107 @@
+"""What may be tuned of every method, and between which bounds."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+class Setting(ABC):
+    """A setting that is drawn at random."""
+
+    @abstractmethod
+    def draw(self, random: np.random.Generator) -> str:
+        """A value, as text."""
+
+
+@dataclass(frozen=True)
+class Between(Setting):
+    """A number, uniform in its logarithm.
+
+    Args:
+        low: the least, above 0.
+        high: the most.
+    """
+
+    low: float
+    high: float
+
+    def draw(self, random: np.random.Generator) -> str:
+        """Three significant digits."""
+        return f"{np.exp(random.uniform(np.log(self.low), np.log(self.high))):.3g}"
+
+
+@dataclass(frozen=True)
+class Among(Setting):
+    """One of some values, each as likely.
+
+    Args:
+        values: as text.
+    """
+
+    values: tuple[str, ...]
+
+    def draw(self, random: np.random.Generator) -> str:
+        """One of them."""
+        return str(random.choice(self.values))
+
+
+Space = Mapping[str, Setting]
+
+MATCHING: Space = {
+    "rate": Between(1e-3, 2e-2),
+    "forget_multiplier": Among(("1", "2", "3", "5")),
+    "retain_multiplier": Among(("1", "2", "4")),
+    "retain_extra": Among(("50", "100", "200", "400")),
+}
+EPOCHS = Among(("1", "2", "3", "5"))
+
+# The number of passes of matching is its cost, and stays what it is.
+SPACES: Mapping[str, Space] = {
+    "do_nothing": {},
+    "dmm": MATCHING,
+    "dmm_datamodel": MATCHING,
+    "dmm_newton": MATCHING,
+    "om": MATCHING,
+    "om_absolute": MATCHING,
+    "match_reference": MATCHING,
+    "match_untrained": MATCHING,
+    "dmm_pgu": {**MATCHING, "backend.gamma": Between(0.5, 0.999)},
+    "pgu": {
+        "rate": Between(1e-2, 0.3),
+        "gamma": Between(0.5, 0.999),
+        "entropy_weight": Between(0.05, 1),
+    },
+    "gradient_ascent": {"rate": Between(1e-4, 0.1), "epochs": EPOCHS},
+    "fine_tune": {"rate": Between(1e-3, 0.3), "epochs": EPOCHS},
+    "neggrad_plus": {
+        "rate": Between(1e-3, 0.2),
+        "alpha": Among(("0.8", "0.9", "0.95", "0.99", "0.999")),
+        "epochs": EPOCHS,
+    },
+    "ascent_descent": {
+        "rate": Between(1e-3, 0.2),
+        "forget_rate": Between(1e-3, 0.2),
+        "epochs": EPOCHS,
+        "forget_epochs": Among(("1", "2")),
+    },
+    "scrub": {
+        "rate": Between(1e-3, 0.05),
+        "epochs": Among(("3", "4", "6")),
+        "forget_epochs": Among(("1", "2")),
+        "alpha": Between(0.1, 2),
+        "gamma": Between(0.3, 3),
+    },
+    "ssd": {"selection": Between(1, 100), "dampening": Between(0.1, 2)},
+    "salun": {
+        "rate": Between(1e-4, 0.1),
+        "epochs": EPOCHS,
+        "share": Among(("0.1", "0.3", "0.5", "0.8")),
+    },
+    "bad_teacher": {
+        "rate": Between(1e-4, 0.1),
+        "epochs": EPOCHS,
+        "temperature": Among(("1", "2", "4")),
+    },
+}
