@@ -49,8 +49,9 @@ class Ending:
     @property
     def reason(self) -> str:
         """The status as a sentence, with its numbers."""
-        told = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return REASONS[self.status].format_map(told)
+        if self.status == "finished" and not self.steps:
+            return "the weights were changed at once, without steps"
+        return REASONS[self.status].format_map(asdict(self))
 
     def told(self) -> dict[str, Any]:
         """All of it as plain values."""

@@ -74,16 +74,19 @@ def retain_moments(moments: Moments, request: Request) -> State:
         By layer name, each [model, *moment_shape], float64.
     """
     inputs, _ = request.rows(request.forget.rows)
-    module = request.module
-    each = []
-    for i, (digest, carried) in enumerate(zip(request.digests, request.moments, strict=True)):
-        gone = input_moments(module, unstack(request.states, i), inputs)
-        if carried is None:
-            before = unstack(moments.layers([moments.find_digest(digest)]), 0)
-        else:
-            before = dict(carried)
-        each.append({name: before[name].to(request.device) - gone[name] for name in gone})
+    before, each = _before(moments, request), []
+    for i, held in enumerate(before):
+        gone = input_moments(request.module, unstack(request.states, i), inputs)
+        each.append({name: held[name].to(request.device) - gone[name] for name in gone})
     return stack(each)
+
+
+def _before(moments: Moments, request: Request) -> list[Mapping[str, Tensor]]:
+    """Moments of each model before this request: those it carries, or else the stored ones."""
+    new = [i for i, carried in enumerate(request.moments) if carried is None]
+    stored = moments.layers([moments.find_digest(request.digests[i]) for i in new]) if new else {}
+    own = {i: unstack(stored, place) for place, i in enumerate(new)}
+    return [own[i] if held is None else held for i, held in enumerate(request.moments)]
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,21 @@ def _set_table(name: str, block: Mapping[str, Any]) -> str:
                 _percent(told["cost_over_retrain"]),
             ]
         )
-    return _lines(header, rows)
+    return "\n".join([_lines(header, rows), *_endings(block["methods"])])
+
+
+def _endings(methods: Mapping[str, Any]) -> list[str]:
+    """A line for each method with a stopping rule."""
+    lines = []
+    for method, told in methods.items():
+        parts = [
+            f"{found['models']} {status} (kept after {found['kept']:.0f} of {found['steps']:.0f}"
+            f" steps, {found['reached']:.3f} reached, {found['reference']:.3f} wanted)"
+            for status, found in told.get("endings", {}).items()
+            if found["reached"] is not None
+        ]
+        lines += [f"{method} stopped: {', '.join(parts)}"] if parts else []
+    return lines
 
 
 def _distances(told: Mapping[str, Any], measure: str) -> list[str]:

@@ -105,6 +105,14 @@ def guarded(task, forget):
     return replace(task, train_data=closed[0], test_data=closed[1])
 
 
+def apart():
+    """Forget rows see the first feature alone, retain rows the second one; two classes."""
+    inputs = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 2.0]])
+    data = TensorDataset(inputs, torch.tensor([0, 1, 0, 1]))
+    return Task("apart", data, data, lambda: nn.Linear(2, 2, bias=False),
+                test_ids=list("abcd"))  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Fixed(Counterfactual):
     """Adds the same numbers to the outputs of every target, whatever is forgotten."""

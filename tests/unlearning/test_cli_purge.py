@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from attribution import load_model
 from attribution.purging.purge import Purged, purge
@@ -130,6 +131,22 @@ def test_verbs_go_on_without_the_rows(purged, call, words):
     assert (code, err) == (0, LEFT_OUT.format(purged))
     assert not any(row in out for row in SPEC.split(","))
     assert json.loads(out)
+
+
+def test_a_projected_request_goes_on_from_the_space_without_the_purged_rows(
+    whole, purged, call, tmp_path
+):
+    first, second = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    words = ("--method", "pgu", "--set", "epochs=2", "--out")
+    assert call("unlearn", "--run", whole, "--forget", SPEC, *words, first)[0] == 0
+    more = ("--forget", "person-001", "--checkpoint", first)
+    assert call("unlearn", "--run", purged, *more, *words, second)[0] == 0
+    run = opened(purged)
+    left = load_model(run.task, second, purged=run.purged).moments
+    inputs, _ = run.task.rows("train", [0, *range(2, len(run.task.train_ids))])
+    assert run.task.train_ids[1] == "person-001"
+    kept = inputs.double()
+    torch.testing.assert_close(left["0"], kept.T @ kept, rtol=1e-6, atol=1e-5)
 
 
 def test_a_purged_row_is_unknown_to_them(purged, call):

@@ -5,7 +5,8 @@ import pytest
 
 from tests.unlearning.cases import Fixed
 from unlearning.method import told_settings
-from unlearning.methods import METHODS, Evidence, build_method
+from unlearning.methods import METHODS, Evidence, build_method, settable
+from unlearning.projection import Gammas
 
 
 def nothing_given(*_):
@@ -168,3 +169,23 @@ def test_a_setting_of_another_type_is_refused(field, text, kind):
 def test_a_setting_outside_its_range_is_refused(ground, name, field, text, message):
     with pytest.raises(ValueError, match=message):
         build_method(name, ground.evidence(), {field: text})
+
+
+# What no setting of that annotation may be; a method that takes it has forgotten a check.
+NONSENSE = {
+    bool: ["maybe", ""],
+    int: ["-1", "2.5", "many"],
+    float: ["nan", "inf", "-1", "much"],
+    str: ["no such word", ""],
+    float | None: ["nan", "-1", "much"],
+    Gammas: ["0:nan", "0:0", "0=0.5", "0:much"],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_setting_of_any_method_takes_nonsense(ground, name):
+    given = ground.evidence()
+    for setting, kind in settable(build_method(name, given)).items():
+        for text in NONSENSE[kind]:
+            with pytest.raises(ValueError, match=r"\w"):
+                build_method(name, given, {setting: text})

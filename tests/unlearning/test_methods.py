@@ -1,6 +1,6 @@
 """The contract of every method of the table."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 
 import numpy as np
@@ -118,9 +118,27 @@ class TestContract:
         assert (result.gradient_evaluations == 0) == idle
         assert len(result.history) == (0 if idle else 2)
         assert result.seconds >= 0
+        assert (result.ending.steps == 0) == (case.name in DRAWS_NOTHING)
+        assert 0 <= result.ending.kept <= result.ending.steps
+        assert result.ending.reason
 
-    def test_the_same_seed_gives_the_same_bits(self, case):
+    def test_only_the_seed_counts_and_nothing_else_is_drawn(self, case):
+        torch.manual_seed(1234)
+        before = torch.get_rng_state()
         assert_same_bits(case.again(seed=0).model.state, case.result.model.state)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_moving_batchnorm_statistics_are_the_new_models_alone(self, case):
+        known = {f.name for f in fields(case.method)}
+        if "batchnorm" not in known or "1.running_mean" not in case.before:
+            return
+        # Sizes that leave no batch of one row, of which BatchNorm knows no variance.
+        sizes = dict.fromkeys({"batch_size", "forget_batch_size"} & known, 6)
+        moving = replace(case.method, batchnorm="update", **sizes)
+        result = moving(case.model, case.ground.task, case.ground.forget)
+        assert_same_bits(case.model.state, case.before)
+        for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
+            assert not torch.equal(result.model.state[name], case.before[name])
 
     def test_another_seed_gives_another_result(self, case):
         other = case.again(seed=1).model.state

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from attribution import BinaryCrossEntropy, ForgetSet, Model, SquaredError, Task
 from attribution.seeds import derive_seed, generator
-from tests.unlearning.cases import largest_difference, three_blobs
+from tests.unlearning.cases import apart, largest_difference, three_blobs
 from unlearning import (
     AscentDescent,
     BadTeacher,
@@ -231,14 +231,6 @@ class TestOneNumber:
         bad = float(self.task.new_model(derive_seed(0, "bad teacher")).bias.detach())
         expected = (2 * bad + 3 * 4.5) / 5
         assert bias_after(method, self.task, self.forget, 4.5) == pytest.approx(expected, rel=1e-5)
-
-
-def apart():
-    """Forget rows see the first feature alone, retain rows the second one; two classes."""
-    inputs = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 2.0]])
-    data = TensorDataset(inputs, torch.tensor([0, 1, 0, 1]))
-    return Task("apart", data, data, lambda: nn.Linear(2, 2, bias=False),
-                test_ids=list("abcd"))  # fmt: skip
 
 
 class TestWeightsOfTheirOwn:

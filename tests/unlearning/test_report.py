@@ -20,6 +20,7 @@ from tests.unlearning.evaluations import (
     text_of,
 )
 from unlearning.figures import SPREAD_BAND, method_colours, thumbnail
+from unlearning.tables import evaluation_table
 
 
 @pytest.fixture
@@ -125,6 +126,18 @@ def test_tables_hold_the_numbers(page: str) -> None:
     assert "43,110 gradient evaluations" in text
     assert "98 matched, 2 diverged" in text
     assert "train-17 forget 8 9.1 4.2 −3.9 –" in text
+
+
+def test_what_a_stopping_rule_reached_is_told(evaluation: dict[str, Any]) -> None:
+    told = {"models": 100, "steps": 18.2, "kept": 17.1, "reached": 0.98, "reference": 0.975}
+    evaluation["forget_sets"]["rand10"]["methods"]["pgu"] |= {
+        "status": {"crossed": 100}, "endings": {"crossed": told},
+    }  # fmt: skip
+    assert "100 crossed (kept after 17 steps, 0.980 reached)" in text_of(page_of(evaluation))
+    for block in evaluation["forget_sets"].values():
+        block["null"] |= {"shift": {"forget": 0.1}, "spread": {"forget": 1.0}}
+    line = "pgu stopped: 100 crossed (kept after 17 of 18 steps, 0.980 reached, 0.975 wanted)"
+    assert line in evaluation_table(evaluation).splitlines()
 
 
 def test_every_figure_is_well_formed_and_its_ids_are_its_own(page: str) -> None:

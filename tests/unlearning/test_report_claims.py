@@ -24,7 +24,7 @@ def text(methods, **block):
 @pytest.mark.parametrize(
     ("methods", "nearest"),
     [
-        (["om", "om_absolute", "do_nothing", "dmm", "pgu"], "PGU on few (0.50)."),
+        (["om", "om_absolute", "do_nothing", "dmm", "pgu"], "PGU with its own loss on few (0.50)."),
         (["om", "om_absolute", "do_nothing", "dmm"], "datamodel matching (dmm) on few (0.70)."),
         (["om_absolute", "dmm"], "datamodel matching (dmm) on few (0.70)."),
     ],

@@ -37,10 +37,14 @@ from unlearning.methods import METHODS, build_method
 GROUNDS = ["ground", "normalised_ground", "branching_ground"]
 WORKING = [name for name in METHODS if name != "do_nothing"]
 SHORT = {"rate": "0.01", "batch_size": "3"}
+FORGET_ROWS_ALONE = {"retain_multiplier": "0", "retain_extra": "0"}
 
 
 def short_of(name, ground):
     """The method with small steps of few rows, where it takes steps."""
+    if name in ("match_reference", "match_untrained"):
+        # Retain rows are right already: Adam would follow the rounding errors of their gradients.
+        return build_method(name, ground.evidence(), SHORT | FORGET_ROWS_ALONE)
     return build_method(name, ground.evidence(), {} if name == "ssd" else SHORT)
 
 

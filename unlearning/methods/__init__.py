@@ -111,17 +111,28 @@ def build_method(
     return replace(method, **changed)  # type: ignore[type-var]
 
 
-def _settable(holder: Any) -> dict[str, Any]:
-    """Annotations by name of the settings that can be given as text, the backend's with its."""
+def settable(holder: Any) -> dict[str, Any]:
+    """The settings of a method that can be given as text.
+
+    Args:
+        holder: a method.
+
+    Returns:
+        Annotations by name; those of a backend are called `backend.NAME`.
+
+    Example:
+        >>> list(settable(GradientAscent()))
+        ['epochs', 'rate', 'batch_size', 'batchnorm']
+    """
     found = {f.name: f.type for f in fields(holder) if f.type in READERS}
     backend = getattr(holder, "backend", None)
     if backend is not None:
-        found |= {f"backend.{name}": kind for name, kind in _settable(backend).items()}
+        found |= {f"backend.{name}": kind for name, kind in settable(backend).items()}
     return found
 
 
 def _parsed(method: UnlearningMethod, name: str, setting: str, text: str) -> Any:
-    known = _settable(method)
+    known = settable(method)
     if setting not in known:
         listed = ", ".join(known) or "none"
         raise ValueError(f"method {name!r} has no setting {setting!r}; it has: {listed}")
