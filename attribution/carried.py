@@ -28,7 +28,8 @@ def carried_path(path: str | os.PathLike[str]) -> Path:
         >>> carried_path("models/new.safetensors").name
         'new.moments.safetensors'
     """
-    return Path(path).with_suffix(SUFFIX)
+    # Any other ending is part of the name: "model.1" and "model.2" have moments of their own.
+    return Path(os.fspath(path).removesuffix(".safetensors") + SUFFIX)
 
 
 def save_carried(

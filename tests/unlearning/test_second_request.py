@@ -129,6 +129,13 @@ class TestFiles:
         assert not carried_path(tmp_path / "model.safetensors").exists()
         assert load_model(ground.task, tmp_path / "model.safetensors").moments is None
 
+    def test_names_that_differ_in_their_ending_alone_have_moments_of_their_own(
+        self, ground, first, tmp_path
+    ):
+        first.save(tmp_path / "model.1")
+        ground.full.model(1).save(tmp_path / "model.2")
+        assert_same_bits(dict(load_model(ground.task, tmp_path / "model.1").moments), first.moments)
+
     def test_a_model_that_is_one_layer_has_the_empty_name(self, ground, tmp_path):
         moments = {"": torch.eye(2, dtype=torch.float64)}
         replace(ground.full.model(0), moments=moments).save(tmp_path / "model.safetensors")
