@@ -108,7 +108,7 @@ def _descend(plan: Plan, request: Request, index: int | None) -> _Ended:
         if plan.training:  # one model, whose BatchNorm would count padding as rows
             weight, now = weight[now >= 0], now[now >= 0]
         batch = take(plan.inputs, now), take(plan.labels, now), weight, _targets(plan, chosen, now)
-        descent.step(Batch(*batch), float(rate))
+        _step(descent, Batch(*batch), float(rate), alone=plan.training and len(now) == 1)
     else:
         followed.finished(len(plan.rates))
     states, endings = followed.ended(len(plan.rates))
@@ -118,6 +118,18 @@ def _descend(plan: Plan, request: Request, index: int | None) -> _Ended:
         for i, ending in enumerate(endings)
     ]
     return _Ended(states, endings, tuple(evaluations))
+
+
+def _step(descent: Descent, batch: Batch, rate: float, *, alone: bool) -> None:
+    try:
+        descent.step(batch, rate)
+    except ValueError as error:
+        if not alone:
+            raise
+        raise ValueError(
+            "a step has one row only, from which BatchNorm can take no statistics: choose a batch"
+            " size that leaves no single row over, or batchnorm 'frozen'"
+        ) from error
 
 
 def _targets(plan: Plan, chosen: slice | int, now: Tensor) -> Tensor:
