@@ -18,6 +18,7 @@ from attribution.newton import GroupNewton
 from attribution.oracle import Oracle
 from attribution.purging.journal import refuse_unfinished
 from attribution.purging.tombstones import read_tombstones, task_left
+from attribution.purging.turns import writers_turn
 from attribution.run_calibration import RunCalibration
 from attribution.subsets import draw_subsets
 from attribution.task import Task
@@ -142,7 +143,8 @@ class Run:
         """TRAK scores as a linear datamodel; computed from the features the first time."""
         if taken_out(self.trak_path / "scores"):  # they were made before rows were purged
             return LinearDatamodel.from_scores(TrakScores.open(self.trak_path))
-        scores = fit_trak(self.features, self.trak_path, damping=self.trak_damping)
+        with writers_turn(self.path):
+            scores = fit_trak(self.features, self.trak_path, damping=self.trak_damping)
         return LinearDatamodel.from_scores(scores)
 
     @property
@@ -261,15 +263,16 @@ class Run:
             without=forget,
         )
         name = ("audit" if which == 0 else "targets") + ("-weights" if weights else "")
-        return train_models(
-            self.task,
-            subsets,
-            self.path / "oracles" / f"{folder}-{models}" / name,
-            keep="weights" if weights else "outputs",
-            device=device,
-            workers=workers,
-            scheduler=scheduler,
-        )
+        with writers_turn(self.path):
+            return train_models(
+                self.task,
+                subsets,
+                self.path / "oracles" / f"{folder}-{models}" / name,
+                keep="weights" if weights else "outputs",
+                device=device,
+                workers=workers,
+                scheduler=scheduler,
+            )
 
     def oracle(self, forget: ForgetSet, models: int, **where: Any) -> Oracle:
         """The oracle of a forget set; its bank is not the audit's."""

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
@@ -180,6 +181,11 @@ class Bucket(Place):
         for name in names[-1:]:
             copy(name)
         self.clear()
+
+    def locked(self, *, alone: bool) -> AbstractContextManager[None]:
+        """Do nothing: a service has no locks."""
+        del alone
+        return nullcontext()
 
     def sync(self, names: Sequence[str]) -> None:
         """Do nothing: what the service has taken is safe."""

@@ -14,6 +14,7 @@ from zarr.codecs import BloscCodec
 
 from stores.places import Place
 from stores.schema import AXES, SCHEMA_PREFIX, SCHEMA_VERSION, Json, StoreSpec, check_name
+from stores.watching import refuse_changes
 from stores.wholes import whole_checksums
 
 
@@ -49,6 +50,7 @@ def create_group(
     _check_constants(spec, constants)
     check_ids(spec, ids)
     aside = place.parent / f"{place.name}.{uuid.uuid4().hex}.tmp"
+    refuse_changes()
     try:
         _write(aside, spec, attributes, constants, ids)
         # A store is there as a whole or not at all, even if this process is killed.

@@ -7,7 +7,7 @@ import pathlib
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import final
 
@@ -15,6 +15,7 @@ import numpy as np
 from zarr.storage import LocalStore
 
 from stores.handles import close_files, opened_files
+from stores.locks import lock_file
 from stores.places import Place, Ranges
 
 
@@ -125,6 +126,14 @@ class Folder(Place):
         close_files(self.url)
         os.makedirs(os.path.dirname(to.url), exist_ok=True)
         os.rename(self.url, to.url)
+
+    @contextmanager
+    def locked(self, *, alone: bool) -> Iterator[None]:
+        """Lock the folder itself, so that no file is left behind."""
+        with ExitStack() as stack:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                lock_file(stack.enter_context(_opened(self.url)), alone=alone)
+            yield
 
     def sync(self, names: Sequence[str]) -> None:
         """Flush files and the folders that hold them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -158,6 +159,20 @@ class Place(ABC):
 
         Raises:
             OSError: It cannot be written, or files that differ are there already.
+        """
+
+    @abstractmethod
+    def locked(self, *, alone: bool) -> AbstractContextManager[None]:
+        """Give a context in which nobody is alone here, or this one is; it never waits.
+
+        The lock ends with its process. Where nothing can be locked, as in a bucket, or nothing is
+        there, everyone has it.
+
+        Args:
+            alone: Whether nobody else may have the lock at the same time.
+
+        Raises:
+            BlockingIOError: Another one has it, on entering.
         """
 
     @abstractmethod

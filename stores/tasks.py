@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, final
 from distributed import Client, Future, KilledWorker, Worker, as_completed
 
 from stores.progress import Progress
-from stores.sent import TOPIC, Report, SentWork, Work, attempt_sent
+from stores.sent import TOPIC, BlockFailed, Report, SentWork, Work, attempt_sent
 
 Outcome: TypeAlias = tuple[int, BaseException | None]
 """A block and its last error, if it failed."""
@@ -99,11 +99,31 @@ class Tasks:
         del futures
         for future in self._completed:
             error = future.exception()
-            refusal = None if error else future.result()
+            hopeless = None if error else future.result()
             future.release()
-            if refusal is not None:
-                raise refusal
-            yield places[future.key], error
+            yield places[future.key], error or failure(hopeless)
+
+
+def failure(hopeless: Exception | None) -> Exception | None:
+    """Give the error of a block that has failed for good, and raise what means bad input.
+
+    Args:
+        hopeless: What `attempt` gave.
+
+    Returns:
+        A BlockFailed, or None.
+
+    Raises:
+        ValueError: It is one.
+        TypeError: It is one.
+
+    Example:
+        >>> failure(BlockFailed("model 3 diverged"))
+        BlockFailed('model 3 diverged')
+    """
+    if hopeless is not None and not isinstance(hopeless, BlockFailed):
+        raise hopeless
+    return hopeless
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import zarr
 from stores.blocks import mark_file, object_files, region
 from stores.places import Place
 from stores.schema import StoreSpec
+from stores.watching import refuse_changes
 
 
 class BlockDone(ValueError):
@@ -161,7 +162,8 @@ def writing(place: Place, spec: StoreSpec, block: int) -> Iterator[BlockWriter]:
         The writer.
 
     Raises:
-        ValueError: There is no such block, it is done already, or a part is missing at the end.
+        ValueError: There is no such block, it is done already, a part is missing at the end, or a
+            watched file has changed.
     """
     spec.span(block)
     if place.exists(mark_file(block)):
@@ -169,11 +171,13 @@ def writing(place: Place, spec: StoreSpec, block: int) -> Iterator[BlockWriter]:
             f"block {block} of {place} is done already and blocks are write-once; "
             "write pending() blocks only, or discard() it first"
         )
+    refuse_changes()
     writer = BlockWriter(spec, block, {name: _writable(place, name) for name in spec.arrays})
     yield writer
     mark = writer.mark()
     if durable():
         place.sync([file for name in spec.arrays for file in object_files(spec, name, block)])
+    refuse_changes()
     _writable(place, "done")[block] = mark
     if durable():
         place.sync([mark_file(block)])

@@ -198,6 +198,14 @@ class PlaceTests:
         assert again == empty
         assert again.read("a") == b"123"
 
+    def test_any_number_may_lock_what_nobody_has_alone(self, empty):
+        with empty.locked(alone=False), empty.locked(alone=True):
+            empty.write("a", b"1")  # nothing was there that could be locked
+        with empty.locked(alone=False), empty.locked(alone=False):
+            assert empty.walk() == ["a"]
+        with empty.locked(alone=True):
+            assert empty.walk() == ["a"]
+
     def test_syncing(self, empty):
         empty.write("a", b"123")
         empty.sync(["a"])
