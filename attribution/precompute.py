@@ -27,7 +27,7 @@ from attribution.run_calibration import RunCalibration
 from attribution.subsets import Subsets, draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task, task_place
-from stores import Store, Where, place, taken_out
+from stores import Place, Store, Where, name_blocks, place, taken_out
 
 FEWEST_MODELS = 10  # that a datamodel is fitted to
 RESIDUAL_MODELS = 150  # at most; group Newton takes about a second of one core for each on digits
@@ -108,7 +108,7 @@ def _fill(
     full = train_models(run.task, full_subsets, run.path / "full", keep="weights", **where)
     ensemble = train_models(run.task, subsets, run.path / f"ensemble-{settings.subsets}", **where)
     to = run.path / f"datamodel-{settings.subsets}"
-    if not taken_out(to):  # otherwise it was fitted before rows were purged
+    if not _made_before(to, remove=[to]):
         method = REGRESSIONS[settings.datamodel]()
         fit_datamodels(ensemble, anchor=full, to=to, method=method, seed=seed, **at)
     compute_moments(full, run.path / "moments", **at)
@@ -238,8 +238,26 @@ def calibrate_run(
 
 def _calibrated_before(run: Run) -> bool:
     """Whether the calibration was fitted on these checkpoints before rows were purged."""
-    changes = run.path / "calibration" / f"newton-{len(run.features)}" / "changes"
-    return run.path.exists(CALIBRATION) and taken_out(changes) is not None
+    folder = run.path / "calibration" / f"newton-{len(run.features)}"
+    # The weights were fitted to all of it together.
+    residual = run.path / "calibration" / "residual"
+    whole = [run.path / CALIBRATION, folder, residual, run.residual_path]
+    for part in (folder / "choice", run.residual_path):
+        _made_before(part, remove=whole)
+    return _made_before(folder / "changes", remove=whole) and run.path.exists(CALIBRATION)
+
+
+def _made_before(where: Place, *, remove: Sequence[Place]) -> bool:
+    """Whether a store was made before rows were purged; then no block of it can be made alone."""
+    if taken_out(where) is None:
+        return False
+    if pending := Store.open(where).pending():
+        raise ValueError(
+            f"{name_blocks(pending)} of {where} cannot be computed alone, as rows were purged since"
+            f" the others were: remove {', '.join(map(str, remove))}, and the same command makes"
+            " all of it anew from what is left"
+        )
+    return True
 
 
 def _fit_residual(run: Run, newton: GroupNewton, **at: Any) -> LinearDatamodel | None:

@@ -23,7 +23,7 @@ from attribution.run_calibration import RunCalibration
 from attribution.subsets import draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task
-from attribution.trak import TrakScores, fit_trak
+from attribution.trak import fit_trak, resume_trak
 from stores import Place, Provenance, Store, Where, check_provenance, digest, place, taken_out
 
 SCHEMA = 1
@@ -141,10 +141,11 @@ class Run:
     @cached_property
     def trak(self) -> LinearDatamodel:
         """TRAK scores as a linear datamodel; computed from the features the first time."""
-        if taken_out(self.trak_path / "scores"):  # they were made before rows were purged
-            return LinearDatamodel.from_scores(TrakScores.open(self.trak_path))
         with writers_turn(self.path):
-            scores = fit_trak(self.features, self.trak_path, damping=self.trak_damping)
+            if taken_out(self.trak_path / "scores"):  # they were made before rows were purged
+                scores = resume_trak(self.features, self.trak_path)
+            else:
+                scores = fit_trak(self.features, self.trak_path, damping=self.trak_damping)
         return LinearDatamodel.from_scores(scores)
 
     @property
