@@ -182,7 +182,7 @@ def _stopping(client: Client, tasks: Tasks) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        stop(client, tasks.waiting(), tasks.running)
+        stop(client, tasks.waiting(), tasks.name)
         raise
 
 

@@ -90,16 +90,12 @@ class Report:
     Args:
         name: Of the call.
         block: Number of the block.
-        worker: Address of the worker.
-        nanny: Whether a nanny would restart the worker.
         event: "begins", "advances" or "ends".
         share: Of the block, done since the last report.
     """
 
     name: str
     block: int
-    worker: str
-    nanny: bool
     event: str
     share: float
 
@@ -154,7 +150,6 @@ class _Reporting:
             self.send("advances")
 
     def send(self, event: str) -> None:
-        nanny = self.worker.nanny is not None
-        report = Report(self.name, self.block, self.worker.address, nanny, event, self.share)
+        report = Report(self.name, self.block, event, self.share)
         self.share = 0.0
         self.worker.log_event(TOPIC, asdict(report))

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from functools import partial
 from typing import Any, TypeAlias, final
 
@@ -35,7 +36,6 @@ class Tasks:
     def __init__(self, client: Client, name: str, progress: Progress, *, gpu: bool) -> None:
         """Start nothing yet."""
         self.client, self.name, self.progress = client, name, progress
-        self.running: dict[str, bool] = {}
         self._resources = {GPU: 1} if gpu and _declared(client, GPU) else None
         self._completed: as_completed | None = None
 
@@ -47,12 +47,10 @@ class Tasks:
         """
         if event[1].get("name") != self.name:
             return
-        report = Report(**event[1])  # type: ignore[arg-type]
+        # dask adds the worker's address.
+        report = Report(**{each.name: event[1][each.name] for each in fields(Report)})  # type: ignore[arg-type]
         if report.event == "begins":
-            self.running[report.worker] = report.nanny
             self.progress.begin(report.block)
-        elif report.event == "ends":
-            self.running.pop(report.worker, None)
         self.progress.add(report.block, report.share)
 
     def waiting(self) -> list[Future[Any]]:
