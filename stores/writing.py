@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import numpy as np
 import zarr
 
 from stores.blocks import mark_file, object_files, region
+from stores.durability import durable
 from stores.places import Place
 from stores.schema import StoreSpec
 from stores.watching import refuse_changes
@@ -181,20 +181,6 @@ def writing(place: Place, spec: StoreSpec, block: int) -> Iterator[BlockWriter]:
     _writable(place, "done")[block] = mark
     if durable():
         place.sync([mark_file(block)])
-
-
-def durable() -> bool:
-    """Whether blocks reach the disk before they are marked, so that they survive a loss of power.
-
-    Returns:
-        True where the environment variable DATAMODEL_MATCHING_DURABLE is 1; local workers inherit
-        it.
-
-    Example:
-        >>> durable()
-        False
-    """
-    return os.environ.get("DATAMODEL_MATCHING_DURABLE", "0") == "1"
 
 
 def _writable(place: Place, name: str) -> zarr.Array[Any]:
