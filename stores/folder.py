@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import pathlib
 import shutil
@@ -137,12 +138,39 @@ class Folder(Place):
         self._settle(self.url)
 
     @contextmanager
-    def locked(self, *, alone: bool) -> Iterator[None]:
+    def locked(self, *, alone: bool) -> Iterator[bool]:
         """Lock the folder itself, so that no file is left behind."""
+        real = False
         with ExitStack() as stack:
             with suppress(FileNotFoundError, NotADirectoryError):
-                lock_file(stack.enter_context(_opened(self.url)), alone=alone)
-            yield
+                real = lock_file(stack.enter_context(_opened(self.url)), alone=alone)
+            yield real
+
+    @contextmanager
+    def aside(self) -> Iterator[Place]:
+        """Make a folder and lock it, so that nobody takes it for one that was left."""
+        self._sweep()
+        with ExitStack() as stack:
+            made = self._locked_aside(stack)
+            stack.callback(made.clear)
+            yield made
+
+    def _locked_aside(self, stack: ExitStack) -> Folder:
+        while True:
+            made = Folder(f"{self.url}.{uuid.uuid4().hex}.tmp")
+            os.makedirs(made.url)
+            # Another process may have swept it before it was locked.
+            with suppress(BlockingIOError):
+                stack.enter_context(made.locked(alone=False))
+                if made.taken():
+                    return made
+
+    def _sweep(self) -> None:
+        for path in glob.glob(f"{glob.escape(self.url)}.{'[0-9a-f]' * 32}.tmp"):
+            left = Folder(path)
+            with suppress(BlockingIOError, FileNotFoundError), left.locked(alone=True) as real:
+                if real:
+                    left.clear()
 
     def sync(self, names: Sequence[str]) -> None:
         """Flush files and the folders that hold them, up to the one around this one."""

@@ -9,7 +9,7 @@ import fcntl
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 
 
-def lock_file(handle: int, *, alone: bool) -> None:
+def lock_file(handle: int, *, alone: bool) -> bool:
     """Lock an open file until it is closed, or its process dies; without waiting.
 
     On a file system without locks everyone has the lock.
@@ -18,6 +18,9 @@ def lock_file(handle: int, *, alone: bool) -> None:
         handle: Number of the open file, or of a folder.
         alone: Whether nobody else may have a lock on it; else only nobody who is alone.
 
+    Returns:
+        Whether the file system has locks.
+
     Raises:
         BlockingIOError: Another one has it.
 
@@ -25,9 +28,12 @@ def lock_file(handle: int, *, alone: bool) -> None:
         >>> import tempfile
         >>> with tempfile.TemporaryFile() as file:
         ...     lock_file(file.fileno(), alone=True)
+        True
     """
     try:
         fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+        return False
+    return True

@@ -162,7 +162,7 @@ class Place(ABC):
         """
 
     @abstractmethod
-    def locked(self, *, alone: bool) -> AbstractContextManager[None]:
+    def locked(self, *, alone: bool) -> AbstractContextManager[bool]:
         """Give a context in which nobody is alone here, or this one is; it never waits.
 
         The lock ends with its process. Where nothing can be locked, as in a bucket, or nothing is
@@ -173,6 +173,17 @@ class Place(ABC):
 
         Raises:
             BlockingIOError: Another one has it, on entering.
+
+        Returns:
+            A context that gives whether the lock is one.
+        """
+
+    @abstractmethod
+    def aside(self) -> AbstractContextManager[Place]:
+        """Give a context with a place beside this one to write to and then to move here.
+
+        What is left of it goes at the end, and first what killed processes left of theirs; in a
+        bucket nobody can tell these from others, and they stay.
         """
 
     @abstractmethod

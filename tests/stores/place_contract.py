@@ -206,6 +206,18 @@ class PlaceTests:
         with empty.locked(alone=True):
             assert empty.walk() == ["a"]
 
+    def test_what_is_written_aside_is_moved_or_goes(self, empty):
+        with empty.aside() as aside:
+            aside.write("a", b"1")
+            assert not empty.taken()
+            aside.move(empty)
+        assert empty.read("a") == b"1"
+        with empty.aside() as other:
+            other.write("a", b"2")
+        assert other.url != aside.url
+        assert other.walk() == []
+        assert empty.read("a") == b"1"
+
     def test_syncing(self, empty):
         empty.write("a", b"123")
         empty.sync(["a"])
