@@ -20,10 +20,12 @@ from attribution.subsets import Subsets
 from attribution.task import State, Task
 from attribution.training import threads, train_many, train_one
 from stores import (
+    BlockFailed,
     Store,
     Where,
     advance,
     in_turns,
+    name_blocks,
     run_blocks,
     taken_out,
 )
@@ -74,8 +76,9 @@ class Ensemble:
             )
         if store.pending():
             raise ValueError(
-                f"{store.path} is not finished: {len(store.pending())} blocks are pending;"
-                " run the command that makes it again, it resumes"
+                f"{store.path} is not finished: {name_blocks(store.pending())} of"
+                f" {store.spec.block} models each pending; run the command that makes it again, it"
+                " resumes"
             )
         return cls(task, store)
 
@@ -165,7 +168,11 @@ class _TrainBlock:
         subsets = [np.flatnonzero(mask) for mask in store.constant("mask")[span]]
         with threads(1):
             states = self._trained(subsets, range(span.start, span.stop))
+            self._refuse_diverged(span, [list(state.values()) for state in states])
+            for index, state in enumerate(states if not self.many else [], span.start):
+                check_state(self.task, state, f"model {index}, as trained,")
             arrays = {"outputs": self._outputs(states)}
+        self._refuse_diverged(span, [[torch.from_numpy(each)] for each in arrays["outputs"]])
         both = stack(states)
         arrays |= {name: both[key].numpy() for name, key in state_keys(store).items()}
         store.write_block(block, arrays)
@@ -177,12 +184,17 @@ class _TrainBlock:
                 self.task, subsets, self.seed, indices, device, recordings=self.recordings
             )
         if self.task.train is None:
-            states = train_many(self.task, subsets, self.seed, indices, device, many=False)
-        else:
-            states = self._trained_by_user(subsets, indices, device)
-        for index, state in zip(indices, states, strict=True):
-            check_state(self.task, state, f"model {index}, as trained,")
-        return states
+            return train_many(self.task, subsets, self.seed, indices, device, many=False)
+        return self._trained_by_user(subsets, indices, device)
+
+    def _refuse_diverged(self, span: slice, values: list[list[torch.Tensor]]) -> None:
+        whole = [all(bool(torch.isfinite(v).all()) for v in each) for each in values]
+        wrong = [str(span.start + i) for i, finite in enumerate(whole) if not finite]
+        if wrong:
+            raise BlockFailed(
+                f"training diverged: weights or outputs of model {', '.join(wrong)} are not finite;"
+                f" change how task {self.task.name!r} trains, say its learning rate"
+            )
 
     def _trained_by_user(
         self, subsets: list[Any], indices: range, device: torch.device
@@ -238,8 +250,9 @@ def train_models(
 
     Raises:
         ValueError: the task cannot train, the store was made from other data or another recipe,
-            a trained model does not fit or is not finite.
-        BlocksFailed: blocks failed repeatedly; what was finished is kept.
+            a trained model does not fit.
+        BlocksFailed: blocks failed repeatedly, or the training of a model in them diverged; what
+            was finished is kept.
 
     Example:
         >>> import tempfile

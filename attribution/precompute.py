@@ -19,14 +19,15 @@ from attribution.linear_datamodel import LinearDatamodel
 from attribution.model import Model, load_model
 from attribution.moments import compute_moments
 from attribution.newton import GroupNewton, calibrate, predicted_changes
-from attribution.purging.tombstones import task_left
+from attribution.purging.tombstones import purged_rows, read_tombstones, task_left
+from attribution.purging.turns import writers_turn
 from attribution.residual import models_like_requests, residual_models
 from attribution.run import CALIBRATION, SCHEMA, SETTINGS, Run, RunSettings, read_settings
 from attribution.run_calibration import RunCalibration
-from attribution.subsets import draw_subsets
+from attribution.subsets import Subsets, draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task, task_place
-from stores import Store, Where, place, taken_out
+from stores import Place, Store, Where, name_blocks, place, taken_out
 
 FEWEST_MODELS = 10  # that a datamodel is fitted to
 RESIDUAL_MODELS = 150  # at most; group Newton takes about a second of one core for each on digits
@@ -68,43 +69,61 @@ def precompute(
     Raises:
         ValueError: bad input, or a folder that holds a run with other settings or data.
     """
-    task = task_left(load_task(task_spec, outside=path), path)
-    spec = task_place(task_spec)
-    if checkpoints is None:
-        checkpoints = min(8, full_models)
-    settings = RunSettings(
-        spec, full_models, subset_models, design, seed, checkpoints, datamodel=datamodel
-    )
-    _check_numbers(settings)
-    # Drawing the subsets first refuses bad settings before anything is written.
-    full_subsets = draw_subsets(task, models=full_models, design="full", seed=seed + 1)
-    # Those of a run from which rows were purged are no longer what would be drawn.
-    subsets = subsets_left(place(path) / f"ensemble-{settings.subsets}") or draw_subsets(
-        task, models=subset_models, design=design, seed=seed
-    )
-    task.check()
-    projection = Projection(seed=seed)
-    if checkpoints:
-        _check_gradients(task, projection, "; --newton-checkpoints 0 makes a run without it")
-    _record(path, settings)
-    run = Run(place(path), settings, task)
-    at: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
-    where = at | {"device": device}
-    full = train_models(task, full_subsets, run.path / "full", keep="weights", **where)
-    ensemble = train_models(task, subsets, run.path / f"ensemble-{settings.subsets}", **where)
+    # A folder that is not there yet can be locked once it is made.
+    with writers_turn(path):
+        task = task_left(load_task(task_spec, outside=path), path)
+        settings = RunSettings(
+            task_place(task_spec),
+            full_models,
+            subset_models,
+            design,
+            seed,
+            min(8, full_models) if checkpoints is None else checkpoints,
+            datamodel=datamodel,
+        )
+        _check_numbers(settings)
+        # Drawing the subsets first refuses bad settings before anything is written.
+        full_subsets = draw_subsets(task, models=full_models, design="full", seed=seed + 1)
+        # Those of a run from which rows were purged are no longer what would be drawn.
+        subsets = subsets_left(place(path) / f"ensemble-{settings.subsets}") or draw_subsets(
+            task, models=subset_models, design=design, seed=seed
+        )
+        task.check()
+        if settings.checkpoints:
+            cure = "; --newton-checkpoints 0 makes a run without it"
+            _check_gradients(task, Projection(seed=seed), cure)
+        _record(path, settings)
+        run = Run(place(path), settings, task)
+        at: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
+        with writers_turn(path):
+            _refuse_purged(run)
+            _fill(run, full_subsets, subsets, at, at | {"device": device})
+    return run
+
+
+def _fill(
+    run: Run, full_subsets: Subsets, subsets: Subsets, at: dict[str, Any], where: dict[str, Any]
+) -> None:
+    settings, seed = run.settings, run.settings.seed
+    full = train_models(run.task, full_subsets, run.path / "full", keep="weights", **where)
+    ensemble = train_models(run.task, subsets, run.path / f"ensemble-{settings.subsets}", **where)
     to = run.path / f"datamodel-{settings.subsets}"
-    if not taken_out(to):  # otherwise it was fitted before rows were purged
-        method = REGRESSIONS[datamodel]()
+    if not _made_before(to, remove=[to]):
+        method = REGRESSIONS[settings.datamodel]()
         fit_datamodels(ensemble, anchor=full, to=to, method=method, seed=seed, **at)
     compute_moments(full, run.path / "moments", **at)
-    if checkpoints:
-        models = full.checkpoints(checkpoints)
-        featurize(task, models, run.path / "features", projection=projection, **where)
-    if checkpoints > 1 and not _calibrated_before(run):
+    if settings.checkpoints:
+        models, projection = full.checkpoints(settings.checkpoints), Projection(seed=seed)
+        featurize(run.task, models, run.path / "features", projection=projection, **where)
+    if settings.checkpoints > 1 and not _calibrated_before(run):
         calibrate_run(run, **where)
     # The stores took this task for theirs, so it may be found where it lies now.
-    _write_settings(path, settings)
-    return run
+    _write_settings(run.path, settings)
+
+
+def _refuse_purged(run: Run) -> None:
+    if purged_rows(run.task, read_tombstones(run.path)):
+        raise ValueError(f"rows were purged from {run.path} meanwhile: call this again")
 
 
 def precompute_checkpoints(
@@ -141,20 +160,25 @@ def precompute_checkpoints(
     """
     if not files:
         raise ValueError("expected at least one checkpoint, got none")
-    task = task_left(load_task(task_spec, outside=path), path)
-    names = tuple(os.path.basename(os.fspath(file)) for file in files)
-    settings = RunSettings(task_place(task_spec), 0, 0, "none", seed, len(files), names, damping)
-    models = [load_model(task, file) for file in files]
-    _check_damping(task, damping)
-    _check_checkpoints(models, names)
-    task.check()
-    projection = Projection(seed=seed)
-    _check_gradients(task, projection, "")
-    _record(path, settings)
-    run = Run(place(path), settings, task)
-    where: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler}
-    featurize(task, models, run.path / "features", projection=projection, **where)
-    _write_settings(path, settings)
+    with writers_turn(path):
+        task = task_left(load_task(task_spec, outside=path), path)
+        names = tuple(os.path.basename(os.fspath(file)) for file in files)
+        settings = RunSettings(
+            task_place(task_spec), 0, 0, "none", seed, len(files), names, damping
+        )
+        models = [load_model(task, file) for file in files]
+        _check_damping(task, damping)
+        _check_checkpoints(models, names)
+        task.check()
+        projection = Projection(seed=seed)
+        _check_gradients(task, projection, "")
+        _record(path, settings)
+        run = Run(place(path), settings, task)
+        where: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler}
+        with writers_turn(path):
+            _refuse_purged(run)
+            featurize(task, models, run.path / "features", projection=projection, **where)
+            _write_settings(path, settings)
     return run
 
 
@@ -214,8 +238,26 @@ def calibrate_run(
 
 def _calibrated_before(run: Run) -> bool:
     """Whether the calibration was fitted on these checkpoints before rows were purged."""
-    changes = run.path / "calibration" / f"newton-{len(run.features)}" / "changes"
-    return run.path.exists(CALIBRATION) and taken_out(changes) is not None
+    folder = run.path / "calibration" / f"newton-{len(run.features)}"
+    # The weights were fitted to all of it together.
+    residual = run.path / "calibration" / "residual"
+    whole = [run.path / CALIBRATION, folder, residual, run.residual_path]
+    for part in (folder / "choice", run.residual_path):
+        _made_before(part, remove=whole)
+    return _made_before(folder / "changes", remove=whole) and run.path.exists(CALIBRATION)
+
+
+def _made_before(where: Place, *, remove: Sequence[Place]) -> bool:
+    """Whether a store was made before rows were purged; then no block of it can be made alone."""
+    if taken_out(where) is None:
+        return False
+    if pending := Store.open(where).pending():
+        raise ValueError(
+            f"{name_blocks(pending)} of {where} cannot be computed alone, as rows were purged since"
+            f" the others were: remove {', '.join(map(str, remove))}, and the same command makes"
+            " all of it anew from what is left"
+        )
+    return True
 
 
 def _fit_residual(run: Run, newton: GroupNewton, **at: Any) -> LinearDatamodel | None:

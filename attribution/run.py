@@ -18,11 +18,12 @@ from attribution.newton import GroupNewton
 from attribution.oracle import Oracle
 from attribution.purging.journal import refuse_unfinished
 from attribution.purging.tombstones import read_tombstones, task_left
+from attribution.purging.turns import writers_turn
 from attribution.run_calibration import RunCalibration
 from attribution.subsets import draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task
-from attribution.trak import TrakScores, fit_trak
+from attribution.trak import fit_trak, resume_trak
 from stores import Place, Provenance, Store, Where, check_provenance, digest, place, taken_out
 
 SCHEMA = 1
@@ -140,9 +141,11 @@ class Run:
     @cached_property
     def trak(self) -> LinearDatamodel:
         """TRAK scores as a linear datamodel; computed from the features the first time."""
-        if taken_out(self.trak_path / "scores"):  # they were made before rows were purged
-            return LinearDatamodel.from_scores(TrakScores.open(self.trak_path))
-        scores = fit_trak(self.features, self.trak_path, damping=self.trak_damping)
+        with writers_turn(self.path):
+            if taken_out(self.trak_path / "scores"):  # they were made before rows were purged
+                scores = resume_trak(self.features, self.trak_path)
+            else:
+                scores = fit_trak(self.features, self.trak_path, damping=self.trak_damping)
         return LinearDatamodel.from_scores(scores)
 
     @property
@@ -261,15 +264,16 @@ class Run:
             without=forget,
         )
         name = ("audit" if which == 0 else "targets") + ("-weights" if weights else "")
-        return train_models(
-            self.task,
-            subsets,
-            self.path / "oracles" / f"{folder}-{models}" / name,
-            keep="weights" if weights else "outputs",
-            device=device,
-            workers=workers,
-            scheduler=scheduler,
-        )
+        with writers_turn(self.path):
+            return train_models(
+                self.task,
+                subsets,
+                self.path / "oracles" / f"{folder}-{models}" / name,
+                keep="weights" if weights else "outputs",
+                device=device,
+                workers=workers,
+                scheduler=scheduler,
+            )
 
     def oracle(self, forget: ForgetSet, models: int, **where: Any) -> Oracle:
         """The oracle of a forget set; its bank is not the audit's."""

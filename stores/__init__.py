@@ -1,6 +1,7 @@
 """Arrays on disk: blocks written once, read lazily or row by row, computed by workers."""
 
 from stores.advance import BlockCancelled, advance
+from stores.blocks import name_blocks
 from stores.jobs import BlocksFailed, pickle_by_value, run_blocks
 from stores.layout import score_block
 from stores.places import Place, Where, place, read_file, write_file
@@ -8,9 +9,11 @@ from stores.provenance import Provenance, check_provenance, digest, versions
 from stores.removal import Remains, take_rows_out, taken_out
 from stores.rows import column, gather, mapped, total
 from stores.schema import ArraySpec, StoreSpec
+from stores.sent import BlockFailed
 from stores.store import Store
 from stores.turns import in_turns
 from stores.verification import damaged_constants
+from stores.watching import refuse_changes, watch, watching
 from stores.writing import BlockDone, BlockWriter
 
 __all__ = [
@@ -28,11 +31,15 @@ __all__ = [
     "place",
     "read_file",
     "write_file",
+    "watch",
+    "watching",
+    "refuse_changes",
     # Arrays on disk
     "Store",
     "BlockDone",
     "BlockWriter",
     "damaged_constants",
+    "name_blocks",
     "column",
     "gather",
     "mapped",
@@ -46,6 +53,7 @@ __all__ = [
     "in_turns",
     "advance",
     "BlockCancelled",
+    "BlockFailed",
     "BlocksFailed",
     "pickle_by_value",
 ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import uuid
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
@@ -180,6 +182,20 @@ class Bucket(Place):
         for name in names[-1:]:
             copy(name)
         self.clear()
+
+    def locked(self, *, alone: bool) -> AbstractContextManager[bool]:
+        """Do nothing: a service has no locks."""
+        del alone
+        return nullcontext(False)
+
+    @contextmanager
+    def aside(self) -> Iterator[Place]:
+        """Give a prefix of another name."""
+        made = Bucket(f"{self.url}.{uuid.uuid4().hex}.tmp")
+        try:
+            yield made
+        finally:
+            made.clear()
 
     def sync(self, names: Sequence[str]) -> None:
         """Do nothing: what the service has taken is safe."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from zarr.codecs import BloscCodec
 
 from stores.places import Place
 from stores.schema import AXES, SCHEMA_PREFIX, SCHEMA_VERSION, Json, StoreSpec, check_name
+from stores.watching import refuse_changes
 from stores.wholes import whole_checksums
 
 
@@ -48,15 +48,14 @@ def create_group(
         raise ValueError(f"{place} exists already; open it, or give another folder")
     _check_constants(spec, constants)
     check_ids(spec, ids)
-    aside = place.parent / f"{place.name}.{uuid.uuid4().hex}.tmp"
+    refuse_changes()
     try:
-        _write(aside, spec, attributes, constants, ids)
-        # A store is there as a whole or not at all, even if this process is killed.
-        aside.move(place)
+        with place.aside() as aside:
+            _write(aside, spec, attributes, constants, ids)
+            # A store is there as a whole or not at all, even if this process is killed.
+            aside.move(place)
     except OSError as error:
         raise ValueError(f"cannot write {place}: {error}; give a folder you may write") from error
-    finally:
-        aside.clear()
 
 
 def check_ids(spec: StoreSpec, ids: Mapping[str, Sequence[str]]) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import pathlib
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import final
 
 import numpy as np
 from zarr.storage import LocalStore
 
+from stores.durability import durable
 from stores.handles import close_files, opened_files
+from stores.locks import lock_file
 from stores.places import Place, Ranges
 
 
@@ -85,6 +88,7 @@ class Folder(Place):
         path = self._path(name)
         with _written_aside(path, content) as aside:
             os.replace(aside, path)
+        self._settle(path)
 
     def create(self, name: str, content: bytes) -> None:
         """Write a file under another name, then give it its own, which must be free."""
@@ -92,10 +96,12 @@ class Folder(Place):
         with _written_aside(path, content) as aside:
             # Renaming would replace a file, and opening a new one would show it half written.
             os.link(aside, path)
+        self._settle(path)
 
     def remove(self, name: str) -> None:
         """Remove a file."""
         os.remove(self._path(name))
+        self._settle(self._path(name))
 
     def names(self, folder: str = "") -> list[str]:
         """Names of the files directly in a folder below."""
@@ -119,23 +125,72 @@ class Folder(Place):
         close_files(self.url)
         if self.taken():
             shutil.rmtree(self.url)
+            self._settle(self.url)
 
     def move(self, to: Place) -> None:
         """Rename the folder."""
         close_files(self.url)
+        if durable():
+            self.sync(self.walk())
         os.makedirs(os.path.dirname(to.url), exist_ok=True)
         os.rename(self.url, to.url)
+        Folder(to.url)._settle(to.url)
+        self._settle(self.url)
+
+    @contextmanager
+    def locked(self, *, alone: bool) -> Iterator[bool]:
+        """Lock the folder itself, so that no file is left behind."""
+        real = False
+        with ExitStack() as stack:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                real = lock_file(stack.enter_context(_opened(self.url)), alone=alone)
+            yield real
+
+    @contextmanager
+    def aside(self) -> Iterator[Place]:
+        """Make a folder and lock it, so that nobody takes it for one that was left."""
+        self._sweep()
+        with ExitStack() as stack:
+            made = self._locked_aside(stack)
+            stack.callback(made.clear)
+            yield made
+
+    def _locked_aside(self, stack: ExitStack) -> Folder:
+        while True:
+            made = Folder(f"{self.url}.{uuid.uuid4().hex}.tmp")
+            os.makedirs(made.url)
+            # Another process may have swept it before it was locked.
+            with suppress(BlockingIOError):
+                stack.enter_context(made.locked(alone=False))
+                if made.taken():
+                    return made
+
+    def _sweep(self) -> None:
+        for path in glob.glob(f"{glob.escape(self.url)}.{'[0-9a-f]' * 32}.tmp"):
+            left = Folder(path)
+            with suppress(BlockingIOError, FileNotFoundError), left.locked(alone=True) as real:
+                if real:
+                    left.clear()
 
     def sync(self, names: Sequence[str]) -> None:
-        """Flush files and the folders that hold them."""
+        """Flush files and the folders that hold them, up to the one around this one."""
         paths = [self._path(name) for name in names]
-        for path in dict.fromkeys([*paths, *map(os.path.dirname, paths)]):
-            with _opened(path) as handle:
-                os.fsync(handle)
+        _flush([*paths, *(folder for path in paths for folder in self._folders(path))])
 
     def zarr(self) -> LocalStore:
         """The folder as zarr sees it."""
         return LocalStore(self.url)
+
+    def _settle(self, path: str) -> None:
+        """Waits until the disk knows under which names there are files, if that is asked for."""
+        if durable():
+            _flush(self._folders(path))
+
+    def _folders(self, path: str) -> list[str]:
+        found = [os.path.dirname(path)]
+        while found[-1].startswith(self.url):
+            found.append(os.path.dirname(found[-1]))
+        return found
 
     def _path(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url
@@ -147,9 +202,17 @@ def _written_aside(path: str, content: bytes) -> Iterator[str]:
     aside = f"{path}.{uuid.uuid4().hex}.partial"
     try:
         pathlib.Path(aside).write_bytes(content)
+        if durable():
+            _flush([aside])
         yield aside
     finally:
         pathlib.Path(aside).unlink(missing_ok=True)
+
+
+def _flush(paths: Sequence[str]) -> None:
+    for path in dict.fromkeys(paths):
+        with _opened(path) as handle:
+            os.fsync(handle)
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from distributed import Client, KilledWorker
 from stores.blocks import name_blocks
 from stores.cancelling import stop, terminating
 from stores.progress import Progress
-from stores.sent import Work, attempt
-from stores.tasks import Outcome, Tasks, sent
+from stores.sent import BlockFailed, Work, attempt
+from stores.tasks import Outcome, Tasks, failure, sent
+from stores.watching import watched_too
 from stores.workers import local_client, stop_local_workers
 
 
@@ -58,11 +59,11 @@ def run_blocks(
 ) -> None:
     """Run a function for each block, on worker processes or in this one.
 
-    A block whose function raises is tried again, and then set aside while the others go on. A
-    ValueError or TypeError means bad input: it stops the run and is raised as it is. Where the
-    call is interrupted, or ends by an error or SIGTERM, it stops what it started: local workers
-    are killed; on a scheduler, a block that calls `stores.advance` stops by itself, and the worker
-    of any other one is restarted.
+    A block whose function raises is tried again, and then set aside while the others go on; a
+    BlockFailed sets it aside at once. A ValueError or TypeError means bad input: it stops the run
+    and is raised as it is. Where the call is interrupted, or ends by an error or SIGTERM, it stops
+    what it started: local workers are killed; on a scheduler, a block that calls `stores.advance`
+    stops by itself, and the worker of any other one is restarted.
 
     Args:
         work: Computes and writes one block, given its number; it should keep its results in a
@@ -97,7 +98,7 @@ def run_blocks(
     failed: dict[int, str] = {}
     with (
         Progress(title, len(wanted)) as progress,
-        _outcomes(work, wanted, where, retries, progress) as outcomes,
+        _outcomes(watched_too(work), wanted, where, retries, progress) as outcomes,
     ):
         for block, error in outcomes:
             progress.finish(block)
@@ -181,7 +182,7 @@ def _stopping(client: Client, tasks: Tasks) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        stop(client, tasks.waiting(), tasks.running)
+        stop(client, tasks.waiting(), tasks.name)
         raise
 
 
@@ -199,18 +200,18 @@ def _tried(work: Work, block: int, retries: int, progress: Progress) -> Exceptio
     for attempted in range(retries + 1):
         progress.begin(block)
         try:
-            refusal = attempt(work, block, partial(progress.add, block))
+            hopeless = attempt(work, block, partial(progress.add, block))
         except Exception as error:
             if attempted == retries:
                 return error
         else:
             break
-    if refusal is not None:
-        raise refusal
-    return None
+    return failure(hopeless)
 
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, KilledWorker):
         return "KilledWorker: it killed its worker process each time (out of memory?)"
+    if isinstance(error, BlockFailed):
+        return str(error)
     return f"{type(error).__name__}: {error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -158,6 +159,31 @@ class Place(ABC):
 
         Raises:
             OSError: It cannot be written, or files that differ are there already.
+        """
+
+    @abstractmethod
+    def locked(self, *, alone: bool) -> AbstractContextManager[bool]:
+        """Give a context in which nobody is alone here, or this one is; it never waits.
+
+        The lock ends with its process. Where nothing can be locked, as in a bucket, or nothing is
+        there, everyone has it.
+
+        Args:
+            alone: Whether nobody else may have the lock at the same time.
+
+        Raises:
+            BlockingIOError: Another one has it, on entering.
+
+        Returns:
+            A context that gives whether the lock is one.
+        """
+
+    @abstractmethod
+    def aside(self) -> AbstractContextManager[Place]:
+        """Give a context with a place beside this one to write to and then to move here.
+
+        What is left of it goes at the end, and first what killed processes left of theirs; in a
+        bucket nobody can tell these from others, and they stay.
         """
 
     @abstractmethod

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from stores.blocks import refuse_unreadable
+from stores.durability import durable
 from stores.places import Place, Where, place
 from stores.provenance import Provenance
 from stores.schema import ArraySpec, Json, StoreSpec
 from stores.store import Store
 from stores.verification import sound
-from stores.writing import BlockWriter, durable
+from stores.writing import BlockWriter
 
 ASIDE = ".purged"
 _ROOT, _STAMP = "zarr.json", "purge"

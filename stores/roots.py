@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import zarr
 
+from stores.durability import durable
 from stores.places import Place
 from stores.schema import Json
 
@@ -49,6 +50,8 @@ def set_state(where: Place, state: str) -> None:
     """
     group = zarr.open_group(where.zarr(), mode="r+", use_consolidated=False)
     group.attrs["state"] = state
+    if durable():
+        where.sync(["zarr.json"])
 
 
 def refuse_rewritten(where: Place, opened: Mapping[str, Json]) -> None:

@@ -17,6 +17,18 @@ from stores.writing import BlockDone
 
 Work: TypeAlias = Callable[[int], None]
 
+
+class BlockFailed(RuntimeError):
+    """A work function raises it where a block cannot be computed, and never could be.
+
+    The block is not tried again; the others go on.
+
+    Example:
+        >>> BlockFailed("model 3 diverged").args
+        ('model 3 diverged',)
+    """
+
+
 TOPIC = "stores"  # of the workers' reports; one for all, as schedulers keep topics for ever
 _EVERY = 1.0  # seconds between two reports on a block
 
@@ -30,7 +42,8 @@ def attempt(work: Work, block: int, listener: Listener) -> Exception | None:
         listener: Is told how the work advances.
 
     Returns:
-        An error that means bad input, or None.
+        An error that trying again would not cure, or None: a BlockFailed, or one that means bad
+        input.
 
     Example:
         >>> attempt(print, 3, print)
@@ -42,6 +55,8 @@ def attempt(work: Work, block: int, listener: Listener) -> Exception | None:
     except BlockDone:
         # The worker was lost after it wrote the block and before it could say so.
         return None
+    except BlockFailed as error:
+        return error
     except (ValueError, TypeError) as error:
         error.add_note(f"raised for block {block}:\n{traceback.format_exc()}")
         return error
@@ -75,16 +90,12 @@ class Report:
     Args:
         name: Of the call.
         block: Number of the block.
-        worker: Address of the worker.
-        nanny: Whether a nanny would restart the worker.
         event: "begins", "advances" or "ends".
         share: Of the block, done since the last report.
     """
 
     name: str
     block: int
-    worker: str
-    nanny: bool
     event: str
     share: float
 
@@ -97,7 +108,7 @@ def attempt_sent(block: int, name: str) -> Exception | None:
         name: Of the call.
 
     Returns:
-        An error that means bad input, or None.
+        As `attempt`.
     """
     worker = get_worker()
     if worker.state.nthreads != 1:
@@ -139,7 +150,6 @@ class _Reporting:
             self.send("advances")
 
     def send(self, event: str) -> None:
-        nanny = self.worker.nanny is not None
-        report = Report(self.name, self.block, self.worker.address, nanny, event, self.share)
+        report = Report(self.name, self.block, event, self.share)
         self.share = 0.0
         self.worker.log_event(TOPIC, asdict(report))

@@ -6,13 +6,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from functools import partial
 from typing import Any, TypeAlias, final
 
 from distributed import Client, Future, KilledWorker, Worker, as_completed
 
 from stores.progress import Progress
-from stores.sent import TOPIC, Report, SentWork, Work, attempt_sent
+from stores.sent import TOPIC, BlockFailed, Report, SentWork, Work, attempt_sent
 
 Outcome: TypeAlias = tuple[int, BaseException | None]
 """A block and its last error, if it failed."""
@@ -35,7 +36,6 @@ class Tasks:
     def __init__(self, client: Client, name: str, progress: Progress, *, gpu: bool) -> None:
         """Start nothing yet."""
         self.client, self.name, self.progress = client, name, progress
-        self.running: dict[str, bool] = {}
         self._resources = {GPU: 1} if gpu and _declared(client, GPU) else None
         self._completed: as_completed | None = None
 
@@ -47,12 +47,10 @@ class Tasks:
         """
         if event[1].get("name") != self.name:
             return
-        report = Report(**event[1])  # type: ignore[arg-type]
+        # dask adds the worker's address.
+        report = Report(**{each.name: event[1][each.name] for each in fields(Report)})  # type: ignore[arg-type]
         if report.event == "begins":
-            self.running[report.worker] = report.nanny
             self.progress.begin(report.block)
-        elif report.event == "ends":
-            self.running.pop(report.worker, None)
         self.progress.add(report.block, report.share)
 
     def waiting(self) -> list[Future[Any]]:
@@ -99,11 +97,31 @@ class Tasks:
         del futures
         for future in self._completed:
             error = future.exception()
-            refusal = None if error else future.result()
+            hopeless = None if error else future.result()
             future.release()
-            if refusal is not None:
-                raise refusal
-            yield places[future.key], error
+            yield places[future.key], error or failure(hopeless)
+
+
+def failure(hopeless: Exception | None) -> Exception | None:
+    """Give the error of a block that has failed for good, and raise what means bad input.
+
+    Args:
+        hopeless: What `attempt` gave.
+
+    Returns:
+        A BlockFailed, or None.
+
+    Raises:
+        ValueError: It is one.
+        TypeError: It is one.
+
+    Example:
+        >>> failure(BlockFailed("model 3 diverged"))
+        BlockFailed('model 3 diverged')
+    """
+    if hopeless is not None and not isinstance(hopeless, BlockFailed):
+        raise hopeless
+    return hopeless
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +10,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from stores.advance import advance
+from stores.blocks import mark_file
 from stores.folder import Folder
+from stores.locks import lock_file
 from stores.places import place
 from stores.store import Store
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _PATIENCE = 0.1  # seconds between two attempts to have the turn
 
 
@@ -103,14 +102,13 @@ def turn(path: str, block: int) -> Iterator[bool]:
 
 
 def _pending(path: str, block: int) -> bool:
-    return block not in Store.open(path).done()
+    # The one mark and no listing, which a bucket takes payment for.
+    return not place(path).exists(mark_file(block))
 
 
 def _taken(handle: BinaryIO) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, *_NO_LOCKS):
-            raise
-        return error.errno in _NO_LOCKS
+        lock_file(handle.fileno(), alone=True)
+    except BlockingIOError:
+        return False
     return True

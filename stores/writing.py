@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +12,10 @@ import numpy as np
 import zarr
 
 from stores.blocks import mark_file, object_files, region
+from stores.durability import durable
 from stores.places import Place
 from stores.schema import StoreSpec
+from stores.watching import refuse_changes
 
 
 class BlockDone(ValueError):
@@ -161,7 +162,8 @@ def writing(place: Place, spec: StoreSpec, block: int) -> Iterator[BlockWriter]:
         The writer.
 
     Raises:
-        ValueError: There is no such block, it is done already, or a part is missing at the end.
+        ValueError: There is no such block, it is done already, a part is missing at the end, or a
+            watched file has changed.
     """
     spec.span(block)
     if place.exists(mark_file(block)):
@@ -169,28 +171,16 @@ def writing(place: Place, spec: StoreSpec, block: int) -> Iterator[BlockWriter]:
             f"block {block} of {place} is done already and blocks are write-once; "
             "write pending() blocks only, or discard() it first"
         )
+    refuse_changes()
     writer = BlockWriter(spec, block, {name: _writable(place, name) for name in spec.arrays})
     yield writer
     mark = writer.mark()
     if durable():
         place.sync([file for name in spec.arrays for file in object_files(spec, name, block)])
+    refuse_changes()
     _writable(place, "done")[block] = mark
     if durable():
         place.sync([mark_file(block)])
-
-
-def durable() -> bool:
-    """Whether blocks reach the disk before they are marked, so that they survive a loss of power.
-
-    Returns:
-        True where the environment variable DATAMODEL_MATCHING_DURABLE is 1; local workers inherit
-        it.
-
-    Example:
-        >>> durable()
-        False
-    """
-    return os.environ.get("DATAMODEL_MATCHING_DURABLE", "0") == "1"
 
 
 def _writable(place: Place, name: str) -> zarr.Array[Any]:

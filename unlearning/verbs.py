@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import wraps
 from typing import Any, TypeAlias
 
 from attribution import Model, load_model, parse_forget
@@ -14,8 +15,8 @@ from attribution.prediction_files import (
     check_writable,
     write_prediction,
 )
-from attribution.purging.journal import refuse_unfinished
 from attribution.purging.purge import purge
+from attribution.purging.turns import writers_turn
 from attribution.run import Run, read_settings
 from stores import damaged_constants, place
 from unlearning.evaluation import evaluate_methods, plain
@@ -249,7 +250,6 @@ def _purge(options: argparse.Namespace) -> Told:
 
 
 def _report(options: argparse.Namespace) -> Told:
-    refuse_unfinished(options.run)
     evaluation, out = read_evaluation(options.run), options.out or beside(options.run, REPORT)
     check_writable(out)
     images = (
@@ -282,14 +282,25 @@ def _settings(pairs: Sequence[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
+def _in_turn(verb: Callable[[argparse.Namespace], Told]) -> Callable[[argparse.Namespace], Told]:
+    """The verb, while no rows are purged: what it reads may have to be written first."""
+
+    @wraps(verb)
+    def call(options: argparse.Namespace) -> Told:
+        with writers_turn(options.run):
+            return verb(options)
+
+    return call
+
+
 VERBS: dict[str, Callable[[argparse.Namespace], Told]] = {
     "precompute": _precompute,
-    "predict": _predict,
-    "explain": _explain,
-    "unlearn": _unlearn,
-    "evaluate": _evaluate,
-    "tune": _tune,
-    "status": _status,
+    "predict": _in_turn(_predict),
+    "explain": _in_turn(_explain),
+    "unlearn": _in_turn(_unlearn),
+    "evaluate": _in_turn(_evaluate),
+    "tune": _in_turn(_tune),
+    "status": _in_turn(_status),
     "purge": _purge,
-    "report": _report,
+    "report": _in_turn(_report),
 }

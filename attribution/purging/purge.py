@@ -21,6 +21,7 @@ from attribution.purging.tombstones import (
     read_tombstones,
     write_tombstones,
 )
+from attribution.purging.turns import purgers_turn
 from attribution.retained import retained_task
 from attribution.run import Run, read_settings
 from attribution.task import Task
@@ -74,8 +75,8 @@ def purge(path: Where, forget: str | None = None) -> Purged:
 
     Raises:
         ValueError: no run, unknown ids or all of them, a store that cannot be purged, other rows
-            than those of an interrupted purge, another purge at the same time, or None where none
-            was interrupted; nothing has changed then.
+            than those of an interrupted purge, another command that writes to the run at the same
+            time, or None where none was interrupted; nothing has changed then.
         RuntimeError: a damaged block; nothing has changed then. Or a store was damaged since, or
             one that names the rows came; the purge is finished once it is restored or removed.
         OSError: something cannot be written; the same call goes on where it stopped.
@@ -86,14 +87,19 @@ def purge(path: Where, forget: str | None = None) -> Purged:
             ...
         ValueError: no purge of ...nowhere was interrupted: name the rows with --forget
     """
-    run, journal = place(path), read_journal(path)
+    with purgers_turn(path):
+        return _purged(place(path), forget)
+
+
+def _purged(run: Place, forget: str | None) -> Purged:
+    journal = read_journal(run)
     if journal is not None:
         refuse_overtaken(run, journal)
         context, already = _interrupted(run, journal, forget)
         return _finished(context, journal, already=already, finished=True)
     if forget is None:
         raise ValueError(f"no purge of {run} was interrupted: name the rows with --forget")
-    opened = Run.open(path)
+    opened = Run.open(run)
     gone, already = _wanted(opened.task, forget, read_tombstones(run))
     if gone is None:
         size, stones = _size(run), read_tombstones(run)

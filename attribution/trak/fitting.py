@@ -37,6 +37,7 @@ from stores import (
     StoreSpec,
     Where,
     in_turns,
+    name_blocks,
     place,
     run_blocks,
     score_block,
@@ -142,6 +143,49 @@ def fit_trak(
         )
         work = ScoreBlock(features, rows, store.path, BLOCK_BYTES, chosen.top)
         run(in_turns(work, store), store.pending(), title=f"TRAK scores of {features.task.name}")
+    return TrakScores(store.finalize())
+
+
+def resume_trak(features: Features, to: Where) -> TrakScores:
+    """Opens scores from which rows were purged, and computes what is pending from what is left.
+
+    The rows that were solved before are still there, and with them each block gets the scores that
+    it had; the curvature with the purged rows is not.
+
+    Args:
+        features: projected gradients of the checkpoints, at least those of the scores.
+        to: folder of the scores and of what they are made from.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ValueError: solved rows are pending, too: the scores have to be made anew.
+
+    Example:
+        >>> import tempfile
+        >>> from attribution import Model
+        >>> from attribution.gradients import Projection, featurize
+        >>> from examples.digits import mlp, task
+        >>> models, small = [Model(task, mlp().state_dict())], Projection(inputs=4, outputs=2)
+        >>> folder = tempfile.mkdtemp()
+        >>> features = featurize(task, models, f"{folder}/features", projection=small)
+        >>> scores = fit_trak(features, f"{folder}/trak")
+        >>> resume_trak(features, f"{folder}/trak").store.pending()
+        []
+    """
+    store = Store.open(place(to) / "scores", KIND)
+    if store.pending():
+        few = features.first(TrakScores(store).checkpoints)
+        rows = tuple(Store.open(place(to) / f"rows-{c}", ROWS_KIND) for c in range(len(few)))
+        if any(solved.pending() for solved in rows):
+            raise ValueError(
+                f"{name_blocks(store.pending())} of {store.path} cannot be computed again, as rows"
+                f" were purged: remove {to}, and the scores are made anew from the features"
+            )
+        work = ScoreBlock(few, rows, store.path, store.spec.array("top_rows").shape[2])
+        title = f"TRAK scores of {features.task.name}"
+        run_blocks(in_turns(work, store), store.pending(), title=title, workers=0)
     return TrakScores(store.finalize())
 
 

@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 from attribution import Ensemble, ForgetSet, Recipe, Task, draw_subsets, ensemble, train_models
 from attribution.ensemble import why_not_many
 from attribution.training import train_many
-from stores import BlocksFailed
+from stores import BlocksFailed, Store
 from stores.workers import stop_local_workers
 from tests.references import plain_training
 from tests.tasks import (
@@ -138,7 +138,7 @@ def test_interrupted_equals_uninterrupted(task, trained, tmp_path, monkeypatch, 
         patch.setattr(ensemble, "train_many", interrupting(train_many, calls))
         with pytest.raises(KeyboardInterrupt):
             bank(task, tmp_path / "half")
-    with pytest.raises(ValueError, match=f"half is not finished: {3 - calls} blocks are pending"):
+    with pytest.raises(ValueError, match=r"half is not finished: blocks? .* of 2 models each p"):
         Ensemble.open(tmp_path / "half", task)
     counted = []
     monkeypatch.setattr(
@@ -255,8 +255,8 @@ def returning(**values):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"weight": [[1, 2, NAN, 4]], "bias": [0]}, "has non-finite weights in key 'weight'"),
         ({"weight": [[1, 2, 3, 4]]}, "does not fit task 'ridge': key 'bias' is missing"),
+        ({"weight": [[1, 2, 3, 4]], "bias": [1, 2]}, "does not fit task 'ridge': key 'bias' has"),
     ],
 )
 def test_models_that_own_training_spoils_are_refused(tmp_path, values, message):
@@ -264,10 +264,44 @@ def test_models_that_own_training_spoils_are_refused(tmp_path, values, message):
         bank(ridge_task(train=returning(**values)), tmp_path / "own")
 
 
-def test_diverged_models_are_refused(tmp_path):
+def test_models_that_all_diverge_are_failed_blocks(tmp_path):
     task = blobs(recipe=Recipe(epochs=3, batch_size=8, peak_rate=1e30))
-    with pytest.raises(ValueError, match=r"has non-finite weights in key|expected finite values"):
+    with pytest.raises(BlocksFailed, match="blocks 0, 1, 2 failed, first with training div"):
         bank(task, tmp_path / "diverged")
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_model_that_diverges_fails_its_block_alone_and_once(tmp_path, number):
+    task = ridge_task()
+    spoilt = draw_subsets(task, models=MODELS, design="half", seed=3).masks[3]
+
+    def train(indices, seed, device):
+        state = ridge_training(task.train_data, 2.0)(indices, seed, device)
+        if np.array_equal(indices, np.flatnonzero(spoilt)):
+            with open(tmp_path / "log", "a") as file:
+                file.write("x")
+            state["weight"][0, 2] = NAN
+        return state
+
+    diverging = ridge_task(train=train)
+    reason = (
+        "training own: block 1 failed, first with training diverged: weights or outputs of model 3"
+        " are not finite; change how task 'ridge' trains, say its learning rate"
+    )
+    with pytest.raises(BlocksFailed, match=reason) as caught:
+        bank(diverging, tmp_path / "own", workers=number)
+    assert list(caught.value.failed) == [1]
+    assert (tmp_path / "log").read_text() == "x"
+    assert Store.open(tmp_path / "own").done() == [0, 2]
+    with pytest.raises(ValueError, match="own is not finished: block 1 of 2 models each pending"):
+        Ensemble.open(tmp_path / "own", diverging)
+
+
+def test_outputs_that_are_not_finite_fail_their_block(tmp_path):
+    # Finite weights of which the products overflow.
+    values = {"weight": [[1e308, -1e308, 1e308, 1e308]], "bias": [0]}
+    with pytest.raises(BlocksFailed, match="outputs of model 0, 1 are not finite"):
+        bank(ridge_task(train=returning(**values)), tmp_path / "own")
 
 
 def test_own_training_that_fails_keeps_what_is_finished(tmp_path):

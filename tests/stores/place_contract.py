@@ -198,6 +198,26 @@ class PlaceTests:
         assert again == empty
         assert again.read("a") == b"123"
 
+    def test_any_number_may_lock_what_nobody_has_alone(self, empty):
+        with empty.locked(alone=False), empty.locked(alone=True):
+            empty.write("a", b"1")  # nothing was there that could be locked
+        with empty.locked(alone=False), empty.locked(alone=False):
+            assert empty.walk() == ["a"]
+        with empty.locked(alone=True):
+            assert empty.walk() == ["a"]
+
+    def test_what_is_written_aside_is_moved_or_goes(self, empty):
+        with empty.aside() as aside:
+            aside.write("a", b"1")
+            assert not empty.taken()
+            aside.move(empty)
+        assert empty.read("a") == b"1"
+        with empty.aside() as other:
+            other.write("a", b"2")
+        assert other.url != aside.url
+        assert other.walk() == []
+        assert empty.read("a") == b"1"
+
     def test_syncing(self, empty):
         empty.write("a", b"123")
         empty.sync(["a"])

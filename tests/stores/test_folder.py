@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 
 import pytest
@@ -14,3 +16,57 @@ class TestFolder(PlaceTests):
     def test_a_dangling_link_is_no_free_place(self, empty):
         os.symlink("nowhere", empty.url)
         assert empty.taken()
+
+    @pytest.fixture
+    def left(self, empty):
+        """What a killed creation left, and folders of other names."""
+        names = [
+            f"{empty.name}.{'0a' * 16}.tmp",
+            f"{empty.name}.tmp",
+            f"x{empty.name}.{'0a' * 16}.tmp",
+        ]
+        for name in names:
+            (empty.parent / name).write("mask/c/0", b"1")
+        return empty.parent / names[0]
+
+    def test_what_a_killed_creation_left_goes_with_the_next_one(self, empty, left):
+        with empty.aside():
+            assert not left.taken()
+        assert len(empty.parent.walk()) == 2
+
+    def test_what_somebody_still_creates_stays(self, empty, left):
+        with empty.aside() as live, empty.aside() as other:
+            live.write("a", b"1")
+            other.move(empty)
+            with empty.aside():
+                assert live.read("a") == b"1"
+
+    def test_a_folder_that_was_swept_before_it_was_locked_is_made_again(self, empty, monkeypatch):
+        made, makedirs = [], os.makedirs
+
+        def swept(path):
+            makedirs(path)
+            made.append(path)
+            if len(made) == 1:
+                os.rmdir(path)
+
+        monkeypatch.setattr(os, "makedirs", swept)
+        with empty.aside() as aside:
+            assert aside.taken()
+        assert len(made) == 2
+
+    def test_without_locks_nothing_is_swept(self, empty, left, monkeypatch):
+        def refuse(*_):
+            raise OSError(errno.ENOLCK, "no locks")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        with empty.aside(), empty.locked(alone=True), empty.locked(alone=True):
+            assert left.taken()
+
+    def test_nobody_shares_what_another_has_alone(self, empty):
+        empty.write("a", b"1")
+        for first, second in [(True, True), (True, False), (False, True)]:
+            with empty.locked(alone=first) as real:
+                assert real
+                with pytest.raises(BlockingIOError):
+                    empty.locked(alone=second).__enter__()

@@ -12,6 +12,7 @@ import pytest
 
 from stores import (
     ArraySpec,
+    BlockFailed,
     BlocksFailed,
     Provenance,
     Store,
@@ -82,6 +83,14 @@ def test_a_block_that_is_done_already_is_no_failure(tmp_path, number):
     work = Append(tmp_path / "log", fail=1, error=BlockDone)
     run_blocks(work, [0, 1], title="a", workers=number)
     assert sorted(blocks_in(tmp_path / "log")) == [0, 1]
+
+
+def test_a_block_that_cannot_be_computed_is_listed_and_not_tried_again(tmp_path, number):
+    work = Append(tmp_path / "log", fail=3, error=BlockFailed)
+    with pytest.raises(BlocksFailed, match="block 3 failed, first with no block 3; fin") as caught:
+        run_blocks(work, range(6), title="appending", workers=number, retries=2)
+    assert caught.value.failed == {3: "no block 3"}
+    assert sorted(blocks_in(tmp_path / "log")) == list(range(6))
 
 
 @pytest.mark.parametrize("error", [ValueError, TypeError])

@@ -310,8 +310,8 @@ def test_a_durable_store_reaches_the_disk_before_the_old_one_goes(tmp_path, monk
         change = getattr(Folder, name)
         monkeypatch.setattr(Folder, name, recorded(change, calls))
     take_rows_out(tmp_path / "s", "token", lambda _: kept())
-    synced = max(i for i, (name, _, count) in enumerate(calls) if name == "sync" and count > 9)
-    assert synced < calls.index(("clear", "s", 0))
+    before = calls[: calls.index(("clear", "s", 0))]
+    assert max(count for name, where, count in before if (name, where) == ("sync", "s.purged")) > 9
 
 
 def recorded(change, calls):

@@ -7,13 +7,24 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import dask
 import distributed
 import pytest
 
-from stores import BlockCancelled, BlocksFailed, advance, jobs, pickle_by_value, run_blocks
+from stores import (
+    BlockCancelled,
+    BlocksFailed,
+    advance,
+    cancelling,
+    jobs,
+    pickle_by_value,
+    run_blocks,
+)
 from stores.progress import Progress
+from stores.sent import _Reporting
+from stores.tasks import Tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60
@@ -93,8 +104,12 @@ def test_a_block_that_kills_its_worker_is_listed_while_others_go_on(address, tmp
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks processes up in /proc")
 @pytest.mark.parametrize("looks", [True, False], ids=["looks", "deaf"])
-def test_ctrl_c_ends_the_work_and_spares_workers_that_stop_by_themselves(address, tmp_path, looks):
+def test_ctrl_c_ends_the_work_and_spares_workers_that_stop_by_themselves(
+    address, tmp_path, monkeypatch, looks
+):
     work = Endless(tmp_path, looks=looks)
+    # Whom to stop does not hang on reports, which may come late.
+    monkeypatch.setattr(Tasks, "hear", lambda self, event: None)
 
     def interrupt():
         wait_until(lambda: len(work.noted("process")) == 2)
@@ -109,6 +124,26 @@ def test_ctrl_c_ends_the_work_and_spares_workers_that_stop_by_themselves(address
     assert {alive(process) for process in processes} == {looks}
     run_blocks(Touch(tmp_path), range(3), title="after", scheduler=address)
     assert len(list(tmp_path.glob("touched-*"))) == 3
+
+
+def test_the_step_at_which_a_task_is_cancelled_is_the_last_and_reports_nothing():
+    sent, task = [], SimpleNamespace(state="executing")
+    worker = SimpleNamespace(
+        state=SimpleNamespace(tasks={"key": task}),
+        get_current_task=lambda: "key",
+        log_event=lambda topic, told: sent.append(told),
+    )
+    reporting = _Reporting(worker, "work", 0)
+    reporting(0.25)
+    assert [told["event"] for told in sent] == ["advances"]
+    task.state, reporting.next = "cancelled", 0.0  # the next report would be due
+    with pytest.raises(BlockCancelled):
+        reporting(0.25)
+    assert len(sent) == 1
+
+
+def test_who_does_not_stop_by_himself_is_restarted_within_ten_seconds():
+    assert cancelling._GRACE + cancelling._RESTART <= 10
 
 
 class Touch:

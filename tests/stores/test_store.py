@@ -68,6 +68,16 @@ def test_xarray_reads_it(full):
     np.testing.assert_array_equal(dataset["scale"].to_numpy(), np.ones((2, 3)))
 
 
+@pytest.mark.parametrize(("name", "file"), [("scale", "c/0/0"), ("target_id", "c/0")])
+def test_xarray_refuses_damaged_constants_and_ids(full, name, file):
+    pytest.importorskip("xarray")
+    path = Path(full.path, name, file)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=f"{name} of .* are missing or damaged; restore them"):
+        full.to_xarray()
+
+
 def test_xarray_is_optional(full, monkeypatch):
     original = builtins.__import__
 

@@ -289,8 +289,8 @@ def test_a_run_that_is_not_finished_is_refused(refused, copy, tmp_path):
     (copy / "full" / "done" / "c" / "1").unlink()
     told = refused(*filled(EVALUATE + FIVE, copy, tmp_path))
     assert told == (
-        f"{copy}/full is not finished: 1 blocks are pending; run the command that makes it again,"
-        " it resumes"
+        f"{copy}/full is not finished: block 1 of 50 models each pending; run the command that"
+        " makes it again, it resumes"
     )
     shutil.rmtree(copy / "datamodel-mixed-24")
     (copy / "full" / "done" / "c" / "1").touch()

@@ -1,5 +1,6 @@
 import secrets
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from attribution.retained import retained_task
 from attribution.run import Run
 from attribution.strongest import strongest
 from stores import Store, place
+from stores.folder import Folder
 from tests.attribution.purging.runs import (
     CLEARED,
     GONE,
@@ -537,14 +539,18 @@ def test_rows_purged_before_may_be_named_again_by_the_call_that_finishes(whole, 
 
 
 def purging_meanwhile(monkeypatch, act):
-    """Something happens when a purge has made its plan and not yet written its journal."""
+    """Something happens when a purge has made its plan and not yet written its journal.
+
+    Nothing is locked, as in a bucket.
+    """
 
     def planned(*arguments):
-        monkeypatch.undo()
+        monkeypatch.setattr("attribution.purging.purge.plan_purge", plan_purge)
         made = plan_purge(*arguments)
         act(made[1])
         return made
 
+    monkeypatch.setattr(Folder, "locked", lambda self, *, alone: nullcontext())
     monkeypatch.setattr("attribution.purging.purge.plan_purge", planned)
 
 
