@@ -17,6 +17,7 @@ from stores.schema import StoreSpec
 from stores.writing import checksum, mark_of
 
 if TYPE_CHECKING:
+    from stores.contents import Contents
     from stores.store import Store
 
 _CHAINED = 1  # the last schema version whose marks are one CRC-32 over all arrays
@@ -44,7 +45,7 @@ def sound(store: Store, block: int) -> bool:
         return False
 
 
-def damaged_constants(store: Store) -> list[str]:
+def damaged_constants(store: Contents) -> list[str]:
     """Read all constants and ids again and compare them with their checksums.
 
     Args:

@@ -183,7 +183,8 @@ def resume_trak(features: Features, to: Where) -> TrakScores:
                 f"{name_blocks(store.pending())} of {store.path} cannot be computed again, as rows"
                 f" were purged: remove {to}, and the scores are made anew from the features"
             )
-        work = ScoreBlock(few, rows, store.path, store.spec.array("top_rows").shape[2])
+        top = store.spec.array("top_rows").shape[2]
+        work = ScoreBlock(few, rows, store.path, BLOCK_BYTES, top)
         title = f"TRAK scores of {features.task.name}"
         run_blocks(in_turns(work, store), store.pending(), title=title, workers=0)
     return TrakScores(store.finalize())
