@@ -5,7 +5,7 @@ oracles without two random sets of 50 rows. The models of the first bank forget 
 what came of them the second; those of the other bank forget both at once. For dmm, dmm_pgu and pgu
 it prints the distance (KLOM, KLOM without bias, shift, spread) of the two ensembles beside its
 null, which is the distance when the first bank too forgets both at once; and the distance of all
-three to the oracles. What was trained is kept under --to (about three minutes on two cores).
+three to the oracles. What was trained is kept under --to (some minutes on two cores).
 """
 
 import argparse
