@@ -26,7 +26,7 @@ import numpy as np
 
 from stores import ArraySpec, Provenance, Store, StoreSpec, in_turns, run_blocks, versions
 
-COLUMNS, ROWS = 64, 32_000  # a block of "scores" is 16 objects of 512 kB
+COLUMNS, ROWS = 64, 32_000  # a block of "scores" is 64 objects of 128 kB
 KINDS = ("driver", "workers", "both")
 PATIENCE = 120.0  # seconds after which a run counts as hanging
 
@@ -34,7 +34,7 @@ PATIENCE = 120.0  # seconds after which a run counts as hanging
 def layout(blocks: int) -> StoreSpec:
     """A store of so many blocks of two arrays."""
     arrays = {
-        "scores": ArraySpec(("train", "target"), (ROWS, blocks * COLUMNS), "float32", rows=2_000),
+        "scores": ArraySpec(("train", "target"), (ROWS, blocks * COLUMNS), "float32", rows=500),
         "bias": ArraySpec(("target",), (blocks * COLUMNS,), "float64"),
     }
     return StoreSpec("scores", "target", COLUMNS, arrays)
@@ -156,7 +156,7 @@ def main() -> None:
     """Prints the rounds, by kind."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--blocks", type=int, default=45)
+    parser.add_argument("--blocks", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--drive", type=Path, help="be the driver of a round in this folder")
     options = parser.parse_args()

@@ -19,6 +19,7 @@ TRAIN, TEST = 37, 11
 GONE = (3, 8, 30, 36)
 SPEC = ",".join(f"person-{i:03d}" for i in GONE)
 LEFT = [i for i in range(TRAIN) if i not in GONE]
+FEW = ["person-001", "person-012", "person-029"]
 TARGETS_LEFT = [i for i in range(TRAIN + TEST) if i not in GONE]
 CLEARED = {
     "evaluation.json",
@@ -78,3 +79,7 @@ def opened(path):
 
     with pytest.warns(UserWarning, match="4 rows of task 'small' were purged"):
         return Run.open(path)
+
+
+def change(run, name, ids=FEW):
+    return run.predictor(name).change(ForgetSet.of(run.task, ids))

@@ -7,25 +7,16 @@ import numpy as np
 import pytest
 
 from attribution.precompute import precompute
-from attribution.purging.purge import purge
 from stores import Store
-from tests.attribution.purging.runs import SIZES, SPEC, copied, opened, whole_run
+from tests.attribution.purging.runs import SIZES, copied, opened
 from unlearning.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:4 rows of task 'small' were purged")
 
 
-@pytest.fixture(scope="module")
-def purged(tmp_path_factory):
-    whole = whole_run(tmp_path_factory.getbasetemp())
-    path = copied(whole, tmp_path_factory.mktemp("purged"))
-    purge(path, SPEC)
-    return path
-
-
 @pytest.fixture
-def run(purged, tmp_path):
-    return copied(purged, tmp_path)
+def run(done, tmp_path):
+    return copied(done[0], tmp_path)
 
 
 @pytest.fixture
