@@ -18,10 +18,20 @@ from unlearning.tuning_spaces import SPACES, Among, Between
 SETS = ["random:4:100", "random:6:101"]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of its own, whose banks are trained once."""
+    folder = tmp_path_factory.mktemp("tuning") / "run"
+    shutil.copytree(finished_run(tmp_path_factory.getbasetemp()), folder)
+    return Run.open(folder)
+
+
 @pytest.fixture
-def run(tmp_path_factory, tmp_path):
-    shutil.copytree(finished_run(tmp_path_factory.getbasetemp()), tmp_path / "run")
-    return Run.open(tmp_path / "run")
+def run(trained):
+    """The run, not tuned yet."""
+    if trained.path.exists(TUNED):
+        trained.path.remove(TUNED)
+    return trained
 
 
 def tuned(run, methods, **changes):
