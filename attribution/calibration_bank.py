@@ -39,8 +39,8 @@ def calibration_bank(
 ) -> Ensemble:
     """Trains a few models without each of some forget sets, random and coherent in turns.
 
-    The noise of one retraining is as large as most changes; predictors that differ by less than a
-    tenth of it, as good ones do, can be told apart by three models a set or more.
+    The noise of one retraining is as large as most changes, and hides which of two good predictors
+    is the better one; the mean of several models tells.
 
     Args:
         task: what to train.

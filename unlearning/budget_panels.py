@@ -6,9 +6,8 @@ from typing import Any
 from markupsafe import Markup
 
 from unlearning.curves import Curve, curves_figure
+from unlearning.drawing import LOWEST
 from unlearning.reading import pick, value
-
-LOWEST = 0.02  # distances below this are all "the same" on the logarithmic axis
 
 
 def budget_panels(

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 INK, GREY, FAINT = "#1f2328", "#8b929a", "#d5d9de"
+LOWEST = 0.02  # distances below this are all "the same" on the logarithmic axis
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",

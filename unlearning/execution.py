@@ -14,6 +14,10 @@ from unlearning.ending import Ending
 from unlearning.method import Plan, Request, Rewinding, Stopping
 
 
+class Diverged(ValueError):
+    """The weights became non-finite: the settings are too fast."""
+
+
 @dataclass(frozen=True)
 class Ran:
     """What came of a plan: stacked states, and for each model its ending and cost.
@@ -47,7 +51,7 @@ def execute(plan: Plan | None, request: Request) -> Ran:
         Their new states, endings and cost.
 
     Raises:
-        ValueError: the weights became non-finite.
+        Diverged: the weights became non-finite.
     """
     count = len(request.numbers)
     if plan is None:
@@ -62,7 +66,7 @@ def execute(plan: Plan | None, request: Request) -> Ran:
         states = stack([e.states for e in ended])
     for name, tensor in states.items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"unlearning diverged: non-finite weights in {name!r}; lower the rate")
+            raise Diverged(f"unlearning diverged: non-finite weights in {name!r}; lower the rate")
     endings = [ending for e in ended for ending in e.endings]
     evaluations = [n for e in ended for n in e.evaluations]
     history = (before, _objective(plan, request, states))

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from unlearning.budget_panels import budget_panels
+from unlearning.drawing import LOWEST
 from unlearning.figures import (
     MARKERS,
     SPREAD_BAND,
@@ -49,7 +50,6 @@ _LABELS = {  # name: as tables and prose say it, as figures say it
 }
 _DISTANCES = {"klom": "KLOM", "gaussian_kl": "Gaussian KL"}
 _STAGES = ("before", "predicted", "retrained", "unlearned")
-_LOWEST = 0.02  # distances below this are all "the same" on the logarithmic axis
 
 
 def render_report(
@@ -325,7 +325,7 @@ def _distance_limits(evaluation: Mapping[str, Any], key: str) -> tuple[float, fl
         if (number := value(block, key, "forget", statistic)) is not None
     ]
     low, high = min(numbers, default=0.1), max(numbers, default=1.0)
-    return max(low, _LOWEST) / 1.3, max(high, 2 * _LOWEST) * 1.3
+    return max(low, LOWEST) / 1.3, max(high, 2 * LOWEST) * 1.3
 
 
 def _ratio(evaluation: Mapping[str, Any], kind: Literal["spread", "shift"]) -> Markup | None:

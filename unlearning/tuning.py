@@ -12,6 +12,7 @@ from attribution.run import Run
 from attribution.seeds import generator
 from unlearning.audit import Audit
 from unlearning.evaluation import evidence_of, plain
+from unlearning.execution import Diverged
 from unlearning.klom import FEWEST_MODELS
 from unlearning.measures import told_divergences
 from unlearning.methods import build_method, check_method
@@ -173,10 +174,8 @@ def _score(audit: Audit, method: UnlearningMethod, models: int, seed: int, devic
         after = unlearn_models(
             method, audit.full, audit.task, audit.forget, count=models, seed=seed, device=device
         )
-    except ValueError as error:
-        if "diverged" in str(error):
-            return float("inf")
-        raise
+    except Diverged:
+        return float("inf")
     measure = "klom" if models >= FEWEST_MODELS else "gaussian_kl"
     told = told_divergences(audit, after.outputs)[measure]
     return float(np.mean([split["mean"] for split in told.values() if split["mean"] is not None]))
