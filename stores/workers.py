@@ -107,7 +107,10 @@ def local_client(workers: int | None, gpus: Sequence[str] | None = None) -> Clie
     wanted = number, names, _import_folders()
     if wanted not in _clients or _clients[wanted].status != "running":
         stop_local_workers()
-        _clients[wanted] = _start(number, names)
+        client = _start(number, names)
+        # Starting a scheduler puts its scratch folder among those to import from.
+        _clients[number, names, _import_folders()] = client
+        return client
     return _clients[wanted]
 
 

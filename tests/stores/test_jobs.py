@@ -183,6 +183,20 @@ def test_a_process_that_dies_while_it_starts_is_started_again(tmp_path):
     assert sorted(blocks_in(tmp_path / "log")) == [0, 1, 2]
 
 
+def test_workers_are_kept_for_the_next_call(tmp_path, monkeypatch):
+    def work(_):
+        (tmp_path / f"process-{os.getpid()}").touch()
+
+    workers.stop_local_workers()
+    for _ in range(2):
+        run_blocks(work, range(2), title="looking", workers=1)
+    assert len(list(tmp_path.iterdir())) == 1
+    # What may be imported here may be imported there.
+    monkeypatch.syspath_prepend(tmp_path)
+    run_blocks(work, range(2), title="looking", workers=1)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_other_dask_computations_stay_in_this_process():
     workers.local_client(1)
     assert dask.delayed(os.getpid)().compute() == os.getpid()
