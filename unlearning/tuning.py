@@ -45,7 +45,8 @@ def tune_methods(
 
     The score is the mean over forget sets and over forget, retain and test rows of the mean
     distance to retrained models: KLOM with 80 models or more, else the Gaussian KL. The first
-    trial is the settings as they are, so that the score chosen is never worse.
+    trial is the settings as they are, so that the score chosen is never worse. Each method is kept
+    when its trials are done, and the same call takes up after it.
 
     Args:
         run: a finished run.
@@ -72,15 +73,21 @@ def tune_methods(
             f"expected 1 trial or more and 2 to {len(run.full)} models, got {trials} and {n_models}"
         )
     where: Json = {"device": device, "workers": workers, "scheduler": scheduler}
-    audits = [_audit(run, parse_forget(run.task, spec), n_models, where) for spec in specs]
     chosen = predictor or run.best
     header = {"specs": list(specs), "n_models": n_models, "seed": seed, "predictor": chosen}
-    found: Json = {}
-    bar = tqdm(total=len(methods) * trials, desc="tuning", unit="trial", disable=None)
+    wanted = {name: drawn_settings(name, trials, seed) for name in methods}
+    before = _tuned_before(run)
+    found = {
+        name: before[name] for name in methods if _same(before.get(name), wanted[name], header)
+    }
+    left = [name for name in methods if name not in found]
+    audits = [_audit(run, parse_forget(run.task, spec), n_models, where) for spec in specs if left]
+    bar = tqdm(total=sum(map(len, wanted.values())), desc="tuning", unit="trial", disable=None)
     with bar:
-        for name in methods:
+        bar.update(sum(len(wanted[name]) for name in found))
+        for name in left:
             tried: list[Json] = []
-            for settings in drawn_settings(name, trials, seed):
+            for settings in wanted[name]:
                 built = [build_method(name, evidence_of(run, a, chosen), settings) for a in audits]
                 scores = [
                     _score(audit, method, n_models, seed, device)
@@ -88,12 +95,27 @@ def tune_methods(
                 ]
                 tried.append({"settings": settings, "score": float(np.mean(scores))})
                 bar.update()
-            best = min(tried, key=lambda trial: float(trial["score"]))
-            found[name] = best | {"default_score": tried[0]["score"], "trials": tried} | header
-    found = plain(found)
+            found[name] = plain(_best(tried) | header)
+            # A run of many methods takes long: what is found of one is kept at once.
+            _keep(run, found)
+    return {name: found[name] for name in methods}
+
+
+def _best(tried: Sequence[Json]) -> Json:
+    best = min(tried, key=lambda trial: float(trial["score"]))
+    return best | {"default_score": tried[0]["score"], "trials": list(tried)}
+
+
+def _same(told: Json | None, wanted: Sequence[Settings], header: Json) -> bool:
+    """Whether this very tuning of a method is done already."""
+    if told is None or any(told[field] != value for field, value in header.items()):
+        return False
+    return [trial["settings"] for trial in told["trials"]] == list(wanted)
+
+
+def _keep(run: Run, found: Json) -> None:
     text = json.dumps({"schema": SCHEMA, "methods": _tuned_before(run) | found}, indent=1)
     run.path.write(TUNED, text.encode() + b"\n")
-    return found
 
 
 def drawn_settings(name: str, trials: int, seed: int) -> list[Settings]:

@@ -69,7 +69,8 @@ SPACES: Mapping[str, Space] = {
     "match_untrained": MATCHING,
     "dmm_pgu": {**MATCHING, "backend.gamma": Between(0.5, 0.999)},
     "pgu": {
-        "rate": Between(1e-2, 0.3),
+        "rate": Between(3e-2, 3),
+        "last_rate": Between(1e-2, 1),
         "gamma": Between(0.5, 0.999),
         "entropy_weight": Between(0.05, 1),
     },

@@ -8,6 +8,7 @@ import pytest
 
 from attribution import Run, parse_forget
 from tests.small_runs import finished_run
+from unlearning import tuning
 from unlearning.evaluation import evaluate_methods
 from unlearning.klom import gaussian_kl
 from unlearning.methods import METHODS, build_method
@@ -60,9 +61,9 @@ def test_numbers_keep_to_their_bounds_and_the_seed_reproduces():
     assert drawn[:5] == drawn_settings("pgu", 5, 3)
     assert drawn[1:] != drawn_settings("pgu", 200, 4)[1:]
     rates = np.array([float(settings["rate"]) for settings in drawn[1:]])
-    assert rates.min() >= 0.01
-    assert rates.max() <= 0.3
-    assert np.median(np.log(rates)) == pytest.approx(np.log(0.01 * 0.3) / 2, abs=0.3)
+    assert rates.min() >= 0.03
+    assert rates.max() <= 3
+    assert np.median(np.log(rates)) == pytest.approx(np.log(0.03 * 3) / 2, abs=0.3)
 
 
 def test_the_best_score_is_kept_and_told(run):
@@ -95,6 +96,32 @@ def test_settings_chosen_before_stay_when_another_method_is_tuned(run):
     second = tuned(run, ["gradient_ascent"], trials=2)
     stored = json.loads(run.path.read(TUNED))["methods"]
     assert stored == first | second
+
+
+def test_an_interrupted_tuning_goes_on_after_the_methods_that_are_done(run, monkeypatch):
+    scored = []
+
+    def score(audit, method, *_):
+        if len(scored) == 4:
+            raise KeyboardInterrupt
+        scored.append(method)
+        return float(len(scored))
+
+    monkeypatch.setattr(tuning, "_score", score)
+    names = ["do_nothing", "fine_tune"]
+    with pytest.raises(KeyboardInterrupt):
+        tuned(run, names)
+    kept = json.loads(run.path.read(TUNED))["methods"]
+    assert list(kept) == ["do_nothing"]
+    scored.clear()
+    monkeypatch.setattr(tuning, "_score", lambda *_: scored.append(1) or 2.0)
+    found = tuned(run, names)
+    assert found["do_nothing"] == kept["do_nothing"]
+    assert len(scored) == 3 * len(SETS)
+    assert tuned(run, names) == found
+    assert len(scored) == 3 * len(SETS)
+    tuned(run, ["fine_tune"], trials=2)
+    assert len(scored) == 5 * len(SETS)
 
 
 def test_an_audit_takes_them_on_other_sets_alone(run):
