@@ -24,6 +24,7 @@ from unlearning.figures import (
     thumbnail,
 )
 from unlearning.reading import pick, value
+from unlearning.standings import DISTANCES, GIVEN_THE_ANSWER, distance_of, standings
 from unlearning.tables import pooled_name
 from unlearning.wording import as_number, as_percent, as_range, as_seconds, listed
 
@@ -48,7 +49,6 @@ _LABELS = {  # name: as tables and prose say it, as figures say it
     "salun": ("SalUn", "SalUn"),
     "bad_teacher": ("bad teacher", "bad teacher"),
 }
-_DISTANCES = {"klom": "KLOM", "gaussian_kl": "Gaussian KL"}
 _STAGES = ("before", "predicted", "retrained", "unlearned")
 
 
@@ -85,7 +85,7 @@ def render_report(
             f"expected an evaluation of schema {SCHEMA}, got {found!r}; write it again with this "
             f"version's `dmm evaluate`"
         )
-    distance = _distance(evaluation)
+    distance = distance_of(evaluation)
     return _environment().get_template("report.html.j2").render(
         evaluation=evaluation,
         sets=_sets(evaluation),
@@ -93,8 +93,9 @@ def render_report(
         splits=SPLITS,
         band=SPREAD_BAND,
         distance=distance,
-        distance_name=_DISTANCES[distance],
+        distance_name=DISTANCES[distance],
         headline=_headline_method(evaluation),
+        standings=standings(evaluation, distance),
         nearest=_nearest(evaluation, distance),
         side_effect=_side_effect(evaluation, distance),
         colours=_colours(evaluation),
@@ -166,15 +167,6 @@ def _entries(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
             yield name, method, results
 
 
-def _distance(evaluation: Mapping[str, Any]) -> str:
-    """KLOM wherever it was computed; below 80 models it is not, and Gaussian KL stands in."""
-    for key in _DISTANCES:
-        if any(value(results, key, "forget", "mean") is not None
-               for _, _, results in _entries(evaluation)):  # fmt: skip
-            return key
-    return "klom"
-
-
 # -- what the sentences are about; their words are in the template --------------------------
 
 
@@ -191,7 +183,7 @@ def _nearest(evaluation: Mapping[str, Any], distance: str) -> dict[str, list[tup
         scores = [
             (score, method)
             for method, results in _methods(block).items()
-            if method not in ("om", "om_absolute")  # they are given the answer
+            if method not in GIVEN_THE_ANSWER
             and (score := value(results, distance, "forget", "mean")) is not None
         ]
         if scores:
@@ -260,7 +252,7 @@ def _figures(evaluation: Mapping[str, Any], distance: str) -> dict[str, Any]:
         "budgets": budget_panels(
             _sets(evaluation),
             distance,
-            _DISTANCES[distance],
+            DISTANCES[distance],
             {name: (_label(name, short=True), c) for name, c in _colours(evaluation).items()},
         ),
     }
@@ -309,8 +301,8 @@ def _distance_panels(evaluation: Mapping[str, Any], key: str) -> Iterator[tuple[
                     marks,
                     (value(null, "mean"), value(null, "p95")),
                     limits=limits,
-                    label=f"{_DISTANCES[key]} of the forgotten rows",
-                    description=f"{_DISTANCES[key]} of each method on the forgotten rows of {name}",
+                    label=f"{DISTANCES[key]} of the forgotten rows",
+                    description=f"{DISTANCES[key]} of each method on the forgotten rows of {name}",
                 ),
             )
 
@@ -348,7 +340,7 @@ def _cost(evaluation: Mapping[str, Any], distance: str) -> Markup | None:
             marks.append(_mark(evaluation, name, method, cost, mean - null))
     description = "Cost of every method against its excess distance on the forgotten rows"
     return cost_figure(
-        marks, label=_DISTANCES[distance], description=description
+        marks, label=DISTANCES[distance], description=description
     ) if marks else None  # fmt: skip
 
 

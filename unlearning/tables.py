@@ -9,6 +9,7 @@ import torch
 from attribution import Prediction, Task
 from attribution.purging.purge import Purged
 from attribution.task import Rows
+from unlearning.standings import DISTANCES, distance_of, standings
 
 SHOWN_TARGETS = 20
 
@@ -66,12 +67,12 @@ def tuning_table(tuned: Mapping[str, Any]) -> str:
 
 
 def evaluation_table(evaluation: Mapping[str, Any]) -> str:
-    """What methods and predictors reach: one table a forget set, then one of all predictions.
+    """What methods and predictors reach: a table a forget set, one of all sets, one of predictions.
 
     The first hold distance to oracles, shift, spread, U-LiRA (balanced accuracy, forget rows), RMIA
-    (AUC), ToW, accuracy and cost of every method; the last
-    holds each predictor's agreement with the oracles on the forget rows, sets of one kind also
-    taken together.
+    (AUC), ToW, accuracy and cost of every method; the second sorts the methods by their excess
+    distance over all sets; the last holds each predictor's agreement with the oracles on the forget
+    rows, sets of one kind also taken together.
 
     Args:
         evaluation: what `evaluate_methods` returned.
@@ -85,6 +86,7 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
     """
     parts = [f"{evaluation['n_models']} models, {evaluation['hardware']}"]
     parts += [_set_table(name, block) for name, block in evaluation["forget_sets"].items()]
+    parts += _standings_table(evaluation)
     predictions = _prediction_rows(evaluation)
     if predictions:
         header = ["predictions, forget rows", "predictor", "of", "R2", "ceiling", "slope"]
@@ -93,6 +95,26 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
     if evaluation.get("lds"):
         parts.append(_rankings(evaluation["lds"]))
     return "\n\n".join(parts)
+
+
+def _standings_table(evaluation: Mapping[str, Any]) -> list[str]:
+    distance = distance_of(evaluation)
+    found = standings(evaluation, distance)
+    if len(found) < 2:
+        return []
+    sets = len(evaluation["forget_sets"])
+    header = [f"{sets} forget sets", f"excess {DISTANCES[distance]} forget", "retain", "test"]
+    rows = [
+        [
+            standing.method,
+            f"{_number(standing.forget)} / {_number(standing.forget_p95)}",
+            _number(standing.retain),
+            _number(standing.test),
+            _percent(standing.cost),
+        ]
+        for standing in found
+    ]
+    return [_lines([*header, "of a retrain"], rows)]
 
 
 def _rankings(told: Mapping[str, Any]) -> str:
@@ -139,8 +161,8 @@ def pooled_name(group: Mapping[str, Any]) -> str:
 
 
 def _set_table(name: str, block: Mapping[str, Any]) -> str:
-    counted = block["null"]["klom"]["forget"]["mean"] is not None
-    measure, title = ("klom", "KLOM") if counted else ("gaussian_kl", "Gaussian KL")
+    measure = distance_of({"forget_sets": {name: block}})
+    title = DISTANCES[measure]
     header = [f"{name} ({block['size']} rows)", f"{title} forget", "retain", "test"]
     header += ["shift", "spread", "U-LiRA", "RMIA", "ToW", "accuracy", "seconds", "of a retrain"]
     null = block["null"]
