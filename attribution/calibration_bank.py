@@ -21,9 +21,6 @@ KINDS = ("forget", "retain", "test")
 SHARES = (0.01, 0.1)  # of the training rows: the smallest and the largest forget set
 FEWEST = 10  # rows of a forget set, where there are rows enough
 SMALLEST = 1e-30  # a squared change that is none
-# Of fitting variances: how often the expected size is taken anew, and its floor as a share of the
-# variances before they have factors.
-ROUNDS, LEAST = 8, 1e-3
 
 
 def calibration_bank(
@@ -238,104 +235,6 @@ def joined(parts: Sequence[Numbers]) -> Array:
         array([1., 1., 0.])
     """
     return np.concatenate([part.ravel() for part in parts]).astype(np.float64)
-
-
-def variance_factors(
-    left: Numbers, *variances: Numbers, weight: Numbers | None = None
-) -> tuple[float, ...]:
-    """Factors a >= 0 of standard deviations whose variances add up to what is left.
-
-    left = sum_k a_k^2 variance_k, least squares, weighted by the expected size, because a squared
-    deviation is off in proportion to itself; the size expected is what the last fit says.
-
-    Args:
-        left: squared deviations, [value]; where all variances are 0 they tell nothing.
-        variances: one or more, each [value]; not finite where one is unknown, which leaves the
-            value out.
-        weight: of each value's squared error, [value]; None: all alike.
-
-    Returns:
-        One factor a variance; NaN where no value is left.
-
-    Example:
-        >>> variances = np.array([1.0, 2.0, 3.0]), np.array([2.0, 1.0, 1.0])
-        >>> a, b = variance_factors(4 * variances[0] + 9 * variances[1], *variances)
-        >>> round(a, 3), round(b, 3)
-        (2.0, 3.0)
-    """
-    columns = np.stack(variances, 1)
-    known = np.isfinite(columns).all(1)
-    if not known.any():
-        return (float("nan"),) * len(variances)
-    total = columns.sum(1)
-    known &= total > 0
-    columns, left, expected = columns[known], left[known], total[known]
-    shares = 1.0 if weight is None else np.sqrt(weight[known])
-    found = np.zeros(len(variances))
-    for _ in range(ROUNDS):
-        scale = shares / expected
-        found = _nonnegative(columns * scale[:, None], left * scale)
-        expected = np.maximum(columns @ found, LEAST * total[known])
-    return tuple(float(root) for root in np.sqrt(found))
-
-
-def deviation_factors(
-    predicted: Sequence[tuple[Case, Mask, Numbers]],
-    *variances: Sequence[Numbers],
-    noise: Sequence[Numbers],
-) -> tuple[float, ...]:
-    """Factors of the deviations of a prediction and of the spread of one retraining.
-
-    For a forget set with m retrained models, mean t and sample variance s^2 of them,
-
-        (t - predicted)^2 = sum_k a_k^2 variance_k + b^2 noise^2 / m,    s^2 = b^2 noise^2,
-
-    least squares weighted by the expected size, see `variance_factors`, and the second ones by
-    m - 1. Every forget set weighs the same: a coherent one has fewer rows, and says alone what
-    coherence does.
-
-    Args:
-        predicted: each forget set, the rows looked at, and their predicted change, [row, output].
-        variances: one or more, each a list of [row, output].
-        noise: standard deviation of one retraining, list of [row, output].
-
-    Returns:
-        a_1 to a_k, and b.
-
-    Example:
-        >>> from examples.digits import task
-        >>> one, forget = np.ones((1797, 10)), ForgetSet.of(task, ["train-17"])
-        >>> case = Case(task, forget, 0 * one, 3 * one, models=4, scatter=4 * one)
-        >>> rows = np.ones(1797, dtype=bool)
-        >>> a, b = deviation_factors([(case, rows, 0 * one)], [2 * one], noise=[one])
-        >>> round(a, 3), round(b, 3)
-        (2.0, 2.0)
-    """
-    counts = [np.full(mean.shape, case.models) for case, _, mean in predicted]
-    alike = joined([np.full(mean.shape, 1 / mean.size) for *_, mean in predicted])
-    error = joined([np.square(case.change[rows] - mean) for case, rows, mean in predicted])
-    scatter = joined(
-        [np.broadcast_to(case.scatter, case.change.shape)[rows] for case, rows, _ in predicted]
-    )
-    models, power = joined(counts), np.square(joined(noise))
-    columns = [np.append(joined(each), np.zeros(len(error))) for each in variances]
-    columns.append(np.append(power / models, power))
-    weight = np.append(alike, alike * (models - 1))
-    return variance_factors(np.append(error, scatter), *columns, weight=weight)
-
-
-def _nonnegative(columns: Any, wanted: Any) -> Any:
-    """Non-negative least squares for a few columns: the best of all choices of columns."""
-    gram, right = columns.T @ columns, columns.T @ wanted
-    best, lowest = np.zeros(len(gram)), 0.0
-    for number in range(1, 2 ** len(gram)):
-        chosen = np.flatnonzero([number >> k & 1 for k in range(len(gram))])
-        part = np.linalg.lstsq(gram[np.ix_(chosen, chosen)], right[chosen])[0]
-        height = -float(part @ right[chosen])  # of the parabola, at its lowest point
-        if part.min() >= 0 and height < lowest:
-            best, lowest = np.zeros(len(gram)), height
-            best[chosen] = part
-    return best
 
 
 def common_share(change: Array) -> float:

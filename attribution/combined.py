@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from attribution.calibration_bank import KINDS, Case, deviation_factors, joined, row_kinds
+from attribution.calibration_bank import KINDS, Case, row_kinds
 from attribution.counterfactual import Change, Counterfactual
+from attribution.deviations import deviation_factors, mean_squares, nonnegative_squares
 from attribution.forget import ForgetSet
 from attribution.outputs import Array
 from attribution.task import Rows, Task
@@ -138,13 +139,11 @@ def _fitted(
     ]
     if not parts:
         return Weights(1.0, 0.0, 1.0, 1.0)
-    truth = joined([case.change[rows] for case, _, _, rows in parts])
-    one = joined([change.mean[rows] for _, change, _, rows in parts])
-    two = joined([change.mean[rows] for _, _, change, rows in parts])
-    weight = joined(
-        [np.full(case.change[rows].shape, case.weight(kind)) for case, _, _, rows in parts]
+    known = [case for case, *_ in parts]
+    gram, right = mean_squares(
+        known, kind, [one.mean for _, one, _, _ in parts], [two.mean for _, _, two, _ in parts]
     )
-    a, b = _nonnegative(one, two, truth, weight)
+    a, b = (float(weight) for weight in nonnegative_squares(gram.sum(0), right.sum(0)))
     variance = [
         np.square(_part(a, x.std[rows])) + np.square(_part(b * trusted, y.std[rows]))
         for _, x, y, rows in parts
@@ -159,15 +158,3 @@ def _part(factor: Array | float, std: Array) -> Array:
     """What a prediction adds to the deviation; nothing without weight, even where unknown."""
     known = np.broadcast_to(np.not_equal(factor, 0), std.shape)
     return np.asarray(np.multiply(factor, std, where=known, out=np.zeros_like(std)))
-
-
-def _nonnegative(one: Array, two: Array, truth: Array, weight: Array) -> tuple[float, float]:
-    columns = np.stack([one, two], 1)
-    gram, right = columns.T @ (weight[:, None] * columns), columns.T @ (weight * truth)
-    both = np.linalg.lstsq(gram, right)[0]
-    if both.min() >= 0:
-        return float(both[0]), float(both[1])
-    alone = np.maximum(right / np.maximum(np.diag(gram), 1e-30), 0)
-    gains = alone * right
-    best = int(np.argmax(gains))
-    return (float(alone[0]), 0.0) if best == 0 else (0.0, float(alone[1]))

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from attribution.calibration_bank import Case, calibration_bank, cases_of, common_share
-from attribution.combined import Weights, weigh, weighed_sum
+from attribution.calibration_bank import calibration_bank, cases_of, common_share
+from attribution.combined import weigh
 from attribution.counterfactual import Change
 from attribution.datamodels import REGRESSIONS, fit_datamodels
+from attribution.deviations import held_out_error
 from attribution.ensemble import Ensemble, subsets_left, train_models
 from attribution.gradients import Projection, featurize, gradient_projector
 from attribution.linear_datamodel import LinearDatamodel
@@ -219,17 +220,20 @@ def calibrate_run(
         )
         for case, change in zip(cases, raw, strict=True)
     ]
-    changes = {"datamodel": [run.datamodel.change(c.forget) for c in cases], "newton": first}
-    changes["combined"], weights = _weighed(cases, first, changes["datamodel"])
-    residual: dict[str, Weights] = {}
+    linear = [run.datamodel.change(case.forget) for case in cases]
+    sources: dict[str, list[Sequence[Change]]] = {"newton": [raw], "combined": [raw, linear]}
+    weights, residual = weigh(cases, list(zip(first, linear, strict=True))), {}
     missed = _fit_residual(run, chosen, **at)
     if missed is not None:
         lacking = [missed.change(case.forget) for case in cases]
+        sources["residual"] = [raw, lacking]
         # Few models leave the posterior of a row's effect on itself wide open; the prior does not.
-        changes["residual"], residual = _weighed(cases, first, lacking, trusted=False)
-    errors = {
-        name: float(np.mean([c.error(x.mean) for c, x in zip(cases, told, strict=True)]))
-        for name, told in changes.items()
+        residual = weigh(cases, list(zip(first, lacking, strict=True)), trusted=False)
+    own = [case.error(change.mean) for case, change in zip(cases, linear, strict=True)]
+    # A predictor with more factors must not look nearer for them alone.
+    errors = {"datamodel": float(np.mean(own))} | {
+        name: held_out_error(cases, *([change.mean for change in each] for each in changes))
+        for name, changes in sources.items()
     }
     found = RunCalibration(newton, weights, errors, residual)
     found.save(run.path / CALIBRATION)
@@ -274,23 +278,6 @@ def _fit_residual(run: Run, newton: GroupNewton, **at: Any) -> LinearDatamodel |
     folder = run.path / "calibration" / "residual"
     left = residual_models(ensemble, newton, folder, anchor=run.full, models=chosen, **at)
     return fit_datamodels(left, anchor=run.full, to=to, seed=seed, **at)
-
-
-def _weighed(
-    cases: Sequence[Case],
-    first: Sequence[Change],
-    second: Sequence[Change],
-    *,
-    trusted: bool = True,
-) -> tuple[list[Change], dict[str, Weights]]:
-    """Weighed sums of two predictors' changes, and the weights."""
-    pairs = list(zip(first, second, strict=True))
-    weights = weigh(cases, pairs, trusted=trusted)
-    sums = [
-        weighed_sum(weights, one, two, case.kind_numbers)
-        for case, (one, two) in zip(cases, pairs, strict=True)
-    ]
-    return sums, weights
 
 
 def _check_numbers(settings: RunSettings) -> None:

@@ -20,7 +20,7 @@ class RunCalibration:
         weights: of group Newton and the datamodel, by kind of row; empty without a datamodel.
         errors: each predictor's squared error over the squared change, averaged over forget sets,
             outputs and margins, and kinds of row; the noise of the retrained models is in it, alike
-            for all.
+            for all. Factors of a predictor's mean are fitted to the other forget sets each time.
         residual: weights of group Newton and of the datamodel of what it misses, by kind of row;
             empty where there is none.
 

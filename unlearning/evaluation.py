@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from attribution import ForgetSet, Oracle
+from attribution.outputs import Array
 from attribution.run import Run
 from stores import versions
 from unlearning.audit import Audit
@@ -73,7 +74,8 @@ def evaluate_methods(
         scheduler: address of an existing dask scheduler instead.
 
     Returns:
-        The evaluation, plain values; its JSON form is a promise of the project.
+        The evaluation, plain values; its JSON form is a promise of the project. A method that
+        diverges or cannot serve the task has no numbers, the status `failed` and an `error`.
 
     Raises:
         ValueError: an unknown method or predictor, a repeated name of a forget set, or too few
@@ -89,7 +91,7 @@ def evaluate_methods(
     }
     where: Json = {"device": device, "workers": workers, "scheduler": scheduler}
     ranked = rank_subsets(run, lds_models, **where).told() if lds_models else None
-    retrain = measure_retraining(run.task, device)
+    retrain = measure_retraining(run.task, device=device)
     blocks: Json = {}
     compared = []
     bar = tqdm(total=len(forget_sets) * len(methods), desc="unlearning", unit="audit", disable=None)
@@ -101,6 +103,7 @@ def evaluate_methods(
             judged = {n: Judged(audit, c.change(forget)) for n, c in counterfactuals.items()}
             compared.append((forget, {name: one.comparisons for name, one in judged.items()}))
             block = _measured(audit) | _predicted(judged, chosen) | {"methods": {}}
+            block["retrain"] = measure_retraining(run.task, forget, device=device)
             again = _relearned(run, audit, where) if relearning else None
             if again is not None:
                 block["null"]["relearning"] = told_relearning(again, again)
@@ -113,12 +116,12 @@ def evaluate_methods(
                 )
             for name, method in built.items():
                 unlearned, told = _audited(audit, method, n_models, seed, device)
-                if again is not None:
+                if again is not None and unlearned is not None:
                     steps = audited_steps(audit, unlearned.states, device)
                     told["relearning"] = told_relearning(steps, again)
-                told["cost_over_retrain"] = _ratio(told["seconds"], retrain["seconds"])
+                told["cost_over_retrain"] = _ratio(told["seconds"], block["retrain"]["seconds"])
                 block["methods"][name] = told
-                if name == "dmm":
+                if name == "dmm" and unlearned is not None:
                     _fill_affected(block["affected"], audit, unlearned)
                 bar.update()
             blocks[forget.name] = block
@@ -226,16 +229,36 @@ def _predicted(judged: Mapping[str, Judged], predictor: str) -> Json:
 
 def _audited(
     audit: Audit, method: UnlearningMethod, n_models: int, seed: int, device: str
-) -> tuple[UnlearnedModels, Json]:
-    unlearned = unlearn_models(
-        method, audit.full, audit.task, audit.forget, count=n_models, seed=seed, device=device
-    )
-    told = told_distances(audit, unlearned.outputs)
-    told["accuracy"] = told_accuracy(audit, unlearned.outputs)
+) -> tuple[UnlearnedModels | None, Json]:
+    """The models and what is told of them; of a method that fails, its error and no number."""
+    try:
+        unlearned = unlearn_models(
+            method, audit.full, audit.task, audit.forget, count=n_models, seed=seed, device=device
+        )
+    except ValueError as error:
+        return None, _failed(audit, n_models, str(error)) | {"settings": told_settings(method)}
+    told = _told(audit, unlearned.outputs)
     told["status"] = unlearned.status
     told["endings"] = told_endings(unlearned.endings)
     told["settings"] = told_settings(method)
     return unlearned, told | measure_request(method, audit.full.model(0), audit.forget, device)
+
+
+def _told(audit: Audit, outputs: Array) -> Json:
+    return told_distances(audit, outputs) | {"accuracy": told_accuracy(audit, outputs)}
+
+
+def _failed(audit: Audit, models: int, error: str) -> Json:
+    told = _without_numbers(_told(audit, audit.targets.outputs))
+    told |= {"status": {"failed": models}, "error": error, "endings": {}}
+    return told | {"seconds": None, "repeats": 0, "gradient_evaluations": None}
+
+
+def _without_numbers(told: Mapping[str, Any]) -> Json:
+    return {
+        key: _without_numbers(part) if isinstance(part, Mapping) else None
+        for key, part in told.items()
+    }
 
 
 def _ratio(part: float | None, whole: float | None) -> float | None:

@@ -174,7 +174,7 @@ def _set_table(name: str, block: Mapping[str, Any]) -> str:
                 *_distances(told, measure),
                 *_attacks(told),
                 _number(told["accuracy"]["forget"]),
-                f"{told['seconds']:.3f}",
+                "-" if told["seconds"] is None else f"{told['seconds']:.3f}",
                 _percent(told["cost_over_retrain"]),
             ]
         )
@@ -182,8 +182,8 @@ def _set_table(name: str, block: Mapping[str, Any]) -> str:
 
 
 def _endings(methods: Mapping[str, Any]) -> list[str]:
-    """A line for each method with a stopping rule."""
-    lines = []
+    """A line for each method that failed or has a stopping rule."""
+    lines = [f"{name} failed: {told['error']}" for name, told in methods.items() if "error" in told]
     for method, told in methods.items():
         parts = [
             f"{found['models']} {status} (kept after {found['kept']:.0f} of {found['steps']:.0f}"

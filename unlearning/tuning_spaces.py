@@ -84,7 +84,7 @@ SPACES: Mapping[str, Space] = {
     "ascent_descent": {
         "rate": Between(1e-3, 0.2),
         "forget_rate": Between(1e-3, 0.2),
-        "epochs": EPOCHS,
+        "epochs": Among(("2", "3", "5")),  # as many as forget_epochs, or more
         "forget_epochs": Among(("1", "2")),
     },
     "scrub": {

@@ -11,10 +11,10 @@ from attribution.calibration_bank import (
     Case,
     cases_of,
     common_share,
-    deviation_factors,
     joined,
 )
 from attribution.counterfactual import Change
+from attribution.deviations import deviation_factors
 from attribution.ensemble import Ensemble
 from attribution.forget import Mask
 from attribution.gradients import Features

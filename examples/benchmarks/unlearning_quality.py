@@ -132,10 +132,10 @@ def main() -> None:
 
 def cost(run: Run, predictor: Counterfactual, name: str) -> dict[str, float]:
     """Prints and returns one request over one retraining, in seconds and in gradients."""
-    retrain = measure_retraining(run.task)
     told = {}
     for size in SIZES:
         forget = parse_forget(run.task, f"random:{size}:0")
+        retrain = measure_retraining(run.task, forget)
         request = measure_request(Matching(predictor), run.full.model(0), forget)
         told[f"rand{size}"] = request["seconds"] / retrain["seconds"]
         gradients = request["gradient_evaluations"] / retrain["gradient_evaluations"]

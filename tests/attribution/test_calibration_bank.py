@@ -9,10 +9,8 @@ from attribution.calibration_bank import (
     KINDS,
     Case,
     cases_of,
-    deviation_factors,
     joined,
     row_kinds,
-    variance_factors,
 )
 from attribution.outputs import target_margins
 from tests.tasks import RECIPE, binary, blob_data, blobs, line, write_ensemble
@@ -204,26 +202,6 @@ def test_models_without_the_same_set_make_one_case(task, tmp_path):
         assert case.models == len(change)
 
 
-@pytest.mark.parametrize("models", [1, 2, 5])
-def test_factors_of_deviations_are_found_again(models):
-    task, random = blobs(rows=300), np.random.default_rng(models)
-    shape = (len(task.target_ids), 2)
-    predicted, spreads, noises = [], [], []
-    for number in range(60):
-        forget = ForgetSet.at(task, range(number, number + 4))
-        spread, noise = random.uniform(0.5, 2, size=(2, *shape))
-        missed = 1.5 * spread * random.normal(size=shape)
-        drawn = missed + 0.8 * noise * random.normal(size=(models, *shape))
-        scatter = drawn.var(0, ddof=1) if models > 1 else 0.0
-        case = Case(task, forget, np.zeros(shape), drawn.mean(0), models, scatter)
-        rows = case.kinds[1]
-        predicted.append((case, rows, np.zeros(shape)[rows]))
-        spreads.append(np.square(spread)[rows])
-        noises.append(noise[rows])
-    found = deviation_factors(predicted, spreads, noise=noises)
-    assert found == pytest.approx((1.5, 0.8), rel=0.03)
-
-
 def test_a_bank_with_a_model_of_all_rows_is_refused(task, tmp_path):
     masks = np.ones((2, 37), dtype=bool)
     masks[0, 3] = False
@@ -236,56 +214,3 @@ def test_parts_are_joined_in_order():
     found = joined([np.array([[1, 2], [3, 4]], dtype=np.float32), np.zeros((0, 2)), np.array([5])])
     assert found.dtype == np.float64
     np.testing.assert_array_equal(found, [1, 2, 3, 4, 5])
-
-
-class TestVarianceFactors:
-    @pytest.fixture
-    def variances(self):
-        random = np.random.default_rng(0)
-        return random.gamma(2, size=3000), random.gamma(2, size=3000)
-
-    @pytest.mark.parametrize("factors", [(2.0, 3.0), (0.0, 1.5), (0.7, 0.0), (0.0, 0.0)])
-    def test_known_factors_are_found(self, variances, factors):
-        left = factors[0] ** 2 * variances[0] + factors[1] ** 2 * variances[1]
-        assert variance_factors(left, *variances) == pytest.approx(factors, abs=1e-6)
-
-    def test_factors_of_normal_deviations_are_found(self, variances):
-        drawn = np.random.default_rng(1).normal(size=(2, 3000))
-        left = (2 * np.sqrt(variances[0]) * drawn[0] + np.sqrt(variances[1]) * drawn[1]) ** 2
-        assert variance_factors(left, *variances) == pytest.approx((2, 1), rel=0.15)
-
-    def test_a_variance_that_would_be_negative_is_none(self, variances):
-        first, second = variances
-        found = variance_factors(np.maximum(3 * second - first, 0), first, second)
-        assert found[0] == 0
-        assert 0 < found[1] < 3**0.5
-        assert variance_factors(np.maximum(3 * first - second, 0), first, second)[1] == 0
-
-    def test_values_without_variance_tell_nothing(self, variances):
-        left = 4 * variances[0] + 9 * variances[1]
-        more = [np.append(values, np.zeros(5)) for values in variances]
-        found = variance_factors(np.append(left, np.ones(5)), *more)
-        assert found == pytest.approx((2, 3), abs=1e-6)
-        assert variance_factors(np.ones(3), np.zeros(3), np.zeros(3)) == (0, 0)
-
-    @pytest.mark.parametrize("factors", [(2.0, 0.5, 3.0), (0.0, 1.5, 0.0), (1.0, 0.0, 0.2)])
-    def test_three_known_factors_are_found(self, variances, factors):
-        third = variances[0][::-1] * np.linspace(0, 1, len(variances[0]))
-        every = (*variances, third)
-        left = sum(a**2 * v for a, v in zip(factors, every, strict=True))
-        assert variance_factors(left, *every) == pytest.approx(factors, abs=1e-6)
-
-    def test_values_weigh_what_they_are_given(self, variances):
-        left = np.concatenate([4 * variances[0], 9 * variances[0]])
-        twice, n = np.tile(variances[0], 2), len(variances[0])
-        for weight, expected in ((np.repeat([1.0, 0.0], n), 2), (np.repeat([0.0, 1.0], n), 3)):
-            found = variance_factors(left, twice, weight=weight)
-            assert found == pytest.approx((expected,))
-
-    @pytest.mark.parametrize("unknown", [np.nan, np.inf])
-    def test_values_of_unknown_variance_are_left_out(self, variances, unknown):
-        left = 4 * variances[0] + 9 * variances[1]
-        left[7], variances[1][7] = 1e6, unknown
-        assert variance_factors(left, *variances) == pytest.approx((2, 3))
-        variances[1][:] = unknown
-        assert np.isnan(variance_factors(left, *variances)).all()

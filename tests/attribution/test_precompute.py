@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,6 +7,8 @@ import torch
 
 from attribution import ForgetSet, GroupNewton, Model, precompute, precompute_checkpoints
 from attribution.calibration_bank import KINDS, cases_of
+from attribution.combined import weigh, weighed_sum
+from attribution.linear_datamodel import LinearDatamodel
 from attribution.run import Run, RunSettings, read_settings
 from attribution.run_calibration import RunCalibration
 from attribution.subsets import DESIGNS
@@ -108,16 +111,31 @@ class TestNewton:
         both = np.concatenate([outputs, run.full.outputs]).reshape(160, -1)
         assert len(np.unique(both, axis=0)) == 160
 
-    def test_the_errors_are_those_of_the_calibrated_predictors(self, run):
+    def test_the_errors_are_those_on_sets_that_no_weight_was_fitted_to(self, run):
         told = run.calibration
         assert told == RunCalibration.load(run.path / "calibration.json")
         assert set(told.weights) == set(told.newton.scale) == set(KINDS)
         bank = type(run.full).open(run.path / "calibration" / "bank", run.task)
         cases = cases_of(bank, run.full.outputs.mean(0))
-        for name, error in told.errors.items():
-            predictor = run.predictor(name)
-            each = [case.error(predictor.change(case.forget).mean) for case in cases]
-            assert np.mean(each) == pytest.approx(error, rel=1e-5)
+        newton = [run.newton.change(case.forget) for case in cases]
+        linear = [run.datamodel.change(case.forget) for case in cases]
+        missed = LinearDatamodel.open(run.residual_path)
+        seconds = {
+            "newton": [replace(change, mean=0 * change.mean) for change in newton],
+            "combined": linear,
+            "residual": [missed.change(case.forget) for case in cases],
+        }
+        assert set(told.errors) == {"datamodel", *seconds}
+        each = [case.error(change.mean) for case, change in zip(cases, linear, strict=True)]
+        assert told.errors["datamodel"] == pytest.approx(np.mean(each), rel=1e-5)
+        for name, second in seconds.items():
+            pairs, errors = list(zip(newton, second, strict=True)), []
+            for left, case in enumerate(cases):
+                others = [number for number in range(len(cases)) if number != left]
+                weights = weigh([cases[i] for i in others], [pairs[i] for i in others])
+                found = weighed_sum(weights, *pairs[left], case.kind_numbers)
+                errors.append(case.error(found.mean))
+            assert told.errors[name] == pytest.approx(np.mean(errors), rel=1e-4)
 
     def test_a_lost_calibration_is_made_again_from_what_is_there(self, run, tmp_path):
         copy = copied(run.path, tmp_path)

@@ -28,6 +28,7 @@ from unlearning import (
 from unlearning.cost import hardware
 from unlearning.evaluation import plain
 from unlearning.methods import METHODS as ALL_METHODS
+from unlearning.report import render_report
 from unlearning.tables import evaluation_table
 
 METHODS = ["do_nothing", "dmm", "om"]
@@ -57,6 +58,38 @@ def told_of_few(run, forget):
     return evaluate_methods(run, [forget], METHODS, n_models=FEW_MODELS, workers=0)
 
 
+def test_a_method_that_fails_has_an_error_and_the_others_their_numbers(run, forget, told_of_few):
+    told = evaluate_methods(
+        run,
+        [forget],
+        ["do_nothing", "fine_tune"],
+        n_models=FEW_MODELS,
+        workers=0,
+        settings={"fine_tune": {"rate": "1e30"}},
+    )
+    methods, before = told["forget_sets"]["few"]["methods"], told_of_few["forget_sets"]["few"]
+    timed = {"seconds", "cost_over_retrain"}
+    for key in set(methods["do_nothing"]) - timed:
+        assert methods["do_nothing"][key] == before["methods"]["do_nothing"][key], key
+    failed = methods["fine_tune"]
+    assert "unlearning diverged" in failed["error"]
+    assert failed["status"] == {"failed": FEW_MODELS}
+    assert set(failed) == set(methods["do_nothing"]) | {"error"}
+    for key in ("klom", "gaussian_kl", "shift", "spread", "accuracy", "attacks"):
+        assert leaves(failed[key]) == {None}
+    assert failed["cost_over_retrain"] is None
+    assert "\nfine_tune failed: unlearning diverged" in evaluation_table(told)
+    assert "unlearning diverged" in render_report(told, title="Few")
+
+
+def leaves(told):
+    """All values of nested mappings."""
+    found = set()
+    for part in told.values():
+        found |= leaves(part) if isinstance(part, dict) else {part}
+    return found
+
+
 @pytest.fixture(scope="session")
 def banks(run, forget):
     return [run.bank(forget, which, FULL_MODELS, workers=0) for which in (0, 1)]
@@ -71,6 +104,8 @@ def test_every_promised_key_is_there(told):
     assert told["retrain"]["gradient_evaluations"] == 2 * TRAIN_ROWS
     block = told["forget_sets"]["few"]
     assert (block["size"], block["kind"]) == (5, "rows")
+    assert block["retrain"]["gradient_evaluations"] == 2 * (TRAIN_ROWS - 5)
+    assert block["retrain"]["repeats"] == block["methods"]["dmm"]["repeats"] == 5
     splits = {"forget", "retain", "test"}
     for found in [block["null"], *block["methods"].values()]:
         for measure in ("klom", "gaussian_kl", "shift", "spread", "klom_corrected"):
@@ -82,7 +117,7 @@ def test_every_promised_key_is_there(told):
     for found in block["methods"].values():
         assert set(found["accuracy"]) == splits
         assert found["seconds"] > 0
-        ratio = found["seconds"] / told["retrain"]["seconds"]
+        ratio = found["seconds"] / block["retrain"]["seconds"]
         assert found["cost_over_retrain"] == pytest.approx(ratio)
     assert block["methods"]["do_nothing"]["gradient_evaluations"] == 0
     assert block["methods"]["dmm"]["gradient_evaluations"] > 0

@@ -51,7 +51,7 @@ def test_every_method_has_a_space_of_settings_that_it_takes():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_drawn_is_taken(name, ground):
-    for settings in drawn_settings(name, 6, 0):
+    for settings in drawn_settings(name, 60, 0):
         build_method(name, ground.evidence(), settings)
 
 

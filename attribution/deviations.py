@@ -1,0 +1,195 @@
+"""Least squares that a bank of retrained models gives: weights of means, factors of deviations."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from attribution.calibration_bank import KINDS, Case, Numbers, joined
+from attribution.forget import Mask
+
+# How often the expected size of a squared deviation is taken anew, and its floor as a share of the
+# variances before they have factors.
+ROUNDS, LEAST = 8, 1e-3
+
+
+def nonnegative_squares(gram: Numbers, right: Numbers) -> Any:
+    """Non-negative least squares for a few columns: the best of all choices of columns.
+
+    Minimises w^T G w - 2 w^T r over w >= 0, where G = C^T C and r = C^T y.
+
+    Args:
+        gram: G, [column, column].
+        right: r, [column].
+
+    Returns:
+        w, [column].
+
+    Example:
+        >>> nonnegative_squares(np.eye(2), np.array([2.0, -1.0]))
+        array([2., 0.])
+    """
+    best, lowest = np.zeros(len(gram)), 0.0
+    for number in range(1, 2 ** len(gram)):
+        chosen = np.flatnonzero([number >> k & 1 for k in range(len(gram))])
+        part = np.linalg.lstsq(gram[np.ix_(chosen, chosen)], right[chosen])[0]
+        height = -float(part @ right[chosen])  # of the parabola, at its lowest point
+        if part.min() >= 0 and height < lowest:
+            best, lowest = np.zeros(len(gram)), height
+            best[chosen] = part
+    return best
+
+
+def variance_factors(
+    left: Numbers, *variances: Numbers, weight: Numbers | None = None
+) -> tuple[float, ...]:
+    """Factors a >= 0 of standard deviations whose variances add up to what is left.
+
+    left = sum_k a_k^2 variance_k, least squares, weighted by the expected size, because a squared
+    deviation is off in proportion to itself; the size expected is what the last fit says.
+
+    Args:
+        left: squared deviations, [value]; where all variances are 0 they tell nothing.
+        variances: one or more, each [value]; not finite where one is unknown, which leaves the
+            value out.
+        weight: of each value's squared error, [value]; None: all alike.
+
+    Returns:
+        One factor a variance; NaN where no value is left.
+
+    Example:
+        >>> variances = np.array([1.0, 2.0, 3.0]), np.array([2.0, 1.0, 1.0])
+        >>> a, b = variance_factors(4 * variances[0] + 9 * variances[1], *variances)
+        >>> round(a, 3), round(b, 3)
+        (2.0, 3.0)
+    """
+    columns = np.stack(variances, 1)
+    known = np.isfinite(columns).all(1)
+    if not known.any():
+        return (float("nan"),) * len(variances)
+    total = columns.sum(1)
+    known &= total > 0
+    columns, left, expected = columns[known], left[known], total[known]
+    shares = 1.0 if weight is None else np.sqrt(weight[known])
+    found = np.zeros(len(variances))
+    for _ in range(ROUNDS):
+        scale = shares / expected
+        scaled = columns * scale[:, None]
+        found = nonnegative_squares(scaled.T @ scaled, scaled.T @ (left * scale))
+        expected = np.maximum(columns @ found, LEAST * total[known])
+    return tuple(float(root) for root in np.sqrt(found))
+
+
+def deviation_factors(
+    predicted: Sequence[tuple[Case, Mask, Numbers]],
+    *variances: Sequence[Numbers],
+    noise: Sequence[Numbers],
+) -> tuple[float, ...]:
+    """Factors of the deviations of a prediction and of the spread of one retraining.
+
+    For a forget set with m retrained models, mean t and sample variance s^2 of them,
+
+        (t - predicted)^2 = sum_k a_k^2 variance_k + b^2 noise^2 / m,    s^2 = b^2 noise^2,
+
+    least squares weighted by the expected size, see `variance_factors`, and the second ones by
+    m - 1. Every forget set weighs the same: a coherent one has fewer rows, and says alone what
+    coherence does.
+
+    Args:
+        predicted: each forget set, the rows looked at, and their predicted change, [row, output].
+        variances: one or more, each a list of [row, output].
+        noise: standard deviation of one retraining, list of [row, output].
+
+    Returns:
+        a_1 to a_k, and b.
+
+    Example:
+        >>> from attribution import ForgetSet
+        >>> from examples.digits import task
+        >>> one, forget = np.ones((1797, 10)), ForgetSet.of(task, ["train-17"])
+        >>> case = Case(task, forget, 0 * one, 3 * one, models=4, scatter=4 * one)
+        >>> rows = np.ones(1797, dtype=bool)
+        >>> a, b = deviation_factors([(case, rows, 0 * one)], [2 * one], noise=[one])
+        >>> round(a, 3), round(b, 3)
+        (2.0, 2.0)
+    """
+    counts = [np.full(mean.shape, case.models) for case, _, mean in predicted]
+    alike = joined([np.full(mean.shape, 1 / mean.size) for *_, mean in predicted])
+    error = joined([np.square(case.change[rows] - mean) for case, rows, mean in predicted])
+    scatter = joined(
+        [np.broadcast_to(case.scatter, case.change.shape)[rows] for case, rows, _ in predicted]
+    )
+    models, power = joined(counts), np.square(joined(noise))
+    columns = [np.append(joined(each), np.zeros(len(error))) for each in variances]
+    columns.append(np.append(power / models, power))
+    weight = np.append(alike, alike * (models - 1))
+    return variance_factors(np.append(error, scatter), *columns, weight=weight)
+
+
+def mean_squares(cases: Sequence[Case], kind: int, *means: Sequence[Numbers]) -> tuple[Any, Any]:
+    """What each forget set adds to the least squares of its measured changes on predicted ones.
+
+    Each set weighs one over the squared change of its rows of that kind.
+
+    Args:
+        cases: the forget sets.
+        kind: of row, a number of `KINDS`.
+        means: of one or more predictors, for each set [target, output].
+
+    Returns:
+        C^T C, [set, predictor, predictor], and C^T y, [set, predictor].
+
+    Example:
+        >>> from attribution import ForgetSet
+        >>> from examples.digits import task
+        >>> one, forget = np.ones((1797, 10)), ForgetSet.of(task, ["train-17"])
+        >>> gram, right = mean_squares([Case(task, forget, 0 * one, 2 * one)], 2, [one])
+        >>> gram, right
+        (array([[[0.25]]]), array([[0.5]]))
+    """
+    grams, rights = [], []
+    for case, *told in zip(cases, *means, strict=True):
+        rows = case.kinds[kind]
+        columns = np.stack([joined([mean[rows]]) for mean in told])
+        weighed = columns * case.weight(kind)
+        grams.append(weighed @ columns.T)
+        rights.append(weighed @ joined([case.change[rows]]))
+    return np.stack(grams), np.stack(rights)
+
+
+def held_out_error(cases: Sequence[Case], *means: Sequence[Numbers]) -> float:
+    """Error of a weighed sum of predictions on forget sets that its weights were not fitted to.
+
+    For each set the weights of each kind of row are fitted to all other sets; see `Case.error`.
+
+    Args:
+        cases: the forget sets, two or more.
+        means: of one or more predictors, for each set [target, output].
+
+    Returns:
+        The mean error over the sets.
+
+    Example:
+        >>> from attribution import ForgetSet
+        >>> from examples.digits import task
+        >>> one = np.tile(np.eye(10)[0], (1797, 1))
+        >>> sets = [ForgetSet.of(task, [f"train-{i}"]) for i in (17, 18)]
+        >>> cases = [Case(task, forget, 0 * one, 3 * one) for forget in sets]
+        >>> round(held_out_error(cases, [one, one]), 6)
+        0.0
+    """
+    weights = np.stack([_weights_without(cases, kind, *means) for kind in range(len(KINDS))], 1)
+    told = zip(cases, weights, zip(*means, strict=True), strict=True)
+    return float(np.mean([case.error(_summed(own, case, each)) for case, own, each in told]))
+
+
+def _summed(weights: Numbers, case: Case, means: Sequence[Numbers]) -> Any:
+    """The sum of predictions with weights [kind, predictor]."""
+    return sum(w[case.kind_numbers, None] * m for w, m in zip(weights.T, means, strict=True))
+
+
+def _weights_without(cases: Sequence[Case], kind: int, *means: Sequence[Numbers]) -> Numbers:
+    """Weights fitted to all sets but one, [set left out, predictor]."""
+    gram, right = mean_squares(cases, kind, *means)
+    left = zip(gram.sum(0) - gram, right.sum(0) - right, strict=True)
+    return np.stack([nonnegative_squares(*one) for one in left])

@@ -1,0 +1,144 @@
+"""Least squares on a calibration bank: known factors are found, and held-out sets stay out."""
+
+import numpy as np
+import pytest
+from scipy.optimize import nnls
+
+from attribution import ForgetSet
+from attribution.calibration_bank import KINDS, Case
+from attribution.deviations import (
+    deviation_factors,
+    held_out_error,
+    nonnegative_squares,
+    variance_factors,
+)
+from tests.tasks import blobs
+
+
+def test_squares_are_those_of_a_solver_of_their_own():
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        columns, wanted = random.normal(size=(9, 3)), random.normal(size=9)
+        found = nonnegative_squares(columns.T @ columns, columns.T @ wanted)
+        np.testing.assert_allclose(found, nnls(columns, wanted)[0], atol=1e-10)
+
+
+def made_cases(sets=5, seed=0):
+    """Forget sets of different sizes whose change two predictors know in part."""
+    task, random = blobs(), np.random.default_rng(seed)
+    shape = (len(task.target_ids), 2)
+    cases, one, two = [], [], []
+    for number in range(sets):
+        forget = ForgetSet.at(task, range(number, 2 * number + 3))
+        first, second, noise = random.normal(size=(3, *shape)) * (1 + number)
+        kinds = Case(task, forget, 0 * first, first).kind_numbers[:, None]
+        factors = np.choose(kinds, [0.5, 1.0, 2.0]), np.choose(kinds, [1.0, -0.3, 0.4])
+        change = factors[0] * first + factors[1] * second + 0.5 * noise
+        cases.append(Case(task, forget, random.normal(size=shape), change))
+        one.append(first)
+        two.append(second)
+    return cases, one, two
+
+
+@pytest.mark.parametrize("predictors", [1, 2])
+def test_weights_of_a_set_are_fitted_to_the_others(predictors):
+    cases, *means = made_cases()
+    means = means[:predictors]
+    errors = []
+    for left, case in enumerate(cases):
+        others = [number for number in range(len(cases)) if number != left]
+        predicted = np.zeros_like(case.change)
+        for kind in range(len(KINDS)):
+            columns, wanted = [], []
+            for number in others:
+                rows = cases[number].kinds[kind]
+                root = np.sqrt(cases[number].weight(kind))
+                columns.append(root * np.stack([m[number][rows].ravel() for m in means], 1))
+                wanted.append(root * cases[number].change[rows].ravel())
+            weights = nnls(np.concatenate(columns), np.concatenate(wanted))[0]
+            rows = case.kinds[kind]
+            predicted[rows] = sum(w * m[left][rows] for w, m in zip(weights, means, strict=True))
+        errors.append(case.error(predicted))
+    assert held_out_error(cases, *means) == pytest.approx(np.mean(errors), rel=1e-9)
+
+
+def test_a_predictor_that_knows_nothing_makes_no_weighed_sum_nearer():
+    gains = []
+    for seed in range(20):
+        cases, one, _ = made_cases(seed=seed)
+        noise = [np.random.default_rng(seed).normal(size=mean.shape) for mean in one]
+        gains.append(held_out_error(cases, one) - held_out_error(cases, one, noise))
+    assert np.mean(gains) <= 0
+
+
+@pytest.mark.parametrize("models", [1, 2, 5])
+def test_factors_of_deviations_are_found_again(models):
+    task, random = blobs(rows=300), np.random.default_rng(models)
+    shape = (len(task.target_ids), 2)
+    predicted, spreads, noises = [], [], []
+    for number in range(60):
+        forget = ForgetSet.at(task, range(number, number + 4))
+        spread, noise = random.uniform(0.5, 2, size=(2, *shape))
+        missed = 1.5 * spread * random.normal(size=shape)
+        drawn = missed + 0.8 * noise * random.normal(size=(models, *shape))
+        scatter = drawn.var(0, ddof=1) if models > 1 else 0.0
+        case = Case(task, forget, np.zeros(shape), drawn.mean(0), models, scatter)
+        rows = case.kinds[1]
+        predicted.append((case, rows, np.zeros(shape)[rows]))
+        spreads.append(np.square(spread)[rows])
+        noises.append(noise[rows])
+    found = deviation_factors(predicted, spreads, noise=noises)
+    assert found == pytest.approx((1.5, 0.8), rel=0.03)
+
+
+class TestVarianceFactors:
+    @pytest.fixture
+    def variances(self):
+        random = np.random.default_rng(0)
+        return random.gamma(2, size=3000), random.gamma(2, size=3000)
+
+    @pytest.mark.parametrize("factors", [(2.0, 3.0), (0.0, 1.5), (0.7, 0.0), (0.0, 0.0)])
+    def test_known_factors_are_found(self, variances, factors):
+        left = factors[0] ** 2 * variances[0] + factors[1] ** 2 * variances[1]
+        assert variance_factors(left, *variances) == pytest.approx(factors, abs=1e-6)
+
+    def test_factors_of_normal_deviations_are_found(self, variances):
+        drawn = np.random.default_rng(1).normal(size=(2, 3000))
+        left = (2 * np.sqrt(variances[0]) * drawn[0] + np.sqrt(variances[1]) * drawn[1]) ** 2
+        assert variance_factors(left, *variances) == pytest.approx((2, 1), rel=0.15)
+
+    def test_a_variance_that_would_be_negative_is_none(self, variances):
+        first, second = variances
+        found = variance_factors(np.maximum(3 * second - first, 0), first, second)
+        assert found[0] == 0
+        assert 0 < found[1] < 3**0.5
+        assert variance_factors(np.maximum(3 * first - second, 0), first, second)[1] == 0
+
+    def test_values_without_variance_tell_nothing(self, variances):
+        left = 4 * variances[0] + 9 * variances[1]
+        more = [np.append(values, np.zeros(5)) for values in variances]
+        found = variance_factors(np.append(left, np.ones(5)), *more)
+        assert found == pytest.approx((2, 3), abs=1e-6)
+        assert variance_factors(np.ones(3), np.zeros(3), np.zeros(3)) == (0, 0)
+
+    @pytest.mark.parametrize("factors", [(2.0, 0.5, 3.0), (0.0, 1.5, 0.0), (1.0, 0.0, 0.2)])
+    def test_three_known_factors_are_found(self, variances, factors):
+        third = variances[0][::-1] * np.linspace(0, 1, len(variances[0]))
+        every = (*variances, third)
+        left = sum(a**2 * v for a, v in zip(factors, every, strict=True))
+        assert variance_factors(left, *every) == pytest.approx(factors, abs=1e-6)
+
+    def test_values_weigh_what_they_are_given(self, variances):
+        left = np.concatenate([4 * variances[0], 9 * variances[0]])
+        twice, n = np.tile(variances[0], 2), len(variances[0])
+        for weight, expected in ((np.repeat([1.0, 0.0], n), 2), (np.repeat([0.0, 1.0], n), 3)):
+            found = variance_factors(left, twice, weight=weight)
+            assert found == pytest.approx((expected,))
+
+    @pytest.mark.parametrize("unknown", [np.nan, np.inf])
+    def test_values_of_unknown_variance_are_left_out(self, variances, unknown):
+        left = 4 * variances[0] + 9 * variances[1]
+        left[7], variances[1][7] = 1e6, unknown
+        assert variance_factors(left, *variances) == pytest.approx((2, 3))
+        variances[1][:] = unknown
+        assert np.isnan(variance_factors(left, *variances)).all()
