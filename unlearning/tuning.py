@@ -1,7 +1,8 @@
 """Choose the settings of methods on forget sets of their own, each with the same budget."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def tune_methods(
     methods: Sequence[str],
     *,
     specs: Sequence[str] = TUNING_SETS,
-    trials: int = 12,
+    trials: int = 24,
     n_models: int = 100,
     seed: int = 0,
     predictor: str | None = None,
@@ -41,11 +42,12 @@ def tune_methods(
     workers: int | None = None,
     scheduler: str | None = None,
 ) -> Json:
-    """Draws settings of methods at random and keeps the best of each in the run.
+    """Searches settings of methods at random and keeps the best of each in the run.
 
     The score is the mean over forget sets and over forget, retain and test rows of the mean
     distance to retrained models: KLOM with 80 models or more, else the Gaussian KL. The first
-    trial is the settings as they are, so that the score chosen is never worse. Each method is kept
+    trial is the settings as they are, so that the score chosen is never worse; half of the trials
+    are drawn from the whole space of `SPACES`, the others near the best so far. Each method is kept
     when its trials are done, and the same call takes up after it.
 
     Args:
@@ -75,42 +77,70 @@ def tune_methods(
     where: Json = {"device": device, "workers": workers, "scheduler": scheduler}
     chosen = predictor or run.best
     header = {"specs": list(specs), "n_models": n_models, "seed": seed, "predictor": chosen}
-    wanted = {name: drawn_settings(name, trials, seed) for name in methods}
+    header |= {"data": run.task.digests["train"]}
     before = _tuned_before(run)
     found = {
-        name: before[name] for name in methods if _same(before.get(name), wanted[name], header)
+        name: before[name] for name in methods if _same(before.get(name), name, trials, header)
     }
     left = [name for name in methods if name not in found]
     audits = [_audit(run, parse_forget(run.task, spec), n_models, where) for spec in specs if left]
-    bar = tqdm(total=sum(map(len, wanted.values())), desc="tuning", unit="trial", disable=None)
-    with bar:
-        bar.update(sum(len(wanted[name]) for name in found))
+    total = sum(len(drawn_settings(name, trials, seed)) for name in left)
+    with tqdm(total=total, desc="tuning", unit="trial", disable=None) as bar:
         for name in left:
-            tried: list[Json] = []
-            for settings in wanted[name]:
+
+            def score(settings: Settings, name: str = name) -> float:
                 built = [build_method(name, evidence_of(run, a, chosen), settings) for a in audits]
                 scores = [
                     _score(audit, method, n_models, seed, device)
                     for audit, method in zip(audits, built, strict=True)
                 ]
-                tried.append({"settings": settings, "score": float(np.mean(scores))})
                 bar.update()
-            found[name] = plain(_best(tried) | header)
+                return float(np.mean(scores))
+
+            start = build_method(name, evidence_of(run, audits[0], chosen), {})
+            tried = _tried(name, score, start, trials, seed)
+            found[name] = plain(_best(tried) | {"trials": tried} | header)
             # A run of many methods takes long: what is found of one is kept at once.
             _keep(run, found)
     return {name: found[name] for name in methods}
 
 
+def _tried(
+    name: str,
+    score: Callable[[Settings], float],
+    start: UnlearningMethod,
+    trials: int,
+    seed: int,
+) -> list[Json]:
+    """Settings with their scores: first all over the space, then near the best."""
+    tried: list[Json] = []
+    for number, drawn in enumerate(drawn_settings(name, trials, seed)):
+        settings = drawn
+        if number > trials // 2:
+            best = {field: _told(start, field) for field in SPACES[name]} | _best(tried)["settings"]
+            random = generator(seed, f"tuning {name} near the best", number)
+            settings = {f: s.near(best[f], random) for f, s in SPACES[name].items()}
+        tried.append({"settings": settings, "score": score(settings)})
+    return tried
+
+
+def _told(method: UnlearningMethod, field: str) -> str:
+    """What a setting is, such as rate or backend.gamma."""
+    return str(reduce(getattr, field.split("."), method))
+
+
 def _best(tried: Sequence[Json]) -> Json:
     best = min(tried, key=lambda trial: float(trial["score"]))
-    return best | {"default_score": tried[0]["score"], "trials": list(tried)}
+    return best | {"default_score": tried[0]["score"]}
 
 
-def _same(told: Json | None, wanted: Sequence[Settings], header: Json) -> bool:
+def _same(told: Json | None, name: str, trials: int, header: Json) -> bool:
     """Whether this very tuning of a method is done already."""
-    if told is None or any(told[field] != value for field, value in header.items()):
+    if told is None or any(told.get(field) != value for field, value in header.items()):
         return False
-    return [trial["settings"] for trial in told["trials"]] == list(wanted)
+    drawn, known = drawn_settings(name, trials, header["seed"]), told["trials"]
+    over = trials // 2 + 1
+    return len(known) == len(drawn) and [t["settings"] for t in known[:over]] == drawn[:over]
 
 
 def _keep(run: Run, found: Json) -> None:
@@ -139,20 +169,27 @@ def drawn_settings(name: str, trials: int, seed: int) -> list[Settings]:
 
 
 def tuned_settings(
-    run: Run, methods: Sequence[str], forget_sets: Sequence[ForgetSet]
+    run: Run,
+    methods: Sequence[str],
+    forget_sets: Sequence[ForgetSet],
+    *,
+    predictor: str | None = None,
 ) -> Mapping[str, Settings]:
     """Settings that were chosen for methods, for an audit of other forget sets.
 
     Args:
         run: a run in which `tune_methods` left them.
         methods: names of the table.
-        forget_sets: what will be audited.
+        forget_sets: what will be audited; the rows of one, or of a set that methods were tuned on,
+            may not lie in the other by more than half, so that what is in common is chance.
+        predictor: which predictions matching will use; None: the best on the calibration bank.
 
     Returns:
         Settings by method.
 
     Raises:
-        ValueError: a method was not tuned, or on one of these forget sets.
+        ValueError: a method was not tuned, or on one of these forget sets, with another predictor,
+            or with other training rows.
     """
     known = _tuned_before(run)
     missing = [name for name in methods if SPACES[name] and name not in known]
@@ -161,15 +198,35 @@ def tuned_settings(
             f"{missing[0]!r} has no tuned settings in {run.path}: run dmm tune --methods"
             f" {','.join(missing)}"
         )
-    used = {spec for name in methods if name in known for spec in known[name]["specs"]}
-    tuned_on = {parse_forget(run.task, spec).positions: spec for spec in sorted(used)}
-    for forget in forget_sets:
-        if forget.positions in tuned_on:
+    told = {name: known[name] for name in methods if name in known}
+    _check_same(run, told, predictor or run.best)
+    tuned_on = {spec for one in told.values() for spec in one["specs"]}
+    for spec in sorted(tuned_on):
+        for forget in forget_sets:
+            _check_apart(forget, parse_forget(run.task, spec), spec)
+    return {name: dict(one["settings"]) for name, one in told.items()}
+
+
+def _check_same(run: Run, told: Mapping[str, Json], predictor: str) -> None:
+    for name, one in told.items():
+        if one.get("data") != run.task.digests["train"]:
             raise ValueError(
-                f"forget set {forget.name!r} is {tuned_on[forget.positions]}, which methods were"
-                " tuned on: audit another one"
+                f"{name!r} was tuned with other training rows: run dmm tune --methods {name} again"
             )
-    return {name: dict(known[name]["settings"]) for name in methods if name in known}
+        if one["predictor"] != predictor:
+            raise ValueError(
+                f"{name!r} was tuned with predictor {one['predictor']!r}, got {predictor!r}: give"
+                f" --predictor {one['predictor']}, or tune with the other one"
+            )
+
+
+def _check_apart(forget: ForgetSet, tuned: ForgetSet, spec: str) -> None:
+    shared = len(np.intersect1d(forget.rows, tuned.rows))
+    if 2 * shared > min(len(forget), len(tuned)):
+        raise ValueError(
+            f"forget set {forget.name!r} shares {shared} of its {len(forget)} rows with {spec},"
+            f" {len(tuned)} rows that methods were tuned on: audit another one"
+        )
 
 
 def _tuned_before(run: Run) -> Json:

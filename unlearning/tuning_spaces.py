@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+NEAR = 0.5  # standard deviation of the logarithm
+
 
 class Setting(ABC):
     """A setting that is drawn at random."""
@@ -13,6 +15,10 @@ class Setting(ABC):
     @abstractmethod
     def draw(self, random: np.random.Generator) -> str:
         """A value, as text."""
+
+    @abstractmethod
+    def near(self, value: str, random: np.random.Generator) -> str:
+        """A value near one that is known to be good, as text."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,12 @@ class Between(Setting):
         """Three significant digits."""
         return f"{np.exp(random.uniform(np.log(self.low), np.log(self.high))):.3g}"
 
+    def near(self, value: str, random: np.random.Generator) -> str:
+        """Mostly within a factor of 2.7; not outside the bounds, or only if the value is."""
+        known = float(value)
+        moved = known * np.exp(NEAR * random.normal())
+        return f"{np.clip(moved, min(known, self.low), max(known, self.high)):.3g}"
+
 
 @dataclass(frozen=True)
 class Among(Setting):
@@ -45,6 +57,11 @@ class Among(Setting):
     def draw(self, random: np.random.Generator) -> str:
         """One of them."""
         return str(random.choice(self.values))
+
+    def near(self, value: str, random: np.random.Generator) -> str:
+        """The same in half of the draws."""
+        drawn = self.draw(random)
+        return value if random.random() < 0.5 else drawn
 
 
 Space = Mapping[str, Setting]

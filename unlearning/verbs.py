@@ -175,7 +175,8 @@ def _evaluate(options: argparse.Namespace) -> Told:
     else:
         more = _where(options) | {"n_models": options.n_models, "lds_models": options.lds_models}
         more |= {"relearning": options.relearning, "budgets": options.budgets}
-        more["settings"] = tuned_settings(run, methods, forgets) if options.tuned else None
+        if options.tuned:
+            more["settings"] = tuned_settings(run, methods, forgets, predictor=options.predictor)
         told = evaluate_methods(run, forgets, methods, **shared, **more)
     told = plain(told)
     write_text(out, json.dumps(told, indent=1) + "\n")

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from attribution import Run, parse_forget
+from attribution import ForgetSet, Run, parse_forget
 from tests.small_runs import finished_run
-from unlearning import tuning
+from unlearning import FineTune, tuning
 from unlearning.evaluation import evaluate_methods
 from unlearning.klom import gaussian_kl
 from unlearning.methods import METHODS, build_method
@@ -28,10 +28,11 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def run(trained):
-    """The run, not tuned yet."""
+def run(trained, monkeypatch):
+    """The run, not tuned yet, whose best predictor is the one that is tuned with."""
     if trained.path.exists(TUNED):
         trained.path.remove(TUNED)
+    monkeypatch.setattr(Run, "best", "datamodel")
     return trained
 
 
@@ -64,6 +65,32 @@ def test_numbers_keep_to_their_bounds_and_the_seed_reproduces():
     assert rates.min() >= 0.03
     assert rates.max() <= 3
     assert np.median(np.log(rates)) == pytest.approx(np.log(0.03 * 3) / 2, abs=0.3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_near_the_best_is_taken(name, ground):
+    start, random = build_method(name, ground.evidence(), {}), np.random.default_rng(0)
+    values = {field: tuning._told(start, field) for field in SPACES[name]}
+    for _ in range(20):
+        values = {field: s.near(values[field], random) for field, s in SPACES[name].items()}
+        build_method(name, ground.evidence(), values)
+
+
+def test_the_second_half_of_the_trials_stays_near_the_best():
+    asked = []
+
+    def score(settings):
+        asked.append(settings)
+        return abs(np.log(float(settings.get("rate", 0.001)) / 0.03))
+
+    tried = tuning._tried("fine_tune", score, FineTune(), 200, 0)
+    assert [trial["settings"] for trial in tried] == asked
+    assert asked[:101] == drawn_settings("fine_tune", 200, 0)[:101]
+    far, near = (
+        np.log([float(s["rate"]) / 0.03 for s in part]) for part in (asked[1:101], asked[101:])
+    )
+    assert near.std() < 0.75 < far.std()
+    assert tuning._best(tried)["score"] < 0.02
 
 
 def test_the_best_score_is_kept_and_told(run):
@@ -133,9 +160,37 @@ def test_an_audit_takes_them_on_other_sets_alone(run):
     used = told["forget_sets"][audited.name]["methods"]["fine_tune"]["settings"]
     for name, text in found["fine_tune"]["settings"].items():
         assert float(used[name]) == float(text)
-    same = parse_forget(run.task, SETS[1])
-    with pytest.raises(ValueError, match=r"is random:6:101, which methods were tuned on"):
-        tuned_settings(run, ["fine_tune"], [audited, same])
+    with pytest.raises(ValueError, match="tuned with predictor 'datamodel', got 'newton': give"):
+        tuned_settings(run, ["fine_tune"], [audited], predictor="newton")
+
+
+@pytest.mark.parametrize(
+    ("shared", "others", "refused"), [(6, 0, True), (4, 0, True), (4, 9, True), (3, 9, False)]
+)
+def test_a_set_that_methods_were_tuned_on_is_refused_in_part_and_whole(
+    run, shared, others, refused
+):
+    tuned(run, ["fine_tune"])
+    known = parse_forget(run.task, SETS[1])
+    apart = [p for p in known.retained if p not in parse_forget(run.task, SETS[0]).positions]
+    audited = ForgetSet.at(run.task, [*known.positions[:shared], *apart[:others]], name="mine")
+    if not refused:
+        assert set(tuned_settings(run, ["fine_tune"], [audited])) == {"fine_tune"}
+        return
+    wanted = f"'mine' shares {shared} of its {shared + others} rows with random:6:101, 6 rows that"
+    with pytest.raises(ValueError, match=wanted):
+        tuned_settings(run, ["fine_tune"], [audited])
+
+
+def test_settings_of_other_training_rows_are_refused(run):
+    tuned(run, ["fine_tune"])
+    told = json.loads(run.path.read(TUNED))
+    told["methods"]["fine_tune"]["data"] = "another"
+    run.path.write(TUNED, json.dumps(told).encode())
+    audited = parse_forget(run.task, "random:5:0")
+    with pytest.raises(ValueError, match="'fine_tune' was tuned with other training rows"):
+        tuned_settings(run, ["fine_tune"], [audited])
+    assert tuned(run, ["fine_tune"])["fine_tune"]["data"] == run.task.digests["train"]
 
 
 def test_a_method_that_was_not_tuned_is_refused(run):
