@@ -243,7 +243,8 @@ def train_models(
         workers: processes; None for one per core or GPU, 0 for this process.
         scheduler: address of an existing dask scheduler instead; one thread a worker.
         models_at_once: models of a block; changes the numbers in their last digits, so a store
-            made with another number is refused. None: 50, or 1 where trained one by one.
+            made with another number is refused. None: 50, on a processor fewer where they have more
+            than 10,000 parameters, and 1 where trained one by one.
 
     Returns:
         The ensemble.

@@ -8,8 +8,9 @@ from attribution.subsets import Subsets
 from attribution.task import Task
 from stores import ArraySpec, Provenance, Store, StoreSpec, Where, digest, versions
 
-# Models trained together; more of them no longer run faster and would not fit the cache.
-MODELS_AT_ONCE = 50
+# Models trained together; more of them no longer run faster. Weights of more than so many numbers
+# leave a processor's cache, and then few at once are as fast as many and lost sooner to a kill.
+MODELS_AT_ONCE, NUMBERS_AT_ONCE = 50, 500_000
 
 
 def ensemble_store(
@@ -31,7 +32,8 @@ def ensemble_store(
         keep: "outputs", or "weights" for the state dicts too.
         device: where models are trained.
         many: whether a block's models are trained at once.
-        models_at_once: models of a block; None: 50, or 1 where trained one by one.
+        models_at_once: models of a block; None: 50, on a processor fewer where they have more than
+            10,000 parameters, and 1 where trained one by one.
 
     Returns:
         The store.
@@ -49,7 +51,7 @@ def ensemble_store(
             f"the subsets are drawn from {rows} rows, task {task.name!r} has {len(task.train_ids)}:"
             " draw them with this task"
         )
-    block = models_at_once or (MODELS_AT_ONCE if many else 1)
+    block = models_at_once or (_at_once(task, device) if many else 1)
     keys = list(task.new_model(0).state_dict()) if keep == "weights" else []
     return Store.open_or_create(
         to,
@@ -76,6 +78,13 @@ def state_keys(store: Store) -> dict[str, str]:
         Key by name; empty where no weights are kept.
     """
     return {f"weights_{i}": str(key) for i, key in enumerate(store.attributes["keys"])}
+
+
+def _at_once(task: Task, device: str) -> int:
+    if torch.device(device).type != "cpu":
+        return MODELS_AT_ONCE
+    parameters = sum(parameter.numel() for parameter in task.new_model(0).parameters())
+    return min(MODELS_AT_ONCE, max(1, NUMBERS_AT_ONCE // max(1, parameters)))
 
 
 def _arrays(task: Task, models: int, keep: str) -> dict[str, ArraySpec]:

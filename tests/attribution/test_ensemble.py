@@ -206,6 +206,16 @@ def test_another_source_of_own_training_is_only_warned_about(tmp_path):
     assert_same_bits(first, again)
 
 
+@pytest.mark.parametrize(("width", "at_once"), [(5, 5), (30_000, 2), (200_000, 1)])
+def test_fewer_large_models_are_trained_at_once(tmp_path, width, at_once):
+    def model():
+        return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))
+
+    task = blobs(model=model, recipe=Recipe(1, 37, 0.01))
+    found = bank(task, tmp_path / "wide", models_at_once=None, keep="outputs")
+    assert found.store.spec.block == at_once
+
+
 def test_batch_normalisation_is_trained_one_by_one(tmp_path):
     task = blobs(model=normalised_mlp)
     with pytest.warns(UserWarning, match=r"'blobs' are trained one by one: its buffers \(1\.run"):
