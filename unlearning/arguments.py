@@ -166,6 +166,6 @@ def _tune(tune: argparse.ArgumentParser) -> None:
     tune.add_argument("--methods", nargs="+", required=True, metavar="NAME,NAME")
     text = "forget sets to tune on, which may not be audited; default: %(default)s"
     tune.add_argument("--forget", nargs="+", default=TUNING_SETS, metavar="SPEC", help=text)
-    tune.add_argument("--trials", type=int, default=12, help="settings tried of each method")
+    tune.add_argument("--trials", type=int, default=16, help="settings tried of each method")
     tune.add_argument("--n-models", type=int, default=100)
     _predictor(tune)

@@ -34,7 +34,7 @@ def tune_methods(
     methods: Sequence[str],
     *,
     specs: Sequence[str] = TUNING_SETS,
-    trials: int = 24,
+    trials: int = 16,
     n_models: int = 100,
     seed: int = 0,
     predictor: str | None = None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NEAR = 0.5  # standard deviation of the logarithm
+NEAR = 0.15  # standard deviation, as a share of the space
 
 
 class Setting(ABC):
@@ -38,9 +38,9 @@ class Between(Setting):
         return f"{np.exp(random.uniform(np.log(self.low), np.log(self.high))):.3g}"
 
     def near(self, value: str, random: np.random.Generator) -> str:
-        """Mostly within a factor of 2.7; not outside the bounds, or only if the value is."""
+        """Not outside the bounds, or only if the value is."""
         known = float(value)
-        moved = known * np.exp(NEAR * random.normal())
+        moved = known * (self.high / self.low) ** (NEAR * random.normal())
         return f"{np.clip(moved, min(known, self.low), max(known, self.high)):.3g}"
 
 
