@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from attribution.carried import CarriedMoments, carried_path, save_carried
+from attribution.carried import CarriedMoments, carrying, partial_path, settle_carried
 from attribution.forget import ForgetSet
 from attribution.outputs import Array, evaluate
 from attribution.task import Rows, State, Task
@@ -56,17 +57,14 @@ class Model:
 
     def digest(self) -> str:
         """The sha256 over names and values of the state."""
-        found = hashlib.sha256()
-        for name in sorted(self.state):
-            found.update(name.encode())
-            found.update(self.state[name].contiguous().numpy().tobytes())
-        return found.hexdigest()
+        return _digest(self.state)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes state and provenance as safetensors; forgotten ids stand there as salted digests.
 
         Moments that the model carries go to `NAME.moments.safetensors` beside it, which the next
-        projected request reads; move the two together.
+        projected request reads; move the two together. Where the save fails or is killed, the
+        model that lay there is still whole, or the new one is.
 
         Args:
             path: file to write; replaced as a whole.
@@ -83,10 +81,13 @@ class Model:
         told["carries"] = self.moments is not None
         tensors = {name: tensor.contiguous().clone() for name, tensor in self.state.items()}
         try:
-            save_carried(path, self.moments, self.digest())
-            save_file(tensors, partial, metadata={METADATA: json.dumps(told)})
-            partial.replace(path)
+            _settle(path)
+            with carrying(path, self.moments, _owner(self.state, told)):
+                save_file(tensors, partial, metadata={METADATA: json.dumps(told)})
+                partial.replace(path)
         except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                partial.unlink()
             raise ValueError(f"cannot write {os.fspath(path)!r}: {error}") from error
 
 
@@ -124,7 +125,7 @@ def load_model(task: Task, path: str | os.PathLike[str], *, purged: int = 0) -> 
     model = Model(task, state, forgotten, kept | {"file": Path(name).name})
     if not told.get("carries"):
         return model
-    return replace(model, moments=CarriedMoments(carried_path(name), model.digest()))
+    return replace(model, moments=CarriedMoments(name, _owner(state, told)))
 
 
 def check_state(task: Task, state: Mapping[str, Tensor], where: str) -> None:
@@ -190,12 +191,33 @@ def _read(name: str) -> tuple[State, dict[str, Any]]:
 def _checked_metadata(told: Any) -> dict[str, Any]:
     forgotten = told.get("forgotten", []) if isinstance(told, dict) else None
     right = isinstance(forgotten, list) and all(isinstance(row, str) for row in forgotten)
-    if not right or (forgotten and not isinstance(told.get("salt"), str)):
+    if not right or not isinstance(told.get("salt", "" if not forgotten else None), str):
         raise ValueError("its provenance is damaged")
     index = told.get("index", 0)
     if type(index) is not int or index < 0:
         raise ValueError(f"its provenance is damaged: {index!r} is no number of a model")
     return dict(told)
+
+
+def _settle(path: str | os.PathLike[str]) -> None:
+    """Finishes what a save that was killed left of the model that lies there."""
+    if partial_path(path).exists():
+        with suppress(ValueError):
+            state, told = _read(os.fspath(path))
+            settle_carried(path, _owner(state, told))
+
+
+def _owner(state: State, told: Mapping[str, Any]) -> str:
+    """What a model's moments belong to: its weights and, by the salt, this very save of them."""
+    return _salted(told.get("salt", ""), _digest(state))
+
+
+def _digest(state: State) -> str:
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(name.encode())
+        found.update(state[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _salted(salt: str, row: str) -> str:
