@@ -133,7 +133,7 @@ class UnlearningMethod(ABC):
         """
         start = time.perf_counter()
         check_state(task, model.state, "the model")
-        left = _still_there(task, forget, model.forgotten)
+        left = still_there(task, forget, model.forgotten)
         digest = _moments_digest(model)
         request = Request(
             task=task,
@@ -171,7 +171,26 @@ def _moments_digest(model: Model) -> str:
     return str(model.provenance.get("moments") or model.digest())
 
 
-def _still_there(task: Task, forget: ForgetSet, already: ForgetSet | None) -> ForgetSet:
+def still_there(task: Task, forget: ForgetSet, already: ForgetSet | None) -> ForgetSet:
+    """Rows of a request that a model has not forgotten before.
+
+    Args:
+        task: whose training rows they are.
+        forget: rows to forget.
+        already: rows that it has forgotten.
+
+    Returns:
+        What is left to forget.
+
+    Raises:
+        ValueError: nothing is left, or the rows are drawn from other data.
+
+    Example:
+        >>> from examples.digits import task
+        >>> few, one = (ForgetSet.at(task, rows) for rows in ([3, 4], [3]))
+        >>> still_there(task, few, one).ids
+        ('train-4',)
+    """
     if forget.total != len(task.train_ids):
         raise ValueError(
             f"forget set {forget.name!r} is drawn from {forget.total} rows, task {task.name!r} has"
@@ -230,7 +249,7 @@ def unlearn_models(
     numbers = range(len(models) if count is None else count)
     states, digests, held = _start(models, numbers)
     before = models.without if isinstance(models, Ensemble) else models.forgotten
-    left = _still_there(task, forget, before)
+    left = still_there(task, forget, before)
     request = Request(
         task=task,
         forget=left,

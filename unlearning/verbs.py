@@ -24,6 +24,7 @@ from unlearning.explanation import explain, explanation_table, render_explanatio
 from unlearning.methods import METHODS, Evidence, build_method, check_method
 from unlearning.report import render_report
 from unlearning.run_files import EVALUATION, REPORT, beside, read_evaluation, write_text
+from unlearning.runner import still_there
 from unlearning.tables import (
     evaluation_table,
     prediction_table,
@@ -131,12 +132,15 @@ def _unlearn(options: argparse.Namespace) -> Told:
     run = Run.open(options.run)
     forget = parse_forget(run.task, options.forget)
     model = _model(run, options.checkpoint)
+    still_there(run.task, forget, model.forgotten)
     where = {key: value for key, value in _where(options).items() if value is not None}
+    gone = forget.union(run.task, model.forgotten)
     evidence = Evidence(
         predictor=lambda name: run.predictor(name or options.predictor),
-        oracle=lambda: run.oracle(forget, len(run.full), **where),
+        oracle=lambda: run.oracle(gone, len(run.full), **where),
         moments=lambda: run.moments,
         full=lambda: run.full,
+        forgotten=model.forgotten,
     )
     method = build_method(options.method, evidence, _settings(options.set))
     result = method(model, run.task, forget, seed=options.seed, device=options.device)
