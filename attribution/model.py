@@ -36,6 +36,7 @@ class Model:
         provenance: how it came to be, plain values.
         moments: second moments of the retain rows' layer inputs by layer name, which a projected
             request leaves for the next one; None for a model that has seen none.
+        since: of the forgotten rows, those that these moments still count; None for none.
 
     Example:
         >>> from examples.digits import mlp, task
@@ -49,6 +50,7 @@ class Model:
     forgotten: ForgetSet | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     moments: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    since: ForgetSet | None = None
 
     def outputs(self, targets: Rows | list[int] | None = None) -> Array:
         """Outputs [target, output] on some targets, by position; None: on all of them."""
@@ -75,8 +77,9 @@ class Model:
         if os.fspath(path).endswith(TORCH_FILES):
             raise ValueError(f"models are written as .safetensors, got {os.fspath(path)!r}")
         salt = secrets.token_hex(16)
-        ids = self.forgotten.ids if self.forgotten else ()
-        told = dict(self.provenance) | {"salt": salt, "forgotten": [_salted(salt, i) for i in ids]}
+        told = dict(self.provenance) | {"salt": salt}
+        for key, rows in {"forgotten": self.forgotten, "since": self.since}.items():
+            told[key] = [_salted(salt, row) for row in (rows.ids if rows else ())]
         partial = Path(f"{os.fspath(path)}.partial")
         told["carries"] = self.moments is not None
         tensors = {name: tensor.contiguous().clone() for name, tensor in self.state.items()}
@@ -119,13 +122,17 @@ def load_model(task: Task, path: str | os.PathLike[str], *, purged: int = 0) -> 
     name = os.fspath(path)
     state, told = _read(name)
     check_state(task, state, name)
-    forgotten = _known_again(task, told, name, purged)
-    own = ("salt", "forgotten", "carries")
+    forgotten = _forgotten(task, told, name, purged)
+    own = ("salt", "forgotten", "since", "carries")
     kept = {key: value for key, value in told.items() if key not in own}
     model = Model(task, state, forgotten, kept | {"file": Path(name).name})
-    if not told.get("carries"):
+    since = _known_again(task, told, "since")
+    # Purged rows cannot be read, so moments that count them cannot be put right: those that are
+    # stored have been.
+    if not told.get("carries") or len(since) < len(told.get("since", ())):
         return model
-    return replace(model, moments=CarriedMoments(name, _owner(state, told)))
+    counted = ForgetSet.of(task, since, "since") if since else None
+    return replace(model, moments=CarriedMoments(name, _owner(state, told)), since=counted)
 
 
 def check_state(task: Task, state: Mapping[str, Tensor], where: str) -> None:
@@ -189,9 +196,11 @@ def _read(name: str) -> tuple[State, dict[str, Any]]:
 
 
 def _checked_metadata(told: Any) -> dict[str, Any]:
-    forgotten = told.get("forgotten", []) if isinstance(told, dict) else None
-    right = isinstance(forgotten, list) and all(isinstance(row, str) for row in forgotten)
-    if not right or not isinstance(told.get("salt", "" if not forgotten else None), str):
+    if not isinstance(told, dict):
+        raise ValueError("its provenance is damaged")
+    rows = [told.get(key, []) for key in ("forgotten", "since")]
+    right = all(isinstance(r, list) and all(isinstance(row, str) for row in r) for r in rows)
+    if not right or not isinstance(told.get("salt", None if any(rows) else ""), str):
         raise ValueError("its provenance is damaged")
     index = told.get("index", 0)
     if type(index) is not int or index < 0:
@@ -224,15 +233,16 @@ def _salted(salt: str, row: str) -> str:
     return hashlib.sha256(f"{salt}:{row}".encode()).hexdigest()
 
 
-def _known_again(task: Task, told: Mapping[str, Any], name: str, purged: int) -> ForgetSet | None:
-    wanted = set(told.get("forgotten", ()))
-    if not wanted:
-        return None
-    salt = told["salt"]
-    ids = [row for row in task.train_ids if _salted(salt, row) in wanted]
-    if len(wanted) - len(ids) > purged:
+def _known_again(task: Task, told: Mapping[str, Any], key: str) -> list[str]:
+    wanted = set(told.get(key, ()))
+    return [row for row in task.train_ids if wanted and _salted(told["salt"], row) in wanted]
+
+
+def _forgotten(task: Task, told: Mapping[str, Any], name: str, purged: int) -> ForgetSet | None:
+    ids, count = _known_again(task, told, "forgotten"), len(told.get("forgotten", ()))
+    if count - len(ids) > purged:
         raise ValueError(
-            f"{name!r} has forgotten {len(wanted)} rows, of which task {task.name!r} knows"
+            f"{name!r} has forgotten {count} rows, of which task {task.name!r} knows"
             f" {len(ids)}: open it with the task it was made from"
         )
     return ForgetSet.of(task, ids, "forgotten") if ids else None
@@ -248,7 +258,8 @@ def with_forgotten(model: Model, state: State, forget: ForgetSet, **told: Any) -
         told: how, for the provenance.
 
     Returns:
-        A new model; what was forgotten before stays forgotten.
+        A new model; what was forgotten before stays forgotten, and moments that it carries stay
+        those of before.
 
     Example:
         >>> from examples.digits import mlp, task
@@ -257,7 +268,10 @@ def with_forgotten(model: Model, state: State, forget: ForgetSet, **told: Any) -
         >>> with_forgotten(before, before.state, forget, method="none").forgotten.ids
         ('train-17',)
     """
-    forgotten = forget.union(model.task, model.forgotten)
     return replace(
-        model, state=state, forgotten=forgotten, provenance=dict(model.provenance) | told
+        model,
+        state=state,
+        forgotten=forget.union(model.task, model.forgotten),
+        since=forget.union(model.task, model.since) if model.moments is not None else None,
+        provenance=dict(model.provenance) | told,
     )

@@ -58,6 +58,7 @@ class UnlearnedModels:
         digests: digest of the weights that each model's stored moments belong to.
         moments: of the retain rows' inputs, each [model, *moment_shape], which they carry to their
             next request; None for models that have seen no projected one.
+        since: of the forgotten rows, those that these moments still count; None for none.
     """
 
     task: Task
@@ -68,6 +69,7 @@ class UnlearnedModels:
     gradient_evaluations: float
     digests: tuple[str, ...] = field(repr=False)
     moments: State | None = field(repr=False)
+    since: ForgetSet | None = None
 
     def __len__(self) -> int:
         """The number of models."""
@@ -146,6 +148,7 @@ class UnlearningMethod(ABC):
             seed=seed,
             device=torch.device(device),
             many=False,
+            since=model.since,
         )
         plan = self.plan(request)
         ran = execute(plan, request)
@@ -158,7 +161,7 @@ class UnlearningMethod(ABC):
         new = with_forgotten(model, state, left, **told, moments=digest)
         if plan is not None and plan.moments is not None:
             moments = {name: held.cpu() for name, held in unstack(plan.moments, 0).items()}
-            new = replace(new, moments=moments)
+            new = replace(new, moments=moments, since=None)
         seconds = time.perf_counter() - start
         return Unlearned(new, ran.endings[0], seconds, ran.history, int(ran.evaluations[0]))
 
@@ -262,10 +265,13 @@ def unlearn_models(
         device=torch.device(device),
         many=why_one_by_one(task.new_model(0), task.rows("train", left.rows[:1])[0], training=False)
         is None,
+        since=models.since if isinstance(models, UnlearnedModels) else None,
     )
     plan = method.plan(request)
     ran = execute(plan, request)
-    carried = plan.moments if plan is not None and plan.moments is not None else held
+    carried, since = held, left.union(task, request.since) if held is not None else None
+    if plan is not None and plan.moments is not None:
+        carried, since = plan.moments, None
     return UnlearnedModels(
         task=task,
         states={name: tensor.cpu() for name, tensor in ran.states.items()},
@@ -275,6 +281,7 @@ def unlearn_models(
         gradient_evaluations=float(np.mean(ran.evaluations)),
         digests=digests,
         moments=None if carried is None else {n: tensor.cpu() for n, tensor in carried.items()},
+        since=since,
     )
 
 
