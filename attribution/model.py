@@ -179,9 +179,10 @@ def _read(name: str) -> tuple[State, dict[str, Any]]:
     try:
         if name.endswith(TORCH_FILES):
             loaded = torch.load(name, map_location="cpu", weights_only=True)
-            if not isinstance(loaded, dict):
-                raise ValueError(f"it holds a {type(loaded).__name__}, not a state dict")
-            return dict(loaded.get("state_dict", loaded)), {}
+            state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+            if not isinstance(state, dict):
+                raise ValueError(f"it holds a {type(state).__name__}, not a state dict")
+            return dict(state), {}
         with safe_open(name, framework="pt") as file:
             told = _checked_metadata(json.loads((file.metadata() or {}).get(METADATA, "{}")))
             return {key: file.get_tensor(key) for key in file.keys()}, told  # noqa: SIM118
