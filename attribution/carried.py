@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,28 +33,74 @@ def carried_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.fspath(path).removesuffix(".safetensors") + SUFFIX)
 
 
-def save_carried(
-    path: str | os.PathLike[str], moments: Mapping[str, Tensor] | None, digest: str
-) -> None:
-    """Writes the moments of a model beside its file; a model without moments leaves no such file.
+def partial_path(path: str | os.PathLike[str]) -> Path:
+    """Where the moments lie while the model's own file is being replaced.
 
     Args:
         path: of the model.
-        moments: by layer name.
-        digest: of the model's weights.
+
+    Returns:
+        The path.
+
+    Example:
+        >>> partial_path("models/new.safetensors").name
+        'new.moments.safetensors.partial'
+    """
+    return Path(f"{carried_path(path)}.partial")
+
+
+@contextmanager
+def carrying(
+    path: str | os.PathLike[str], moments: Mapping[str, Tensor] | None, owner: str
+) -> Iterator[None]:
+    """Replaces the moments beside a model's file after the body has replaced the model itself.
+
+    They are written before, so that the model is replaced only where both files are complete. A
+    kill between the two leaves them under their partial name, where they are read as well.
+
+    Args:
+        path: of the model.
+        moments: by layer name; None leaves no such file.
+        owner: the model that they belong to.
 
     Raises:
         OSError: the folder cannot be written.
         SafetensorError: likewise.
     """
-    file = carried_path(path)
+    file, partial = carried_path(path), partial_path(path)
+    # Its bytes may be mapped as the very moments that are to be written.
+    partial.unlink(missing_ok=True)
+    try:
+        if moments is not None:
+            tensors = {PREFIX + name: moment.contiguous() for name, moment in moments.items()}
+            save_file(tensors, partial, metadata={BELONGS: owner})
+        yield
+    except (OSError, SafetensorError):
+        partial.unlink(missing_ok=True)
+        raise
     if moments is None:
         file.unlink(missing_ok=True)
-        return
-    partial = Path(f"{file}.partial")
-    tensors = {PREFIX + name: moment.contiguous() for name, moment in moments.items()}
-    save_file(tensors, partial, metadata={BELONGS: digest})
-    partial.replace(file)
+    else:
+        partial.replace(file)
+
+
+def settle_carried(path: str | os.PathLike[str], owner: str) -> None:
+    """Gives moments that a killed save left under their partial name their own.
+
+    Args:
+        path: of the model.
+        owner: the model that lies there.
+    """
+    if _belongs(partial_path(path), owner):
+        partial_path(path).replace(carried_path(path))
+
+
+def _belongs(file: Path, owner: str) -> bool:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return bool((opened.metadata() or {}).get(BELONGS) == owner)
+    except (OSError, SafetensorError):
+        return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +108,12 @@ class CarriedMoments(Mapping[str, Tensor]):
     """The moments in the file beside a model's file.
 
     Args:
-        path: of the file with the moments.
-        digest: of the model's weights.
+        path: of the model.
+        owner: the model that they belong to.
     """
 
-    path: Path
-    digest: str
+    path: str
+    owner: str
 
     def __getitem__(self, name: str) -> Tensor:
         """The moments of a layer."""
@@ -84,14 +131,16 @@ class CarriedMoments(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
     def _read(self, get: Callable[[Any], Any]) -> Any:
+        file = carried_path(self.path)
+        partial = partial_path(self.path)
         try:
-            with safe_open(self.path, framework="pt") as file:
-                if (file.metadata() or {}).get(BELONGS) != self.digest:
+            with safe_open(partial if _belongs(partial, self.owner) else file, "pt") as opened:
+                if (opened.metadata() or {}).get(BELONGS) != self.owner:
                     raise ValueError("they are those of other weights")
-                return get(file)
+                return get(opened)
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(
-                f"the model carries moments in {str(self.path)!r} from the rows it has forgotten,"
+                f"the model carries moments in {str(file)!r} from the rows it has forgotten,"
                 f" which cannot be read: {error}; put the file back beside the model, or forget"
                 " all rows at once from the model before"
             ) from error

@@ -181,7 +181,7 @@ def parse_targets(task: Task, spec: str, forget: ForgetSet) -> Rows:
         Positions, [target].
 
     Raises:
-        ValueError: an unknown id, or a file that cannot be read.
+        ValueError: an unknown id, no id at all, or a file that cannot be read.
     """
     n, total = len(task.train_ids), len(task.target_ids)
     known = {"train": np.arange(n), "test": np.arange(n, total), "forget": forget.rows}
@@ -190,4 +190,7 @@ def parse_targets(task: Task, spec: str, forget: ForgetSet) -> Rows:
     if re.match(r"(rows|random|cluster):", spec):
         return parse_forget(task, spec).rows
     ids = read_ids(spec[1:]) if spec.startswith("@") else spec.split(",")
-    return target_positions(task, [row.strip() for row in ids])
+    named = [row.strip() for row in ids if row.strip()]
+    if not named:
+        raise ValueError(f"targets {spec!r} are empty: name at least one row")
+    return target_positions(task, named)

@@ -277,6 +277,9 @@ class Descent:
         pull: adds pull x (parameters - their start) to the gradients.
         recordings: of earlier descents with the same structure, cotangent and mode, by the shapes
             of what they took; a new one is added. Recording takes as long as many steps.
+
+    Raises:
+        ValueError: the model has no trainable parameters.
     """
 
     def __init__(
@@ -294,6 +297,11 @@ class Descent:
     ) -> None:
         self.module = deepcopy(module).train(training)
         self.parameters, self.rest = split_state(self.module, self._held(state, many))
+        if not self.parameters:
+            raise ValueError(
+                f"the model, {type(module).__name__}, has no trainable parameters: give the task"
+                " one of which some require a gradient"
+            )
         self.cotangent, self.project, self.many = cotangent, project, many
         self.optimizer = optimizer
         self.pull = pull

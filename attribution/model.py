@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from attribution.carried import CarriedMoments, carried_path, save_carried
+from attribution.carried import CarriedMoments, carrying, partial_path, settle_carried
 from attribution.forget import ForgetSet
 from attribution.outputs import Array, evaluate
 from attribution.task import Rows, State, Task
@@ -35,6 +36,7 @@ class Model:
         provenance: how it came to be, plain values.
         moments: second moments of the retain rows' layer inputs by layer name, which a projected
             request leaves for the next one; None for a model that has seen none.
+        since: of the forgotten rows, those that these moments still count; None for none.
 
     Example:
         >>> from examples.digits import mlp, task
@@ -48,6 +50,7 @@ class Model:
     forgotten: ForgetSet | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     moments: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    since: ForgetSet | None = None
 
     def outputs(self, targets: Rows | list[int] | None = None) -> Array:
         """Outputs [target, output] on some targets, by position; None: on all of them."""
@@ -56,17 +59,14 @@ class Model:
 
     def digest(self) -> str:
         """The sha256 over names and values of the state."""
-        found = hashlib.sha256()
-        for name in sorted(self.state):
-            found.update(name.encode())
-            found.update(self.state[name].contiguous().numpy().tobytes())
-        return found.hexdigest()
+        return _digest(self.state)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes state and provenance as safetensors; forgotten ids stand there as salted digests.
 
         Moments that the model carries go to `NAME.moments.safetensors` beside it, which the next
-        projected request reads; move the two together.
+        projected request reads; move the two together. Where the save fails or is killed, the
+        model that lay there is still whole, or the new one is.
 
         Args:
             path: file to write; replaced as a whole.
@@ -77,16 +77,20 @@ class Model:
         if os.fspath(path).endswith(TORCH_FILES):
             raise ValueError(f"models are written as .safetensors, got {os.fspath(path)!r}")
         salt = secrets.token_hex(16)
-        ids = self.forgotten.ids if self.forgotten else ()
-        told = dict(self.provenance) | {"salt": salt, "forgotten": [_salted(salt, i) for i in ids]}
+        told = dict(self.provenance) | {"salt": salt}
+        for key, rows in {"forgotten": self.forgotten, "since": self.since}.items():
+            told[key] = [_salted(salt, row) for row in (rows.ids if rows else ())]
         partial = Path(f"{os.fspath(path)}.partial")
         told["carries"] = self.moments is not None
         tensors = {name: tensor.contiguous().clone() for name, tensor in self.state.items()}
         try:
-            save_carried(path, self.moments, self.digest())
-            save_file(tensors, partial, metadata={METADATA: json.dumps(told)})
-            partial.replace(path)
+            _settle(path)
+            with carrying(path, self.moments, _owner(self.state, told)):
+                save_file(tensors, partial, metadata={METADATA: json.dumps(told)})
+                partial.replace(path)
         except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                partial.unlink()
             raise ValueError(f"cannot write {os.fspath(path)!r}: {error}") from error
 
 
@@ -118,13 +122,17 @@ def load_model(task: Task, path: str | os.PathLike[str], *, purged: int = 0) -> 
     name = os.fspath(path)
     state, told = _read(name)
     check_state(task, state, name)
-    forgotten = _known_again(task, told, name, purged)
-    own = ("salt", "forgotten", "carries")
+    forgotten = _forgotten(task, told, name, purged)
+    own = ("salt", "forgotten", "since", "carries")
     kept = {key: value for key, value in told.items() if key not in own}
     model = Model(task, state, forgotten, kept | {"file": Path(name).name})
-    if not told.get("carries"):
+    since = _known_again(task, told, "since")
+    # Purged rows cannot be read, so moments that count them cannot be put right: those that are
+    # stored have been.
+    if not told.get("carries") or len(since) < len(told.get("since", ())):
         return model
-    return replace(model, moments=CarriedMoments(carried_path(name), model.digest()))
+    counted = ForgetSet.of(task, since, "since") if since else None
+    return replace(model, moments=CarriedMoments(name, _owner(state, told)), since=counted)
 
 
 def check_state(task: Task, state: Mapping[str, Tensor], where: str) -> None:
@@ -171,9 +179,10 @@ def _read(name: str) -> tuple[State, dict[str, Any]]:
     try:
         if name.endswith(TORCH_FILES):
             loaded = torch.load(name, map_location="cpu", weights_only=True)
-            if not isinstance(loaded, dict):
-                raise ValueError(f"it holds a {type(loaded).__name__}, not a state dict")
-            return dict(loaded.get("state_dict", loaded)), {}
+            state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+            if not isinstance(state, dict):
+                raise ValueError(f"it holds a {type(state).__name__}, not a state dict")
+            return dict(state), {}
         with safe_open(name, framework="pt") as file:
             told = _checked_metadata(json.loads((file.metadata() or {}).get(METADATA, "{}")))
             return {key: file.get_tensor(key) for key in file.keys()}, told  # noqa: SIM118
@@ -188,9 +197,11 @@ def _read(name: str) -> tuple[State, dict[str, Any]]:
 
 
 def _checked_metadata(told: Any) -> dict[str, Any]:
-    forgotten = told.get("forgotten", []) if isinstance(told, dict) else None
-    right = isinstance(forgotten, list) and all(isinstance(row, str) for row in forgotten)
-    if not right or (forgotten and not isinstance(told.get("salt"), str)):
+    if not isinstance(told, dict):
+        raise ValueError("its provenance is damaged")
+    rows = [told.get(key, []) for key in ("forgotten", "since")]
+    right = all(isinstance(r, list) and all(isinstance(row, str) for row in r) for r in rows)
+    if not right or not isinstance(told.get("salt", None if any(rows) else ""), str):
         raise ValueError("its provenance is damaged")
     index = told.get("index", 0)
     if type(index) is not int or index < 0:
@@ -198,19 +209,41 @@ def _checked_metadata(told: Any) -> dict[str, Any]:
     return dict(told)
 
 
+def _settle(path: str | os.PathLike[str]) -> None:
+    """Finishes what a save that was killed left of the model that lies there."""
+    if partial_path(path).exists():
+        with suppress(ValueError):
+            state, told = _read(os.fspath(path))
+            settle_carried(path, _owner(state, told))
+
+
+def _owner(state: State, told: Mapping[str, Any]) -> str:
+    """What a model's moments belong to: its weights and, by the salt, this very save of them."""
+    return _salted(told.get("salt", ""), _digest(state))
+
+
+def _digest(state: State) -> str:
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(name.encode())
+        found.update(state[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
 def _salted(salt: str, row: str) -> str:
     return hashlib.sha256(f"{salt}:{row}".encode()).hexdigest()
 
 
-def _known_again(task: Task, told: Mapping[str, Any], name: str, purged: int) -> ForgetSet | None:
-    wanted = set(told.get("forgotten", ()))
-    if not wanted:
-        return None
-    salt = told["salt"]
-    ids = [row for row in task.train_ids if _salted(salt, row) in wanted]
-    if len(wanted) - len(ids) > purged:
+def _known_again(task: Task, told: Mapping[str, Any], key: str) -> list[str]:
+    wanted = set(told.get(key, ()))
+    return [row for row in task.train_ids if wanted and _salted(told["salt"], row) in wanted]
+
+
+def _forgotten(task: Task, told: Mapping[str, Any], name: str, purged: int) -> ForgetSet | None:
+    ids, count = _known_again(task, told, "forgotten"), len(told.get("forgotten", ()))
+    if count - len(ids) > purged:
         raise ValueError(
-            f"{name!r} has forgotten {len(wanted)} rows, of which task {task.name!r} knows"
+            f"{name!r} has forgotten {count} rows, of which task {task.name!r} knows"
             f" {len(ids)}: open it with the task it was made from"
         )
     return ForgetSet.of(task, ids, "forgotten") if ids else None
@@ -226,7 +259,8 @@ def with_forgotten(model: Model, state: State, forget: ForgetSet, **told: Any) -
         told: how, for the provenance.
 
     Returns:
-        A new model; what was forgotten before stays forgotten.
+        A new model; what was forgotten before stays forgotten, and moments that it carries stay
+        those of before.
 
     Example:
         >>> from examples.digits import mlp, task
@@ -235,7 +269,10 @@ def with_forgotten(model: Model, state: State, forget: ForgetSet, **told: Any) -
         >>> with_forgotten(before, before.state, forget, method="none").forgotten.ids
         ('train-17',)
     """
-    forgotten = forget.union(model.task, model.forgotten)
     return replace(
-        model, state=state, forgotten=forgotten, provenance=dict(model.provenance) | told
+        model,
+        state=state,
+        forgotten=forget.union(model.task, model.forgotten),
+        since=forget.union(model.task, model.since) if model.moments is not None else None,
+        provenance=dict(model.provenance) | told,
     )

@@ -321,7 +321,8 @@ def read_settings(path: Where, *, finishing: bool = False) -> RunSettings:
         The settings.
 
     Raises:
-        ValueError: no run there, one of a later schema, or one that is purged in part.
+        ValueError: no run there, one whose settings cannot be read or have a later schema, or one
+            that is purged in part.
     """
     if not finishing:
         refuse_unfinished(path)
@@ -335,9 +336,15 @@ def read_settings(path: Where, *, finishing: bool = False) -> RunSettings:
         settings = RunSettings(**told, files=files) if schema == SCHEMA else None
     except ConnectionError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"there is no run in {str(path)!r}: make one with dmm precompute TASK --run {path}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"cannot read {str(where / SETTINGS)!r}, the settings of a run ({error}): restore it"
+            " from a copy, or remove it and give dmm precompute with the settings of before, which"
+            " keeps what is computed"
         ) from error
     if settings is None:
         raise ValueError(

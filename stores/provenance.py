@@ -60,7 +60,7 @@ def check_provenance(stored: Provenance, wanted: Provenance, where: str) -> None
         Traceback (most recent call last):
             ...
         ValueError: runs/a was made with other settings:
-          seed: stored 0, wanted 1
+          seed: stored 0, wanted 1;
         give another folder, or the same settings
     """
     refuse_differences(stored.settings, wanted.settings, where)
@@ -89,9 +89,9 @@ def refuse_differences(stored: Mapping[str, Json], wanted: Mapping[str, Json], w
     """
     found = differences(stored, wanted)
     if found:
-        lines = "\n  ".join(found)
+        lines = "".join(f"  {field};\n" for field in found)
         raise ValueError(
-            f"{where} was made with other settings:\n  {lines}\n"
+            f"{where} was made with other settings:\n{lines}"
             "give another folder, or the same settings"
         )
 

@@ -90,7 +90,8 @@ def make_parser() -> argparse.ArgumentParser:
     predict = _verb(verbs, "predict", "predict outputs without a forget set")
     _forget(predict)
     _predictor(predict)
-    predict.add_argument("--targets", metavar="SPEC", help="train, test, forget, ids or @file")
+    text = "train, test, forget, ids or @file"
+    predict.add_argument("--targets", default="forget", metavar="SPEC", help=text)
     predict.add_argument("--checkpoint", metavar="FILE", help="start from this model")
     predict.add_argument("--out", metavar="FILE", help="also write a .zarr folder or a .csv file")
     why = _verb(verbs, "explain", "the rows that pushed an output up and down most")

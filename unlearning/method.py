@@ -33,10 +33,12 @@ class Request:
         states: stacked state dicts, each tensor [model, ...], on the device.
         numbers: number of each model, which selects its random stream.
         digests: digest of the weights that each model's stored moments belong to.
-        moments: what each model carries from a projected request before this one, or None.
+        moments: what each model carries from a projected request before this one; None for all
+            where there was none.
         seed: of every draw.
         device: where to compute.
         many: whether the models are computed at once.
+        since: rows they have forgotten since then, which these moments still count, or None.
     """
 
     task: Task
@@ -49,11 +51,17 @@ class Request:
     seed: int
     device: torch.device
     many: bool
+    since: ForgetSet | None = None
 
     @property
     def wanted(self) -> ForgetSet:
         """All rows that are to be gone in the end."""
         return self.forget.union(self.task, self.already)
+
+    @property
+    def counted(self) -> ForgetSet | None:
+        """Rows forgotten before that the models' moments, carried or stored, still count."""
+        return self.already if self.moments[0] is None else self.since
 
     @cached_property
     def module(self) -> nn.Module:

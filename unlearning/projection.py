@@ -61,10 +61,11 @@ def core_projector(moment: Tensor, gamma: float, threshold: str = "values") -> T
 def retain_moments(moments: Moments, request: Request) -> State:
     """Second moments of the retain rows' inputs, without reading a retain row.
 
-    C_retain = C_before - C_forget, for each model and layer, of the rows to forget now. C_before is
-    what the model carries from a projected request before this one, and so lacks the rows of that
-    one too; a model that carries none has the stored moments of all rows. A model that has changed
-    since its moments were taken gives C_forget, and so the difference, approximately.
+    C_retain = C_before - C_gone, for each model and layer. C_before is what the model carries from
+    a projected request before this one, and so lacks the rows of that one too; a model that carries
+    none has the stored moments of all rows. C_gone is of the rows to forget now and of those that
+    were forgotten before by a request without a projection, which C_before still counts. A model
+    that has changed since its moments were taken gives C_gone and the difference approximately.
 
     Args:
         moments: of all training rows, stored at precompute.
@@ -73,7 +74,7 @@ def retain_moments(moments: Moments, request: Request) -> State:
     Returns:
         By layer name, each [model, *moment_shape], float64.
     """
-    inputs, _ = request.rows(request.forget.rows)
+    inputs, _ = request.rows(request.forget.union(request.task, request.counted).rows)
     before, each = _before(moments, request), []
     for i, held in enumerate(before):
         gone = input_moments(request.module, unstack(request.states, i), inputs)

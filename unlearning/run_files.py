@@ -6,6 +6,7 @@ from typing import Any
 from stores import place, write_file
 
 EVALUATION, REPORT = "evaluation.json", "report.html"
+PREVIOUS = "evaluation.previous.json"
 
 
 def beside(run: str, name: str) -> str:
@@ -53,6 +54,30 @@ def read_evaluation(run: str) -> dict[str, Any]:
     if not isinstance(evaluation, dict):
         raise ValueError(f"{source!r} holds no evaluation: run dmm evaluate again")
     return evaluation
+
+
+def keep_evaluation(run: str) -> str:
+    """Keeps a copy of the evaluation of a run that is about to be replaced.
+
+    Args:
+        run: folder of the run, or its prefix in a bucket.
+
+    Returns:
+        Where the copy lies, in place of an earlier one; empty where there is no evaluation yet.
+
+    Raises:
+        ValueError: it cannot be written.
+        ConnectionError: the service of the bucket does not answer.
+
+    Example:
+        >>> keep_evaluation("nowhere")
+        ''
+    """
+    where = place(run)
+    if not where.exists(EVALUATION):
+        return ""
+    write_text(beside(run, PREVIOUS), where.read(EVALUATION).decode())
+    return beside(run, PREVIOUS)
 
 
 def write_text(out: str, text: str) -> None:

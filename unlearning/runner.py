@@ -58,6 +58,7 @@ class UnlearnedModels:
         digests: digest of the weights that each model's stored moments belong to.
         moments: of the retain rows' inputs, each [model, *moment_shape], which they carry to their
             next request; None for models that have seen no projected one.
+        since: of the forgotten rows, those that these moments still count; None for none.
     """
 
     task: Task
@@ -68,6 +69,7 @@ class UnlearnedModels:
     gradient_evaluations: float
     digests: tuple[str, ...] = field(repr=False)
     moments: State | None = field(repr=False)
+    since: ForgetSet | None = None
 
     def __len__(self) -> int:
         """The number of models."""
@@ -133,7 +135,7 @@ class UnlearningMethod(ABC):
         """
         start = time.perf_counter()
         check_state(task, model.state, "the model")
-        left = _still_there(task, forget, model.forgotten)
+        left = still_there(task, forget, model.forgotten)
         digest = _moments_digest(model)
         request = Request(
             task=task,
@@ -146,6 +148,7 @@ class UnlearningMethod(ABC):
             seed=seed,
             device=torch.device(device),
             many=False,
+            since=model.since,
         )
         plan = self.plan(request)
         ran = execute(plan, request)
@@ -158,7 +161,7 @@ class UnlearningMethod(ABC):
         new = with_forgotten(model, state, left, **told, moments=digest)
         if plan is not None and plan.moments is not None:
             moments = {name: held.cpu() for name, held in unstack(plan.moments, 0).items()}
-            new = replace(new, moments=moments)
+            new = replace(new, moments=moments, since=None)
         seconds = time.perf_counter() - start
         return Unlearned(new, ran.endings[0], seconds, ran.history, int(ran.evaluations[0]))
 
@@ -171,7 +174,26 @@ def _moments_digest(model: Model) -> str:
     return str(model.provenance.get("moments") or model.digest())
 
 
-def _still_there(task: Task, forget: ForgetSet, already: ForgetSet | None) -> ForgetSet:
+def still_there(task: Task, forget: ForgetSet, already: ForgetSet | None) -> ForgetSet:
+    """Rows of a request that a model has not forgotten before.
+
+    Args:
+        task: whose training rows they are.
+        forget: rows to forget.
+        already: rows that it has forgotten.
+
+    Returns:
+        What is left to forget.
+
+    Raises:
+        ValueError: nothing is left, or the rows are drawn from other data.
+
+    Example:
+        >>> from examples.digits import task
+        >>> few, one = (ForgetSet.at(task, rows) for rows in ([3, 4], [3]))
+        >>> still_there(task, few, one).ids
+        ('train-4',)
+    """
     if forget.total != len(task.train_ids):
         raise ValueError(
             f"forget set {forget.name!r} is drawn from {forget.total} rows, task {task.name!r} has"
@@ -230,7 +252,7 @@ def unlearn_models(
     numbers = range(len(models) if count is None else count)
     states, digests, held = _start(models, numbers)
     before = models.without if isinstance(models, Ensemble) else models.forgotten
-    left = _still_there(task, forget, before)
+    left = still_there(task, forget, before)
     request = Request(
         task=task,
         forget=left,
@@ -243,10 +265,13 @@ def unlearn_models(
         device=torch.device(device),
         many=why_one_by_one(task.new_model(0), task.rows("train", left.rows[:1])[0], training=False)
         is None,
+        since=models.since if isinstance(models, UnlearnedModels) else None,
     )
     plan = method.plan(request)
     ran = execute(plan, request)
-    carried = plan.moments if plan is not None and plan.moments is not None else held
+    carried, since = held, left.union(task, request.since) if held is not None else None
+    if plan is not None and plan.moments is not None:
+        carried, since = plan.moments, None
     return UnlearnedModels(
         task=task,
         states={name: tensor.cpu() for name, tensor in ran.states.items()},
@@ -256,6 +281,7 @@ def unlearn_models(
         gradient_evaluations=float(np.mean(ran.evaluations)),
         digests=digests,
         moments=None if carried is None else {n: tensor.cpu() for n, tensor in carried.items()},
+        since=since,
     )
 
 

@@ -23,7 +23,15 @@ from unlearning.evaluation import evaluate_methods, plain
 from unlearning.explanation import explain, explanation_table, render_explanation, run_scores
 from unlearning.methods import METHODS, Evidence, build_method, check_method
 from unlearning.report import render_report
-from unlearning.run_files import EVALUATION, REPORT, beside, read_evaluation, write_text
+from unlearning.run_files import (
+    EVALUATION,
+    REPORT,
+    beside,
+    keep_evaluation,
+    read_evaluation,
+    write_text,
+)
+from unlearning.runner import still_there
 from unlearning.tables import (
     evaluation_table,
     prediction_table,
@@ -91,7 +99,7 @@ def _predict(options: argparse.Namespace) -> Told:
         check_prediction_file(options.out)
     run = Run.open(options.run)
     forget = parse_forget(run.task, options.forget)
-    targets = parse_targets(run.task, options.targets or "forget", forget)
+    targets = parse_targets(run.task, options.targets, forget)
     model = _model(run, options.checkpoint)
     chosen = options.predictor or run.best
     prediction = run.predictor(chosen).predict(model, forget, targets)
@@ -131,12 +139,15 @@ def _unlearn(options: argparse.Namespace) -> Told:
     run = Run.open(options.run)
     forget = parse_forget(run.task, options.forget)
     model = _model(run, options.checkpoint)
+    still_there(run.task, forget, model.forgotten)
     where = {key: value for key, value in _where(options).items() if value is not None}
+    gone = forget.union(run.task, model.forgotten)
     evidence = Evidence(
         predictor=lambda name: run.predictor(name or options.predictor),
-        oracle=lambda: run.oracle(forget, len(run.full), **where),
+        oracle=lambda: run.oracle(gone, len(run.full), **where),
         moments=lambda: run.moments,
         full=lambda: run.full,
+        forgotten=model.forgotten,
     )
     method = build_method(options.method, evidence, _settings(options.set))
     result = method(model, run.task, forget, seed=options.seed, device=options.device)
@@ -179,9 +190,11 @@ def _evaluate(options: argparse.Namespace) -> Told:
             more["settings"] = tuned_settings(run, methods, forgets, predictor=options.predictor)
         told = evaluate_methods(run, forgets, methods, **shared, **more)
     told = plain(told)
+    kept = "" if options.out else keep_evaluation(options.run)
     write_text(out, json.dumps(told, indent=1) + "\n")
     parts = [evaluation_table(told), *told.get("missing", ()), *purge_notes(told)]
-    return told, "\n\n".join(parts) + f"\nwritten to {out}"
+    before = f"\nthe evaluation before it is now {kept}" if kept else ""
+    return told, "\n\n".join(parts) + f"\nwritten to {out}{before}"
 
 
 def _tune(options: argparse.Namespace) -> Told:
@@ -280,7 +293,12 @@ def _settings(pairs: Sequence[str]) -> dict[str, str]:
     wrong = [pair for pair in pairs if "=" not in pair]
     if wrong:
         raise ValueError(f"--set takes field=value, got {wrong[0]!r}")
-    return dict(pair.split("=", 1) for pair in pairs)
+    settings = dict(pair.split("=", 1) for pair in pairs)
+    if len(settings) < len(pairs):
+        names = [pair.split("=", 1)[0] for pair in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"--set gives {twice!r} twice: give each field once")
+    return settings
 
 
 def _in_turn(verb: Callable[[argparse.Namespace], Told]) -> Callable[[argparse.Namespace], Told]:

@@ -16,7 +16,7 @@ from stores import Place
 # What precompute keeps; none of it names a row.
 _KEPT = ("run.json", "calibration.json", TOMBSTONES, JOURNAL)
 # What is measured on models and rows as they were before.
-_DERIVED = ("evaluation.json", "report.html")
+_DERIVED = ("evaluation.json", "evaluation.previous.json", "report.html")
 MODELS = (".safetensors", *TORCH_FILES)
 
 

@@ -332,6 +332,17 @@ def test_gradients_of_any_layout_move_the_right_numbers(layers, optimizer, many)
         assert_close_states(unstack(found, index) if many else found, expected, 2e-5)
 
 
+@pytest.mark.parametrize("many", [True, False])
+@pytest.mark.parametrize("optimizer", [SGD(0.9), Adam()], ids=["SGD", "Adam"])
+def test_a_model_without_trainable_parameters_is_refused(optimizer, many):
+    frozen = nn.Linear(3, 2).requires_grad_(False)
+    for model in (nn.Flatten(), frozen):
+        state = stack([model.state_dict()]) if many else model.state_dict()
+        message = f"the model, {type(model).__name__}, has no trainable parameters: give the task"
+        with pytest.raises(ValueError, match=message):
+            Descent(model, state, cross_entropy_gradient, optimizer, many=many)
+
+
 def test_a_recording_serves_other_models():
     recordings = {}
     batches = make_batches(0)

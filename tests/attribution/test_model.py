@@ -127,12 +127,20 @@ def test_unreadable_files_are_refused(task, tmp_path, name, content):
         load_model(task, tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "content", [nn.Linear(3, 2), torch.zeros(3), [1, 2], {"state_dict": 3}], ids=str
-)
+OTHER_THINGS = [torch.zeros(3), [1, 2], {"state_dict": 3}, {"state_dict": [1]}]
+
+
+@pytest.mark.parametrize("content", OTHER_THINGS, ids=str)
 def test_torch_files_of_other_things_are_refused(task, tmp_path, content):
     torch.save(content, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="cannot read the checkpoint"):
+    kind = type(content["state_dict"] if isinstance(content, dict) else content).__name__
+    with pytest.raises(ValueError, match=f"checkpoint .*: it holds a {kind}, not a state dict"):
+        load_model(task, tmp_path / "model.pt")
+
+
+def test_torch_files_of_more_than_tensors_are_refused(task, tmp_path):
+    torch.save(nn.Linear(3, 2), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"cannot read the checkpoint .*: .* more than tensors"):
         load_model(task, tmp_path / "model.pt")
 
 

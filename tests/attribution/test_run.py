@@ -212,12 +212,16 @@ class TestCheckpoints:
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    for content in (None, "", "[]", "{}", "\xff", '{"schema": 1, "tusk": 2}'):
-        if content is not None:
-            (tmp_path / "run.json").write_text(content, encoding="latin-1")
-        with pytest.raises(
-            ValueError, match=f"^there is no run in '{tmp_path}': make one with dmm"
-        ):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
+        with pytest.raises(ValueError, match=f"^there is no run in '{path}': make one with dmm"):
+            read_settings(path)
+
+
+def test_settings_that_cannot_be_read_are_no_missing_run(tmp_path):
+    for content in ("", "[]", "{}", "\xff", '{"schema": 1, "tusk": 2}'):
+        (tmp_path / "run.json").write_text(content, encoding="latin-1")
+        with pytest.raises(ValueError, match=f"^cannot read '{tmp_path}/run.json', the settings"):
             read_settings(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"schema": 2}))
     with pytest.raises(ValueError, match=r"has schema 2, this version reads 1$"):

@@ -24,7 +24,8 @@ def test_every_differing_field_is_named_with_both_values():
     assert "new: stored nothing, wanted None" in text
     assert "... (202 characters)" in text
     assert "a" * 100 not in text
-    assert text.endswith("give another folder, or the same settings")
+    # On one line, as the command line prints it, each field still ends somewhere.
+    assert text.endswith("wanted None;\ngive another folder, or the same settings")
 
 
 def test_a_missing_setting_is_not_the_same_as_none():

@@ -275,6 +275,18 @@ class TestEvaluate:
         assert text.endswith(f"written to {out}\n")
         assert set(json.loads(out.read_text())["forget_sets"]["few"]["methods"]) == {"do_nothing"}
 
+    def test_the_evaluation_before_is_kept_unless_a_place_is_named(self, dmm, audited, tmp_path):
+        words = ("evaluate", "--run", audited, "--methods", "do_nothing", "--n-models", "5",
+                 "--workers", "0", *FEW)  # fmt: skip
+        file, kept = audited / "evaluation.json", audited / "evaluation.previous.json"
+        before = file.read_bytes()
+        dmm(*words, "--out", tmp_path / "told.json")
+        dmm(*words, "--out", file)
+        assert not kept.exists()
+        file.write_bytes(before)
+        assert dmm(*words).endswith(f"written to {file}\nthe evaluation before it is now {kept}\n")
+        assert kept.read_bytes() == before != file.read_bytes()
+
     def test_what_is_printed_is_what_is_written(self, told, run, tmp_path):
         out = tmp_path / "told.json"
         words = ("--methods", "dmm", "--n-models", "5", "--workers", "0", "--out", out)

@@ -85,6 +85,22 @@ def test_a_flipped_byte_is_found_discarded_and_computed_again(copy, tmp_path, ca
     assert arrays(copy) == sound
 
 
+def test_a_truncated_file_is_cured_by_what_its_refusal_says(refused, dmm, run, copy):
+    predict = ["predict", *FEW, "--predictor", "datamodel", "--run"]
+    folder = copy / "datamodel-mixed-24" / "effects" / "c"
+    for chunk in (path for path in folder.rglob("*") if path.is_file()):
+        chunk.write_bytes(chunk.read_bytes()[:500])
+    told, status = refused(*predict, copy), f"dmm status --run {copy}"
+    assert f" in {folder}/" in told
+    assert told.endswith(
+        f"; {status} --verify finds the damaged blocks and {status} --discard makes them pending;"
+        " the command that made them, mostly dmm precompute, computes them again"
+    )
+    dmm(*status.split()[1:], "--discard")
+    dmm("precompute", f"{copy.parent}/small.py:task", "--run", copy, *SIZES)
+    assert dmm(*predict, copy) == dmm(*predict, run)
+
+
 @pytest.mark.parametrize("lost", ["full/mask/c/0/0", "full/target_id/c/0"])
 @pytest.mark.parametrize("spoil", [lambda f: f.unlink(), lambda f: f.write_bytes(flipped(f))])
 def test_a_damaged_constant_is_named_and_nothing_is_purged(copy, capsys, lost, spoil):

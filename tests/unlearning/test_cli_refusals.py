@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests.small_runs import (
     SIZES,
     TASK,
+    arrays,
     contents,
     copied,
     finished_run,
@@ -100,6 +101,8 @@ class TestForgetSets:
 
 WORDS = [
     ((*PREDICT, *FEW, "--targets", "train-1,nix"), "unknown target 'nix' of task 'small'"),
+    ((*PREDICT, *FEW, "--targets", ""), "targets '' are empty: name at least one row"),
+    ((*PREDICT, *FEW, "--targets", " , "), "targets ' , ' are empty: name at least one row"),
     ((*PREDICT, *FEW, "--targets", "@OUT/a"), "cannot read the file of ids 'OUT/a': No such file"),
     ((*PREDICT, *FEW, "--out", "OUT/a.xlsx"), "predictions are written to .zarr or .csv, got 'OUT"),
     ((*PREDICT, *FEW, "--out", "/proc/a.csv"), "cannot write '/proc/a.csv': No such file or"),
@@ -118,6 +121,7 @@ WORDS = [
     ((*DMM, "--set", "rate=fast"), "setting 'rate' of method 'dmm' takes float values, got 'fast'"),
     ((*DMM, "--set", "batch_size=2.5"), "setting 'batch_size' of method 'dmm' takes int values, g"),
     ((*DMM, "--set", "rate"), "--set takes field=value, got 'rate'"),
+    ((*DMM, "--set", "rate=1", "--set", "rate=2"), "--set gives 'rate' twice: give each field o"),
     ((*DMM, "--set", "rate=-1"), "Matching.rate must be above 0 and finite, got -1.0"),
     ((*DMM, "--set", "rate=nan"), "Matching.rate must be above 0 and finite, got nan"),
     ((*DMM, "--set", "rate=1e30"), "unlearning diverged: non-finite weights in "),
@@ -244,7 +248,7 @@ def test_another_task_than_the_runs_is_refused_by_every_verb(
     for words in (PREDICT + FEW, DMM, EVALUATE + FIVE):
         told = refused(*filled(words, copy, tmp_path))
         assert told.startswith(where + field)
-        assert told.endswith(" give another folder, or the same settings")
+        assert told.endswith("; give another folder, or the same settings")
     assert refused("precompute", spec, "--run", copy, *SIZES).startswith(where)
     assert contents(copy) == before
     write_task(tmp_path)
@@ -275,14 +279,30 @@ def test_a_task_is_never_loaded_from_the_runs_own_folder(refused, copy, tmp_path
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("", "there is no run in 'RUN': make one with dmm precompute TASK --run RUN"),
-        ("{}", "there is no run in 'RUN': make one with dmm precompute TASK --run RUN"),
+        (
+            "",
+            "cannot read 'RUN/run.json', the settings of a run (Expecting value: line 1 column 1"
+            " (char 0)): restore it from a copy, or remove it and give dmm precompute with the"
+            " settings of before, which keeps what is computed",
+        ),
+        ("{}", "cannot read 'RUN/run.json', the settings of a run ('schema'): restore it from a c"),
         ('{"schema": 99}', "the run in 'RUN' has schema 99, this version reads 1"),
     ],
 )
 def test_a_spoiled_run_file_is_refused(refused, tmp_path, content, line):
     (tmp_path / "run.json").write_text(content)
-    assert refused("status", "--run", tmp_path) == line.replace("RUN", str(tmp_path))
+    assert refused("status", "--run", tmp_path).startswith(line.replace("RUN", str(tmp_path)))
+
+
+def test_a_spoiled_run_file_is_cured_by_what_its_refusal_says(refused, dmm, copy, tmp_path):
+    sound, spec = arrays(copy), f"{tmp_path}/small.py:task"
+    (copy / "run.json").write_text('{"schema": 1, "task')
+    told = refused("precompute", spec, "--run", copy, *SIZES)
+    assert told.startswith(f"cannot read '{copy}/run.json', the settings of a run (Unterminated")
+    (copy / "run.json").unlink()
+    assert refused("status", "--run", copy).startswith(f"there is no run in '{copy}': make one")
+    dmm("precompute", spec, "--run", copy, *SIZES)
+    assert arrays(copy) == sound
 
 
 def test_a_run_that_is_not_finished_is_refused(refused, copy, tmp_path):

@@ -21,7 +21,7 @@ ENTROPIES = ("raise", "lower_others")
 
 @dataclass(frozen=True)
 class ProjectedGradient(UnlearningMethod):
-    """Projected gradient unlearning with the paper's loss; reads no row but the forget rows.
+    """Projected gradient unlearning with the paper's loss; reads no retain row.
 
     Minimises the mean over the forget rows of -log(1 - (p_y - offset)) + entropy_weight x
     sum_c p_c log p_c by plain gradient descent, each step projected out of the retain rows' core
@@ -36,7 +36,8 @@ class ProjectedGradient(UnlearningMethod):
     the poison reaches on the wrong labels, which is about 0.
 
     The new model carries the retain rows' moments, so that its next request projects out of the
-    space without the rows of this one, and reads none of them.
+    space without the rows of this one, and reads none of them. Rows that a method without a
+    projection has forgotten before are read once, to take them out of the space too.
 
     Args:
         moments: of the models' inputs, stored at precompute.

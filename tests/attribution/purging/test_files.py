@@ -70,11 +70,12 @@ def test_an_apostrophe_is_found_as_pages_spell_it(run):
 
 
 def test_what_is_measured_before_goes_and_what_names_no_row_stays(run):
-    for name in ("evaluation.json", "report.html", "in/report.html"):
+    for name in ("evaluation.json", "evaluation.previous.json", "report.html", "in/report.html"):
         run.write(name, b"{}")
     for name in ("run.json", "calibration.json", FILE, "model.safetensors", "old.pt"):
         run.write(name, b"row-1")
-    assert telling_files(run, ["row-1"]) == ["evaluation.json", "report.html"]
+    measured = ["evaluation.json", "evaluation.previous.json", "report.html"]
+    assert telling_files(run, ["row-1"]) == measured
 
 
 def test_leftovers_of_killed_writers_are_found(run):
