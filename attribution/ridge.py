@@ -81,6 +81,35 @@ def decompose(masks: Tensor, weights: Tensor) -> Design:
     return Design(*(part.to(masks.dtype) for part in parts))
 
 
+def fewer_rows(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and rotated masks of a design that never held the other rows.
+
+    The masks in the basis of all rows' Gram matrix are turned into that of their own; what depends
+    on their products alone, such as the posterior of these rows' effects, is that of the rows left.
+
+    Args:
+        masks: some columns of a design's rotated masks, [rank, train].
+
+    Returns:
+        Eigenvalues, [rank], and rotated masks, [rank, train], of the rank that is left.
+
+    Example:
+        >>> design = decompose(torch.eye(3), torch.ones(3))
+        >>> eigenvalues, masks = fewer_rows(design.masks[:, :1])
+        >>> eigenvalues.round(decimals=3), masks.shape
+        (tensor([0.6670]), torch.Size([1, 1]))
+    """
+    wide = masks.double()
+    rank, rows = wide.shape
+    if rank <= rows:
+        values, basis = _eigenvectors(product(wide, wide.T))
+        rotated = product(basis.T, wide)
+    else:
+        values, vectors = _eigenvectors(product(wide.T, wide))
+        rotated = values.sqrt()[:, None] * vectors.T
+    return values.to(masks.dtype), rotated.to(masks.dtype)
+
+
 def _over_models(masks: Tensor, weights: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     single, roots = masks.float(), weights.sqrt()
     gram = product(single, single.T).double()

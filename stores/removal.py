@@ -36,6 +36,7 @@ class Remains:
         attributes: All attributes.
         shapes: New shapes of arrays whose unnamed axes change too.
         revise: Gives the arrays that are computed and not copied; None copies all of them.
+        costly: Gives further constants that change, once the store is written.
     """
 
     positions: Mapping[str, np.ndarray]
@@ -44,6 +45,7 @@ class Remains:
     attributes: Mapping[str, Json] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     revise: Revision | None = None
+    costly: Callable[[], Mapping[str, np.ndarray]] | None = None
 
 
 def take_rows_out(where: Where, token: str, remains: Callable[[Store], Remains]) -> None:
@@ -159,6 +161,7 @@ def _write_anew(store: Store, aside: Place, remains: Remains) -> None:
     root, spec = _root(store.place), remaining_spec(store.spec, remains)
     kept: dict[str, np.ndarray | None] = {n: store.constant(n) for n in root["constants"]}
     kept.update(remains.constants)
+    kept.update(remains.costly() if remains.costly else {})
     constants = {name: value for name, value in kept.items() if value is not None}
     ids = {axis: _kept_ids(store, axis, remains) for axis in root["ids"]}
     new = Store.create(aside, spec, remains.provenance, constants, ids, remains.attributes)
