@@ -5,7 +5,7 @@ from functools import partial
 
 from attribution.forget import ForgetSet, named_ids, parse_forget
 from attribution.purging.context import Context, store_places
-from attribution.purging.files import MODELS, leftovers
+from attribution.purging.files import MODELS, leftovers, loose_files
 from attribution.purging.journal import (
     FILE,
     Journal,
@@ -44,6 +44,7 @@ class Purged:
         bytes_after: size of the run now.
         tombstones: rows that were ever purged from the run.
         weights: whether the run holds weights of models, which stay as they were.
+        kept: files that are none of ours and name no row, which stay as they were.
     """
 
     rows: int
@@ -55,14 +56,16 @@ class Purged:
     bytes_after: int
     tombstones: int
     weights: bool
+    kept: tuple[str, ...] = ()
 
 
 def purge(path: Where, forget: str | None = None) -> Purged:
     """Removes rows from all that a run holds of them; killed at any moment, the same call finishes.
 
     Rows, columns, masks, features, lists of strongest rows and ids lose them; sums over the
-    training rows are formed without them; evaluations, reports, pages and banks of oracles that
-    tell of them are removed. Weights of models that were trained on them stay as they are:
+    training rows are formed without them; evaluations, reports, tuned settings, tables of
+    predictions, and pages and banks of oracles that tell of them are removed. Files of another kind
+    stay, and are named. Weights of models that were trained on them stay as they are:
     unlearning is another step. Salted digests of the ids stay as tombstones, by which the run
     leaves the rows out of a task that still holds them.
 
@@ -104,7 +107,8 @@ def _purged(run: Place, forget: str | None) -> Purged:
     if gone is None:
         size, stones = _size(run), read_tombstones(run)
         weights = _holds_weights(run)
-        return Purged(0, already, False, (), (), size, size, len(stones), weights)
+        kept = tuple(loose_files(run))
+        return Purged(0, already, False, (), (), size, size, len(stones), weights, kept)
     context, journal = plan_purge(run, opened.task, gone)
     write_journal(run, journal)
     refuse_overtaken(run, journal)
@@ -168,6 +172,7 @@ def _finished(
         bytes_after=_size(run),
         tombstones=len(journal.stones),
         weights=_holds_weights(run),
+        kept=tuple(loose_files(run)),
     )
 
 
