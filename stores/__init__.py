@@ -7,6 +7,7 @@ from stores.layout import score_block
 from stores.places import Place, Where, place, read_file, write_file
 from stores.provenance import Provenance, check_provenance, digest, versions
 from stores.removal import Remains, take_rows_out, taken_out
+from stores.roots import ROOT, read_node
 from stores.rows import column, gather, mapped, total
 from stores.schema import ArraySpec, StoreSpec
 from stores.sent import BlockFailed
@@ -31,6 +32,8 @@ __all__ = [
     "place",
     "read_file",
     "write_file",
+    "ROOT",
+    "read_node",
     "watch",
     "watching",
     "refuse_changes",

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import markupsafe
 
+from attribution.folders import leftover, lone_arrays, store_places
 from attribution.model import TORCH_FILES
 from attribution.prediction_files import is_prediction_table
-from attribution.purging.context import leftover, lone_arrays, store_places
 from attribution.purging.journal import FILE as JOURNAL
 from attribution.purging.tombstones import FILE as TOMBSTONES
 from stores import Place
