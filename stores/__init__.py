@@ -4,6 +4,7 @@ from stores.advance import BlockCancelled, advance
 from stores.blocks import name_blocks
 from stores.jobs import BlocksFailed, pickle_by_value, run_blocks
 from stores.layout import score_block
+from stores.metadata import damaged_metadata, write_metadata
 from stores.places import Place, Where, place, read_file, write_file
 from stores.provenance import Provenance, check_provenance, digest, versions
 from stores.removal import Remains, take_rows_out, taken_out
@@ -42,6 +43,8 @@ __all__ = [
     "BlockDone",
     "BlockWriter",
     "damaged_constants",
+    "damaged_metadata",
+    "write_metadata",
     "name_blocks",
     "column",
     "gather",

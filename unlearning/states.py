@@ -4,10 +4,13 @@ from typing import Any, TypeAlias
 
 from attribution.folders import damaged_roots
 from attribution.run import Run
-from stores import ROOT, Place, damaged_constants
+from stores import ROOT, Place, Store, damaged_constants, damaged_metadata, write_metadata
 
 State: TypeAlias = dict[str, Any]
 """Name, kind and block counts of a store, and the numbers of its damaged blocks."""
+
+
+_WRITTEN_AGAIN = "; dmm status --discard writes a zarr.json that is missing or cut short again"
 
 
 def refuse_unseen(run: Place, *, verify: bool) -> None:
@@ -42,7 +45,8 @@ def store_states(run: Run, *, verify: bool, discard: bool) -> list[State]:
     Args:
         run: the run.
         verify: whether checksums are recomputed.
-        discard: whether damaged blocks are made pending.
+        discard: whether damaged blocks are made pending, and the zarr.json of arrays that lack it
+            is written again.
 
     Returns:
         A state for each store.
@@ -52,8 +56,10 @@ def store_states(run: Run, *, verify: bool, discard: bool) -> list[State]:
     """
     found, lost = [], []
     for store in run.stores():
-        lost += [f"{store.path}/{name}" for name in damaged_constants(store)] if verify else []
-        bad = store.verify() if verify else []
+        damaged = _damaged_parts(store, mend=discard) if verify else []
+        lost += damaged
+        # No block can be read by metadata that is damaged, and none need be.
+        bad = store.verify() if verify and not damaged else []
         for block in bad if discard else []:
             store.discard(block)
         found.append(
@@ -67,14 +73,25 @@ def store_states(run: Run, *, verify: bool, discard: bool) -> list[State]:
             }
         )
     if lost:
+        mended = not discard and any(name.endswith(ROOT) for name in lost)
         raise RuntimeError(
             f"damaged: {', '.join(lost)}; restore these from a copy, or remove their stores and run"
-            " the command that made them again"
+            " the command that made them again" + (_WRITTEN_AGAIN if mended else "")
         )
-    damaged = [f"{row['store']} blocks {row['bad']}" for row in found if row["bad"]]
-    if damaged and not discard:
+    blocks = [f"{row['store']} blocks {row['bad']}" for row in found if row["bad"]]
+    if blocks and not discard:
         raise RuntimeError(
-            f"damaged: {'; '.join(damaged)}; dmm status --run {run.path} --discard makes these"
+            f"damaged: {'; '.join(blocks)}; dmm status --run {run.path} --discard makes these"
             " blocks pending, and the command that made them computes them again"
         )
     return found
+
+
+def _damaged_parts(store: Store, *, mend: bool) -> list[str]:
+    """What is damaged beside blocks; metadata that follows from the layout is written again."""
+    gone, other = damaged_metadata(store)
+    for name in gone if mend else []:
+        write_metadata(store.place, store.spec, name)
+    arrays = [*other, *([] if mend else gone)]
+    constants = [f"{store.path}/{name}" for name in damaged_constants(store)]
+    return [*(f"{store.path}/{name}/{ROOT}" for name in arrays), *constants]

@@ -143,6 +143,34 @@ def test_what_a_symbolic_link_leads_to_is_not_passed_over(copy, tmp_path, capsys
     assert contents(copy) == before
 
 
+@pytest.mark.parametrize("array", ["outputs", "done"])
+@pytest.mark.parametrize("spoil", [lambda f: f.unlink(), lambda f: f.write_bytes(b"{")])
+def test_metadata_that_is_gone_is_written_again_and_no_block_is_lost(copy, capsys, array, spoil):
+    before = contents(copy)
+    spoil(copy / "full" / array / "zarr.json")
+    words = ["status", "--run", str(copy)]
+    told = f"damaged: {copy}/full/{array}/zarr.json"
+    for refused in ([*words, "--verify"], ["purge", "--run", str(copy), *FEW]):
+        capsys.readouterr()
+        assert main(refused) == 1
+        err = capsys.readouterr().err
+        assert told in err
+        assert "dmm status --discard writes a zarr.json that is missing or cut short again" in err
+    assert main([*words, "--discard"]) == 0
+    assert main([*words, "--verify"]) == 0
+    assert contents(copy) == before
+
+
+def test_metadata_that_was_changed_costs_no_block(copy, capsys):
+    file = copy / "full" / "outputs" / "zarr.json"
+    file.write_text(file.read_text().replace("float32", "float64"))
+    before = contents(copy)
+    for word in ("--verify", "--discard"):
+        assert main(["status", "--run", str(copy), word]) == 1
+        assert f"damaged: {file}; restore these from a copy" in capsys.readouterr().err
+    assert contents(copy) == before
+
+
 def flipped(file):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
