@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attribution.dense import eigenvectors, product
 
-PIECE = 1024  # models whose masks are widened to float64 at once
+PIECE = 1024  # models or rows whose masks are widened to float64 at once
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,22 @@ def fewer_rows(masks: Tensor) -> tuple[Tensor, Tensor]:
         >>> eigenvalues.round(decimals=3), masks.shape
         (tensor([0.6670]), torch.Size([1, 1]))
     """
-    wide = masks.double()
-    rank, rows = wide.shape
-    if rank <= rows:
-        values, basis = _eigenvectors(product(wide, wide.T))
-        rotated = product(basis.T, wide)
-    else:
-        values, vectors = _eigenvectors(product(wide.T, wide))
+    rank, rows = masks.shape
+    if rank > rows:
+        values, vectors = _eigenvectors(_gram(masks.T))
         rotated = values.sqrt()[:, None] * vectors.T
-    return values.to(masks.dtype), rotated.to(masks.dtype)
+        return values.to(masks.dtype), rotated.to(masks.dtype)
+    values, basis = _eigenvectors(_gram(masks))
+    turned = [product(basis.T, part.double()).to(masks.dtype) for part in masks.split(PIECE, 1)]
+    return values.to(masks.dtype), torch.cat(turned, 1)
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """M M^T in float64, of which a piece at a time is as wide."""
+    total = matrix.new_zeros(len(matrix), len(matrix), dtype=torch.float64)
+    for part in matrix.split(PIECE, 1):
+        total += product(part.double(), part.double().T)
+    return total
 
 
 def _over_models(masks: Tensor, weights: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
