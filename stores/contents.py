@@ -18,7 +18,7 @@ from stores.places import Place, place
 from stores.provenance import Provenance
 from stores.roots import check_known, read_root, refuse_rewritten
 from stores.schema import Json, StoreSpec
-from stores.wholes import map_whole, read_whole
+from stores.wholes import map_whole, read_whole, refuse_other_layout
 
 if TYPE_CHECKING:
     import xarray
@@ -226,5 +226,7 @@ class Contents(ABC):
     def _readable(self, name: str) -> zarr.Array[Any]:
         refuse_rewritten(self.place, self._root)
         if name not in self._handles:
-            self._handles[name] = open_array(self.place, self.spec, name)
+            array = open_array(self.place, self.spec, name)
+            refuse_other_layout(self.place, array, self._root.get("layouts", {}))
+            self._handles[name] = array
         return self._handles[name]

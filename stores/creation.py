@@ -13,7 +13,7 @@ from stores.metadata import DONE, create_array
 from stores.places import Place
 from stores.schema import AXES, SCHEMA_PREFIX, SCHEMA_VERSION, Json, StoreSpec, check_name
 from stores.watching import refuse_changes
-from stores.wholes import whole_checksums
+from stores.wholes import whole_checksums, whole_layout
 
 
 def create_group(
@@ -139,6 +139,8 @@ def _root(
         "constants": list(constants),
         "ids": list(ids),
         "checksums": whole_checksums(constants, ids),
+        # The same bytes have one checksum, whatever they are read as.
+        "layouts": {name: whole_layout(value) for name, value in constants.items()},
         **attributes,
     }
 
