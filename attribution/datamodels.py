@@ -1,7 +1,7 @@
 """Linear datamodels: effects of all rows on all targets, regressed from retrained models."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,11 @@ from stores import (
     StoreSpec,
     Where,
     in_turns,
+    name_blocks,
     place,
     run_blocks,
     score_block,
+    taken_out,
     versions,
 )
 
@@ -81,7 +83,8 @@ def fit_datamodels(
 
     Raises:
         ValueError: the ensemble's models all saw the same rows, the anchor's did not see all,
-            they belong to different data, or the store was made from something else.
+            they belong to different data, or the store was made from something else, or lost rows
+            before it was whole.
 
     Example:
         >>> import tempfile
@@ -116,14 +119,24 @@ def fit_datamodels(
         {} if place(to).taken() else _constants(method, models),
         _settings(method, seed, dtype),
     )
-    if store.pending():
+    if pending := store.pending():
+        _refuse_purged(store, pending)
         step = method.step(sizes, models.number, STEP_BYTES)
         fit = DatamodelBlock(method.solver(models), store.path, step, KEPT_BYTES, kept)
         title = f"fitting {os.path.basename(store.path)}"
         at = None if scheduler else workers
         work = in_turns(fit, store)
-        run_blocks(work, store.pending(), title=title, workers=at, scheduler=scheduler)
+        run_blocks(work, pending, title=title, workers=at, scheduler=scheduler)
     return LinearDatamodel.open(store.finalize().path)
+
+
+def _refuse_purged(store: Store, pending: Sequence[int]) -> None:
+    # All blocks are fitted on the same rows, and what the fit needs of the purged ones is gone.
+    if taken_out(store.path) is not None:
+        raise ValueError(
+            f"{name_blocks(pending)} of {store.path} cannot be fitted alone, as rows were purged"
+            " since the others were: remove the store, and fit all of it anew from what is left"
+        )
 
 
 def _constants(method: Regression, models: Problem) -> Mapping[str, Numbers]:

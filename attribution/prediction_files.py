@@ -13,6 +13,7 @@ from stores import ArraySpec, Provenance, Store, StoreSpec, place, versions, wri
 from stores.folder import Folder
 
 COLUMNS = ("before", "mean", "std", "noise")
+HEADER = ("target", "output", *COLUMNS)
 
 
 def check_writable(path: str) -> None:
@@ -66,6 +67,22 @@ def check_prediction_file(path: str) -> None:
     check_writable(path)
 
 
+def is_prediction_table(content: bytes) -> bool:
+    """Whether a file is a table of predictions, as `write_prediction` writes it.
+
+    Args:
+        content: of the file.
+
+    Returns:
+        Whether it begins with the header of such a table.
+
+    Example:
+        >>> is_prediction_table(b"target,output,before,mean,std,noise")
+        True
+    """
+    return content.startswith(",".join(HEADER).encode())
+
+
 def write_prediction(prediction: Prediction, path: str, forget: ForgetSet) -> None:
     """Writes a prediction, one row a target (zarr) or a target and output (csv).
 
@@ -97,7 +114,7 @@ def write_prediction(prediction: Prediction, path: str, forget: ForgetSet) -> No
 def _write_csv(prediction: Prediction, path: str) -> None:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["target", "output", *COLUMNS])
+    writer.writerow(HEADER)
     for i, target in enumerate(prediction.targets):
         for c in range(prediction.mean.shape[1]):
             writer.writerow([target, c, *(float(getattr(prediction, n)[i, c]) for n in COLUMNS)])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attribution.dense import eigenvectors, product
 
-PIECE = 1024  # models whose masks are widened to float64 at once
+PIECE = 1024  # models or rows whose masks are widened to float64 at once
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,42 @@ def decompose(masks: Tensor, weights: Tensor) -> Design:
     basis, values, rotated = solved(masks, weights.double(), centre)
     parts = (basis, values, rotated, weights.double().sqrt())
     return Design(*(part.to(masks.dtype) for part in parts))
+
+
+def fewer_rows(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and rotated masks of a design that never held the other rows.
+
+    The masks in the basis of all rows' Gram matrix are turned into that of their own; what depends
+    on their products alone, such as the posterior of these rows' effects, is that of the rows left.
+
+    Args:
+        masks: some columns of a design's rotated masks, [rank, train].
+
+    Returns:
+        Eigenvalues, [rank], and rotated masks, [rank, train], of the rank that is left.
+
+    Example:
+        >>> design = decompose(torch.eye(3), torch.ones(3))
+        >>> eigenvalues, masks = fewer_rows(design.masks[:, :1])
+        >>> eigenvalues.round(decimals=3), masks.shape
+        (tensor([0.6670]), torch.Size([1, 1]))
+    """
+    rank, rows = masks.shape
+    if rank > rows:
+        values, vectors = _eigenvectors(_gram(masks.T))
+        rotated = values.sqrt()[:, None] * vectors.T
+        return values.to(masks.dtype), rotated.to(masks.dtype)
+    values, basis = _eigenvectors(_gram(masks))
+    turned = [product(basis.T, part.double()).to(masks.dtype) for part in masks.split(PIECE, 1)]
+    return values.to(masks.dtype), torch.cat(turned, 1)
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """M M^T in float64, of which a piece at a time is as wide."""
+    total = matrix.new_zeros(len(matrix), len(matrix), dtype=torch.float64)
+    for part in matrix.split(PIECE, 1):
+        total += product(part.double(), part.double().T)
+    return total
 
 
 def _over_models(masks: Tensor, weights: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 from attribution.combined import Combined
 from attribution.counterfactual import Counterfactual
 from attribution.ensemble import Ensemble, train_models
+from attribution.folders import store_places
 from attribution.forget import ForgetSet
 from attribution.gradients import Features
 from attribution.linear_datamodel import LinearDatamodel
@@ -24,10 +25,10 @@ from attribution.subsets import draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task
 from attribution.trak import fit_trak, resume_trak
-from stores import Place, Provenance, Store, Where, check_provenance, digest, place, taken_out
+from stores import ROOT, Place, Provenance, Store, Where, check_provenance, digest, place, taken_out
 
 SCHEMA = 1
-SETTINGS, CALIBRATION, ROOT = "run.json", "calibration.json", "zarr.json"
+SETTINGS, CALIBRATION = "run.json", "calibration.json"
 PREDICTORS = ("datamodel", "newton", "combined", "residual", "trak")
 
 
@@ -293,21 +294,7 @@ class Run:
 
     def stores(self) -> list[Store]:
         """All stores of the run that exist, finished or not."""
-        ends = f"/{ROOT}"
-        found = {n.removesuffix(ends) for n in self.path.walk() if n.endswith(ends)}
-        roots = sorted(name for name in found if not found & set(_above(name)))
-        return [Store.open(self.path / name) for name in roots if self._is_store(name)]
-
-    def _is_store(self, name: str) -> bool:
-        # A creation that was killed leaves a folder named so or, in a bucket, arrays alone.
-        if name.endswith(".tmp"):
-            return False
-        return bool(json.loads(self.path.read(f"{name}/{ROOT}"))["node_type"] == "group")
-
-
-def _above(name: str) -> list[str]:
-    parts = name.split("/")
-    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+        return [Store.open(self.path / name) for name in store_places(self.path)]
 
 
 def read_settings(path: Where, *, finishing: bool = False) -> RunSettings:

@@ -4,9 +4,11 @@ from stores.advance import BlockCancelled, advance
 from stores.blocks import name_blocks
 from stores.jobs import BlocksFailed, pickle_by_value, run_blocks
 from stores.layout import score_block
+from stores.metadata import damaged_metadata, write_metadata
 from stores.places import Place, Where, place, read_file, write_file
 from stores.provenance import Provenance, check_provenance, digest, versions
 from stores.removal import Remains, take_rows_out, taken_out
+from stores.roots import ROOT, read_node
 from stores.rows import column, gather, mapped, total
 from stores.schema import ArraySpec, StoreSpec
 from stores.sent import BlockFailed
@@ -31,6 +33,8 @@ __all__ = [
     "place",
     "read_file",
     "write_file",
+    "ROOT",
+    "read_node",
     "watch",
     "watching",
     "refuse_changes",
@@ -39,6 +43,8 @@ __all__ = [
     "BlockDone",
     "BlockWriter",
     "damaged_constants",
+    "damaged_metadata",
+    "write_metadata",
     "name_blocks",
     "column",
     "gather",

@@ -161,6 +161,10 @@ class Bucket(Place):
         """Names of all files below."""
         return sorted(key.removeprefix(f"{self._prefix}/") for key in self._keys())
 
+    def links(self) -> list[str]:
+        """Give none: a bucket has no links."""
+        return []
+
     def clear(self) -> None:
         """Remove all files below."""
         keys = self._keys()

@@ -13,11 +13,12 @@ import numpy as np
 import zarr
 
 from stores.blocks import marked, refuse_unmarked, refuse_unreadable, region
+from stores.metadata import open_array
 from stores.places import Place, place
 from stores.provenance import Provenance
 from stores.roots import check_known, read_root, refuse_rewritten
 from stores.schema import Json, StoreSpec
-from stores.wholes import map_whole, read_whole
+from stores.wholes import map_whole, read_whole, refuse_other_layout
 
 if TYPE_CHECKING:
     import xarray
@@ -163,7 +164,7 @@ class Contents(ABC):
             The zarr array.
 
         Raises:
-            ValueError: There is no such array.
+            ValueError: There is no such array, or its zarr.json tells another layout.
         """
         self.spec.array(name)
         return self._readable(name)
@@ -225,5 +226,7 @@ class Contents(ABC):
     def _readable(self, name: str) -> zarr.Array[Any]:
         refuse_rewritten(self.place, self._root)
         if name not in self._handles:
-            self._handles[name] = zarr.open_array(self.place.zarr(), path=name, mode="r")
+            array = open_array(self.place, self.spec, name)
+            refuse_other_layout(self.place, array, self._root.get("layouts", {}))
+            self._handles[name] = array
         return self._handles[name]

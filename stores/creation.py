@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import zarr
 from numpy.dtypes import StringDType
-from zarr.codecs import BloscCodec
 
+from stores.metadata import DONE, create_array
 from stores.places import Place
 from stores.schema import AXES, SCHEMA_PREFIX, SCHEMA_VERSION, Json, StoreSpec, check_name
 from stores.watching import refuse_changes
-from stores.wholes import whole_checksums
+from stores.wholes import whole_checksums, whole_layout
 
 
 def create_group(
@@ -118,13 +117,12 @@ def _write(
     ids: Mapping[str, Sequence[str]],
 ) -> None:
     group = zarr.create_group(place.zarr(), attributes=_root(spec, attributes, constants, ids))
-    for name in spec.arrays:
-        _create_array(group, spec, name)
+    for name in (*spec.arrays, DONE):
+        create_array(group, spec, name)
     for name, value in constants.items():
         _create_whole(group, name, value, [f"{name}_{index}" for index in range(value.ndim)])
     for axis, names in ids.items():
         _create_whole(group, f"{axis}_id", np.array(list(names), dtype=StringDType()), [axis])
-    _create_done(group, spec.blocks)
 
 
 def _root(
@@ -141,24 +139,10 @@ def _root(
         "constants": list(constants),
         "ids": list(ids),
         "checksums": whole_checksums(constants, ids),
+        # The same bytes have one checksum, whatever they are read as.
+        "layouts": {name: whole_layout(value) for name, value in constants.items()},
         **attributes,
     }
-
-
-def _create_array(group: zarr.Group, spec: StoreSpec, name: str) -> None:
-    array = spec.arrays[name]
-    group.create_array(
-        name,
-        shape=array.shape,
-        chunks=spec.chunks(name),
-        dtype=array.dtype,
-        fill_value=_fill(array.dtype),
-        # zarr compresses by default, and only raw objects can be read row by row.
-        compressors=_blosc() if array.compress else None,
-        filters=None,
-        # xarray needs a name for every dimension.
-        dimension_names=[axis or f"{name}_{i}" for i, axis in enumerate(array.axes)],
-    )
 
 
 def _create_whole(group: zarr.Group, name: str, value: np.ndarray, axes: list[str]) -> None:
@@ -170,25 +154,3 @@ def _create_whole(group: zarr.Group, name: str, value: np.ndarray, axes: list[st
         dimension_names=axes,
         config={"write_empty_chunks": True},
     )
-
-
-def _create_done(group: zarr.Group, blocks: int) -> None:
-    # One object a mark: processes that share an object lose each other's marks.
-    group.create_array(
-        "done",
-        shape=(blocks,),
-        chunks=(1,),
-        dtype="uint32",
-        fill_value=0,
-        compressors=None,
-        filters=None,
-        dimension_names=["block"],
-    )
-
-
-def _fill(dtype: str) -> Any:
-    return np.nan if np.dtype(dtype).kind == "f" else np.zeros((), dtype)[()]
-
-
-def _blosc() -> BloscCodec:
-    return BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle")

@@ -120,6 +120,16 @@ class Folder(Place):
         )
         return sorted(name.replace(os.sep, "/") for name in found)
 
+    def links(self) -> list[str]:
+        """Names of all symbolic links below."""
+        found = (
+            os.path.relpath(path, self.url)
+            for folder, folders, files in os.walk(self.url)
+            for path in (os.path.join(folder, name) for name in (*folders, *files))
+            if os.path.islink(path)
+        )
+        return sorted(name.replace(os.sep, "/") for name in found)
+
     def clear(self) -> None:
         """Remove the folder and everything in it."""
         close_files(self.url)

@@ -148,6 +148,10 @@ class Place(ABC):
         """Names of all files below this place, in order."""
 
     @abstractmethod
+    def links(self) -> list[str]:
+        """Names of the symbolic links below this place, in order; `walk` follows none of them."""
+
+    @abstractmethod
     def clear(self) -> None:
         """Remove everything at this place, and the place itself; nothing happens if it is empty."""
 

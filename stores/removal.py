@@ -13,13 +13,14 @@ from stores.blocks import refuse_unreadable
 from stores.durability import durable
 from stores.places import Place, Where, place
 from stores.provenance import Provenance
+from stores.roots import ROOT, read_node, read_root
 from stores.schema import ArraySpec, Json, StoreSpec
 from stores.store import Store
 from stores.verification import sound
 from stores.writing import BlockWriter
 
 ASIDE = ".purged"
-_ROOT, _STAMP = "zarr.json", "purge"
+_STAMP = "purge"
 
 Revision = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 """Gives the arrays of a block that are not copied, from its old positions along the block axis."""
@@ -36,6 +37,7 @@ class Remains:
         attributes: All attributes.
         shapes: New shapes of arrays whose unnamed axes change too.
         revise: Gives the arrays that are computed and not copied; None copies all of them.
+        costly: Gives further constants that change, once the store is written.
     """
 
     positions: Mapping[str, np.ndarray]
@@ -44,6 +46,7 @@ class Remains:
     attributes: Mapping[str, Json] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     revise: Revision | None = None
+    costly: Callable[[], Mapping[str, np.ndarray]] | None = None
 
 
 def take_rows_out(where: Where, token: str, remains: Callable[[Store], Remains]) -> None:
@@ -98,24 +101,23 @@ def taken_out(where: Where) -> str | None:
     Returns:
         The token; None where nothing was taken out, or no store is.
 
+    Raises:
+        ValueError: The store's zarr.json is damaged.
+
     Example:
         >>> taken_out("nowhere")
     """
     try:
-        token = _root(place(where)).get(_STAMP)
+        token = read_node(place(where)).get("attributes", {}).get(_STAMP)
     except (FileNotFoundError, NotADirectoryError):
         return None
     return None if token is None else str(token)
 
 
-def _root(where: Place) -> dict[str, Json]:
-    return dict(json.loads(where.read(_ROOT)).get("attributes", {}))
-
-
 def _stamp(where: Place, token: str) -> None:
-    content = json.loads(where.read(_ROOT))
+    content = read_node(where)
     content["attributes"][_STAMP] = token
-    where.write(_ROOT, json.dumps(content, indent=2).encode())
+    where.write(ROOT, json.dumps(content, indent=2).encode())
 
 
 def remaining_spec(spec: StoreSpec, remains: Remains) -> StoreSpec:
@@ -156,9 +158,10 @@ def _shortened(spec: StoreSpec, name: str, remains: Remains) -> ArraySpec:
 
 
 def _write_anew(store: Store, aside: Place, remains: Remains) -> None:
-    root, spec = _root(store.place), remaining_spec(store.spec, remains)
+    root, spec = read_root(store.place), remaining_spec(store.spec, remains)
     kept: dict[str, np.ndarray | None] = {n: store.constant(n) for n in root["constants"]}
     kept.update(remains.constants)
+    kept.update(remains.costly() if remains.costly else {})
     constants = {name: value for name, value in kept.items() if value is not None}
     ids = {axis: _kept_ids(store, axis, remains) for axis in root["ids"]}
     new = Store.create(aside, spec, remains.provenance, constants, ids, remains.attributes)

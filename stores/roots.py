@@ -11,6 +11,39 @@ from stores.durability import durable
 from stores.places import Place
 from stores.schema import Json
 
+ROOT = "zarr.json"
+
+
+def read_node(where: Place) -> dict[str, Json]:
+    """Read the zarr.json of a group or an array.
+
+    Args:
+        where: Where it lies.
+
+    Returns:
+        What it tells.
+
+    Raises:
+        ValueError: It is no whole JSON.
+        OSError: There is none, or it cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from stores.places import place
+        >>> where = place(tempfile.mkdtemp())
+        >>> where.write("zarr.json", b'{"node_type": "group"}')
+        >>> read_node(where)
+        {'node_type': 'group'}
+    """
+    text = where.read(ROOT)
+    try:
+        return {"node_type": None, **json.loads(text)}
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{where}/{ROOT} is damaged; restore it from a copy, or remove {where} and run the"
+            " command that made it again"
+        ) from error
+
 
 def read_root(where: Place) -> dict[str, Json]:
     """Read the attributes of a store's root.
@@ -22,7 +55,7 @@ def read_root(where: Place) -> dict[str, Json]:
         The attributes.
 
     Raises:
-        ValueError: There is no store.
+        ValueError: There is no store, or its zarr.json is damaged.
         OSError: It cannot be read.
 
     Example:
@@ -33,8 +66,8 @@ def read_root(where: Place) -> dict[str, Json]:
         ValueError: expected a store at nowhere, found none; create it, or correct the path
     """
     try:
-        content = json.loads(where.read("zarr.json"))
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        content = read_node(where)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"expected a store at {where}, found none; create it, or correct the path"
         ) from error
@@ -51,7 +84,7 @@ def set_state(where: Place, state: str) -> None:
     group = zarr.open_group(where.zarr(), mode="r+", use_consolidated=False)
     group.attrs["state"] = state
     if durable():
-        where.sync(["zarr.json"])
+        where.sync([ROOT])
 
 
 def refuse_rewritten(where: Place, opened: Mapping[str, Json]) -> None:

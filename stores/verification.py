@@ -8,9 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-import zarr
 
 from stores.blocks import mark_file, refuse_unreadable, region
+from stores.metadata import DONE, open_array
 from stores.places import Place
 from stores.roots import read_root, set_state
 from stores.schema import StoreSpec
@@ -31,13 +31,13 @@ def sound(store: Store, block: int) -> bool:
         block: Number of the block.
 
     Returns:
-        False where an object is missing, cut short or changed.
+        False where an object is missing, cut short or changed, or an array's zarr.json is.
 
     Raises:
         ConnectionError: The service of a bucket does not answer, which tells nothing of the block.
     """
     try:
-        marks = zarr.open_array(store.place.zarr(), path="done", mode="r")
+        marks = open_array(store.place, store.spec, DONE)
         return int(np.asarray(marks[block])) in _marks(store, block)
     except ConnectionError:
         raise

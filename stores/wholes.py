@@ -12,6 +12,7 @@ import zarr
 from numpy.dtypes import StringDType
 
 from stores.places import Place
+from stores.roots import ROOT
 from stores.schema import Json
 from stores.writing import checksum
 
@@ -40,6 +41,37 @@ def whole_checksums(
     found = {name: _checksum(value) for name, value in constants.items()}
     texts = {axis: np.array(list(names), StringDType()) for axis, names in ids.items()}
     return found | {f"{axis}_id": _checksum(names) for axis, names in texts.items()}
+
+
+def whole_layout(value: np.ndarray | zarr.Array[Any]) -> list[Json]:
+    """Give what the root records of how a constant is to be read.
+
+    Args:
+        value: The constant, or the zarr array that holds it.
+
+    Returns:
+        Name of its type, and its shape.
+
+    Example:
+        >>> whole_layout(np.zeros((2, 3), np.float32))
+        ['float32', [2, 3]]
+    """
+    return [value.dtype.name, list(value.shape)]
+
+
+def refuse_other_layout(place: Place, array: zarr.Array[Any], recorded: Mapping[str, Json]) -> None:
+    """Refuse a constant that would be read as another type or shape than it was written.
+
+    Args:
+        place: Where the store lies.
+        array: The zarr array.
+        recorded: Layouts by name; a store that was made before there were any lacks them.
+
+    Raises:
+        ValueError: It is so.
+    """
+    if recorded.get(array.path, found := whole_layout(array)) != found:
+        raise _unusable(place, f"{array.path}/{ROOT}", "damaged")
 
 
 def read_whole(place: Place, array: zarr.Array[Any], recorded: Mapping[str, Json]) -> np.ndarray:

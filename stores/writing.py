@@ -13,6 +13,7 @@ import zarr
 
 from stores.blocks import mark_file, object_files, region
 from stores.durability import durable
+from stores.metadata import DONE, open_array
 from stores.places import Place
 from stores.schema import StoreSpec
 from stores.watching import refuse_changes
@@ -163,7 +164,7 @@ def writing(place: Place, spec: StoreSpec, block: int) -> Iterator[BlockWriter]:
 
     Raises:
         ValueError: There is no such block, it is done already, a part is missing at the end, or a
-            watched file has changed.
+            watched file has changed; or the zarr.json of an array is damaged.
     """
     spec.span(block)
     if place.exists(mark_file(block)):
@@ -172,18 +173,17 @@ def writing(place: Place, spec: StoreSpec, block: int) -> Iterator[BlockWriter]:
             "write pending() blocks only, or discard() it first"
         )
     refuse_changes()
-    writer = BlockWriter(spec, block, {name: _writable(place, name) for name in spec.arrays})
+    writer = BlockWriter(spec, block, {name: _writable(place, spec, name) for name in spec.arrays})
     yield writer
     mark = writer.mark()
     if durable():
         place.sync([file for name in spec.arrays for file in object_files(spec, name, block)])
     refuse_changes()
-    _writable(place, "done")[block] = mark
+    _writable(place, spec, DONE)[block] = mark
     if durable():
         place.sync([mark_file(block)])
 
 
-def _writable(place: Place, name: str) -> zarr.Array[Any]:
+def _writable(place: Place, spec: StoreSpec, name: str) -> zarr.Array[Any]:
     # zarr does not persist this setting, and skips objects that hold fill values only.
-    handle = zarr.open_array(place.zarr(), path=name, mode="r+")
-    return handle.with_config({"write_empty_chunks": True})
+    return open_array(place, spec, name, mode="r+").with_config({"write_empty_chunks": True})

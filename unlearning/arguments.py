@@ -111,7 +111,11 @@ def make_parser() -> argparse.ArgumentParser:
     _tune(_verb(verbs, "tune", "choose the settings of methods on forget sets of their own"))
     status = _verb(verbs, "status", "what a run holds and what is pending")
     status.add_argument("--verify", action="store_true", help="recompute all checksums")
-    status.add_argument("--discard", action="store_true", help="make damaged blocks pending")
+    status.add_argument(
+        "--discard",
+        action="store_true",
+        help="make damaged blocks pending, and write metadata that is gone again",
+    )
     purge = _verb(verbs, "purge", "take rows out of everything that a run holds of them")
     _forget(purge, required=False)
     report = _verb(verbs, "report", "write the report of an evaluation")

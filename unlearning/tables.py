@@ -291,6 +291,12 @@ _WEIGHTS_STAY = (
 )
 
 
+_OTHERS_STAY = (
+    "\nfiles that purge does not know, in which it found no id of these rows, are as they were: {};"
+    " look whether they tell of the rows all the same"
+)
+
+
 def purge_text(run: str, done: Purged) -> str:
     """What a purge did, and what it leaves to other steps.
 
@@ -314,5 +320,6 @@ def purge_text(run: str, done: Purged) -> str:
         + (f" ({done.already} others had been before)" if done.already else "")
         + f"; {len(done.rewritten)} stores written anew, {len(done.removed)} stores and files"
         f" removed, {before:.1f} MB before and {after:.1f} MB now"
+        + (_OTHERS_STAY.format(", ".join(done.kept)) if done.kept else "")
         + (_WEIGHTS_STAY if done.weights else "")
     )

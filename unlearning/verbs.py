@@ -18,7 +18,7 @@ from attribution.prediction_files import (
 from attribution.purging.purge import purge
 from attribution.purging.turns import writers_turn
 from attribution.run import Run, read_settings
-from stores import damaged_constants, place
+from stores import place
 from unlearning.evaluation import evaluate_methods, plain
 from unlearning.explanation import explain, explanation_table, render_explanation, run_scores
 from unlearning.methods import METHODS, Evidence, build_method, check_method
@@ -32,6 +32,7 @@ from unlearning.run_files import (
     write_text,
 )
 from unlearning.runner import still_there
+from unlearning.states import refuse_unseen, store_states
 from unlearning.tables import (
     evaluation_table,
     prediction_table,
@@ -225,37 +226,15 @@ def _methods(options: argparse.Namespace) -> list[str]:
 def _status(options: argparse.Namespace) -> Told:
     settings = read_settings(options.run)
     run = Run(place(options.run), settings, task=None)  # type: ignore[arg-type]
-    found, lost = [], []
-    for store in run.stores():
-        if options.verify or options.discard:
-            lost += [f"{store.path}/{name}" for name in damaged_constants(store)]
-        bad = store.verify() if options.verify or options.discard else []
-        for block in bad if options.discard else []:
-            store.discard(block)
-        found.append(
-            {
-                "store": store.path.removeprefix(f"{run.path}/"),
-                "kind": store.spec.kind,
-                "blocks": store.spec.blocks,
-                "done": len(store.done()),
-                "pending": len(store.pending()),
-                "bad": bad,
-            }
-        )
-    if lost:
-        raise RuntimeError(
-            f"damaged: {', '.join(lost)}; restore these from a copy, or remove their stores and run"
-            " the command that made them again"
-        )
-    damaged = [f"{row['store']} blocks {row['bad']}" for row in found if row["bad"]]
-    if damaged and not options.discard:
-        raise RuntimeError(
-            f"damaged: {'; '.join(damaged)}; dmm status --run {options.run} --discard makes these"
-            " blocks pending, and the command that made them computes them again"
-        )
-    text = status_table(found, verified=options.verify and not damaged)
+    verify = options.verify or options.discard
+    refuse_unseen(run.path, verify=verify)
+    found = store_states(run, verify=verify, discard=options.discard)
+    text = status_table(found, verified=options.verify and not any(row["bad"] for row in found))
+    links = run.path.links()
+    text += f"\nnot looked at, as symbolic links: {', '.join(links)}" if links else ""
     text += f"\n{run.purged} rows were purged" if run.purged else ""
-    return {"run": options.run, "stores": found, "purged": run.purged}, text
+    told = {"run": options.run, "stores": found, "purged": run.purged, "links": links}
+    return told, text
 
 
 def _purge(options: argparse.Namespace) -> Told:

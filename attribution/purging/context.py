@@ -1,6 +1,5 @@
 """What every step of a purge knows: the rows, before and after, and how digests change."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from attribution.folders import store_places
 from attribution.forget import ForgetSet
 from attribution.purging.tombstones import Tombstones
 from attribution.task import Rows, Task
 from stores import Place, Provenance, Store
-
-_ROOT = "zarr.json"
 
 
 @dataclass(frozen=True)
@@ -69,71 +67,3 @@ class Context:
         if isinstance(value, list):
             return [self._replaced(item) for item in value]
         return self.digests.get(value, value) if isinstance(value, str) else value
-
-
-def leftover(name: str) -> bool:
-    """Whether a killed writer left a file of this name.
-
-    Args:
-        name: name of a file.
-
-    Returns:
-        True below a folder .tmp, and for files .partial.
-
-    Example:
-        >>> leftover("full.0123.tmp/zarr.json"), leftover("full/zarr.json")
-        (True, False)
-    """
-    return name.endswith(".partial") or any(p.endswith(".tmp") for p in name.split("/")[:-1])
-
-
-def store_places(run: Place) -> list[str]:
-    """Names of the stores below a folder; what killed creations left is none.
-
-    Args:
-        run: the folder.
-
-    Returns:
-        Names below it, in order.
-
-    Example:
-        >>> from stores import place
-        >>> store_places(place("nowhere"))
-        []
-    """
-    return [name for name in _roots(run) if _is_group(run, name)]
-
-
-def lone_arrays(run: Place) -> list[str]:
-    """Names of the arrays that belong to no store: a creation in a bucket was killed.
-
-    Args:
-        run: the folder.
-
-    Returns:
-        Names below it, in order.
-
-    Example:
-        >>> from stores import place
-        >>> lone_arrays(place("nowhere"))
-        []
-    """
-    return [name for name in _roots(run) if not _is_group(run, name)]
-
-
-def _roots(run: Place) -> list[str]:
-    found = sorted(
-        name.removesuffix(f"/{_ROOT}")
-        for name in run.walk()
-        if name.endswith(f"/{_ROOT}") and not leftover(name)
-    )
-    roots: list[str] = []
-    for name in found:
-        # A store's own arrays have a zarr.json too, and stand behind it.
-        if not any(name.startswith(f"{root}/") for root in roots):
-            roots.append(name)
-    return roots
-
-
-def _is_group(run: Place, name: str) -> bool:
-    return bool(json.loads(run.read(f"{name}/{_ROOT}"))["node_type"] == "group")

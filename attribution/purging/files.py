@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import markupsafe
 
+from attribution.folders import leftover, lone_arrays, store_places
 from attribution.model import TORCH_FILES
-from attribution.purging.context import leftover, lone_arrays, store_places
+from attribution.prediction_files import is_prediction_table
 from attribution.purging.journal import FILE as JOURNAL
 from attribution.purging.tombstones import FILE as TOMBSTONES
 from stores import Place
@@ -16,14 +17,16 @@ from stores import Place
 # What precompute keeps; none of it names a row.
 _KEPT = ("run.json", "calibration.json", TOMBSTONES, JOURNAL)
 # What is measured on models and rows as they were before.
-_DERIVED = ("evaluation.json", "evaluation.previous.json", "report.html")
+_DERIVED = ("evaluation.json", "evaluation.previous.json", "report.html", "tuned.json")
 MODELS = (".safetensors", *TORCH_FILES)
 
 
 def telling_files(run: Place, ids: Sequence[str]) -> list[str]:
-    """Names of the files that tell of rows: evaluations, reports, and whatever names an id.
+    """Names of the files that tell of rows: what is measured on them, and whatever names an id.
 
-    Models are left out: their weights are another matter, and they hold salted digests of ids.
+    Tables of predictions are among them, whatever they name: they do not tell of which forget set
+    they are. Models are left out: their weights are another matter, and they hold salted digests of
+    ids.
 
     Args:
         run: the run's folder.
@@ -41,14 +44,36 @@ def telling_files(run: Place, ids: Sequence[str]) -> list[str]:
         >>> telling_files(run, ["train-3"])
         ['page.html']
     """
+    return [name for name in loose_files(run) if name in _DERIVED or _tells(run.read(name), ids)]
+
+
+def _tells(content: bytes, ids: Sequence[str]) -> bool:
+    return is_prediction_table(content) or tells(content, ids)
+
+
+def loose_files(run: Place) -> list[str]:
+    """Names of the files that no command of ours needs: what lies beside stores and models.
+
+    Args:
+        run: the run's folder.
+
+    Returns:
+        Names below the folder, in order.
+
+    Example:
+        >>> import tempfile
+        >>> from stores import place
+        >>> run = place(tempfile.mkdtemp())
+        >>> run.write("run.json", b"{}")
+        >>> run.write("notes.pdf", b"")
+        >>> loose_files(run)
+        ['notes.pdf']
+    """
     stores = tuple(f"{name}/" for name in (*store_places(run), *lone_arrays(run)))
-    loose = [name for name in run.walk() if not name.startswith(stores) and name not in _KEPT]
     return [
         name
-        for name in loose
-        if not leftover(name)
-        and not name.endswith(MODELS)
-        and (name in _DERIVED or tells(run.read(name), ids))
+        for name in run.walk()
+        if not (name.startswith(stores) or name in _KEPT or name.endswith(MODELS) or leftover(name))
     ]
 
 

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from attribution.purging.context import Context
 from attribution.purging.files import tells
 from attribution.purging.scores import FewerScores, Ranked, trak_sources
 from attribution.purging.sums import LessCurvature, LessMoments
+from attribution.ridge import fewer_rows
+from attribution.training import threads
 from attribution.uncertainty import uncertainty_of
 from stores import Provenance, Remains, Store, digest
 
@@ -108,16 +112,24 @@ def _taken(values: Any, axes: tuple[str | None, ...], positions: Mapping[str, An
 def _datamodel(context: Context, store: Store, plain: Remains) -> Remains:
     # Fitted on all targets together, the purged rows' own too; predictions are to stay the same.
     shrink = list(uncertainty_of(store).shrink)
-    # Of ridge only: the lasso's error bars need no masks.
-    ridge = "chosen" in store.spec.arrays
-    masks = {"masks": store.constant("masks")[:, plain.positions["train"]]} if ridge else {}
-    attributes = {**plain.attributes, "shrink": shrink}
-    fewer = replace(plain, constants=masks, attributes=attributes)
+    fewer = replace(plain, attributes={**plain.attributes, "shrink": shrink})
+    if "chosen" in store.spec.arrays:  # ridge: the lasso's error bars need no masks
+        # They served to fit it, and the rows' masks could be solved for from them.
+        fitted = dict.fromkeys(("basis", "longest", "maps"))
+        turned = partial(_fewer_masks, store, plain.positions["train"])
+        fewer = replace(fewer, constants=fitted, costly=turned)
     if "top_rows" not in store.spec.arrays:  # fitted before strongest rows were kept
         return fewer
     shorter = _shorter(store, plain)
     ranked = Ranked(context, store, "margins", shorter["top_rows"][2])
     return replace(fewer, shapes=shorter, revise=ranked)
+
+
+def _fewer_masks(store: Store, left: Any) -> Mapping[str, Any]:
+    # The eigenvalues of all rows' Gram matrix would tell what the masks that are left lack of it.
+    with threads(1):
+        found = fewer_rows(torch.from_numpy(store.constant("masks")[:, left]))
+    return dict(zip(("eigenvalues", "masks"), (part.numpy() for part in found), strict=True))
 
 
 def _moments(context: Context, store: Store, plain: Remains) -> Remains | None:

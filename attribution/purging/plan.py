@@ -12,7 +12,7 @@ from attribution.purging.kinds import KINDS, remains_of
 from attribution.purging.tombstones import Tombstones, read_tombstones
 from attribution.retained import retained_task
 from attribution.task import Task
-from stores import Place, Store, damaged_constants, digest
+from stores import ROOT, Place, Store, damaged_constants, damaged_metadata, digest
 
 _ORACLES = "oracles/"
 
@@ -92,19 +92,26 @@ def _scores_of(name: str, store: Store) -> str | None:
 
 def _refuse_damaged(stores: Mapping[str, Store]) -> None:
     # The blocks that are read are removed afterwards: nothing would tell that they were damaged.
-    bad = {name: store.verify() for name, store in stores.items()}
-    damaged = [f"{name} blocks {blocks}" for name, blocks in bad.items() if blocks]
     lost = [f"{s.path}/{name}" for s in stores.values() for name in damaged_constants(s)]
+    lost += [f"{s.path}/{name}/{ROOT}" for s in stores.values() for name in _damaged_arrays(s)]
     if lost:
         raise RuntimeError(
             f"damaged: {', '.join(lost)}; nothing was purged: restore these from a copy, or remove"
-            " their stores and run the command that made them again"
+            " their stores and run the command that made them again; dmm status --discard writes a"
+            " zarr.json that is missing or cut short again"
         )
+    bad = {name: store.verify() for name, store in stores.items()}
+    damaged = [f"{name} blocks {blocks}" for name, blocks in bad.items() if blocks]
     if damaged:
         raise RuntimeError(
             f"damaged: {'; '.join(damaged)}; nothing was purged: dmm status --discard makes these"
             " blocks pending, and the command that made them computes them again"
         )
+
+
+def _damaged_arrays(store: Store) -> list[str]:
+    gone, other = damaged_metadata(store)
+    return [*gone, *other]
 
 
 def _digests(context: Context) -> dict[str, str]:

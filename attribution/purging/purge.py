@@ -3,9 +3,10 @@
 from dataclasses import dataclass, replace
 from functools import partial
 
+from attribution.folders import damaged_roots, store_places
 from attribution.forget import ForgetSet, named_ids, parse_forget
-from attribution.purging.context import Context, store_places
-from attribution.purging.files import MODELS, leftovers
+from attribution.purging.context import Context
+from attribution.purging.files import MODELS, leftovers, loose_files
 from attribution.purging.journal import (
     FILE,
     Journal,
@@ -26,7 +27,7 @@ from attribution.retained import retained_task
 from attribution.run import Run, read_settings
 from attribution.task import Task
 from attribution.task_file import load_task
-from stores import Place, Remains, Store, Where, place, take_rows_out
+from stores import ROOT, Place, Remains, Store, Where, place, take_rows_out
 from stores.removal import ASIDE
 
 
@@ -44,6 +45,7 @@ class Purged:
         bytes_after: size of the run now.
         tombstones: rows that were ever purged from the run.
         weights: whether the run holds weights of models, which stay as they were.
+        kept: files that are none of ours and name no row, which stay as they were.
     """
 
     rows: int
@@ -55,14 +57,16 @@ class Purged:
     bytes_after: int
     tombstones: int
     weights: bool
+    kept: tuple[str, ...] = ()
 
 
 def purge(path: Where, forget: str | None = None) -> Purged:
     """Removes rows from all that a run holds of them; killed at any moment, the same call finishes.
 
     Rows, columns, masks, features, lists of strongest rows and ids lose them; sums over the
-    training rows are formed without them; evaluations, reports, pages and banks of oracles that
-    tell of them are removed. Weights of models that were trained on them stay as they are:
+    training rows are formed without them; evaluations, reports, tuned settings, tables of
+    predictions, and pages and banks of oracles that tell of them are removed. Files of another kind
+    stay, and are named. Weights of models that were trained on them stay as they are:
     unlearning is another step. Salted digests of the ids stay as tombstones, by which the run
     leaves the rows out of a task that still holds them.
 
@@ -74,11 +78,13 @@ def purge(path: Where, forget: str | None = None) -> Purged:
         What was done.
 
     Raises:
-        ValueError: no run, unknown ids or all of them, a store that cannot be purged, other rows
-            than those of an interrupted purge, another command that writes to the run at the same
-            time, or None where none was interrupted; nothing has changed then.
-        RuntimeError: a damaged block; nothing has changed then. Or a store was damaged since, or
-            one that names the rows came; the purge is finished once it is restored or removed.
+        ValueError: no run, unknown ids or all of them, a store that cannot be purged, a symbolic
+            link in the run, other rows than those of an interrupted purge, another command that
+            writes to the run at the same time, or None where none was interrupted; nothing has
+            changed then.
+        RuntimeError: a damaged block or store; nothing has changed then. Or a store was damaged
+            since, or one that names the rows came; the purge is finished once it is restored or
+            removed.
         OSError: something cannot be written; the same call goes on where it stopped.
 
     Example:
@@ -92,6 +98,7 @@ def purge(path: Where, forget: str | None = None) -> Purged:
 
 
 def _purged(run: Place, forget: str | None) -> Purged:
+    _refuse_links(run)
     journal = read_journal(run)
     if journal is not None:
         refuse_overtaken(run, journal)
@@ -99,16 +106,37 @@ def _purged(run: Place, forget: str | None) -> Purged:
         return _finished(context, journal, already=already, finished=True)
     if forget is None:
         raise ValueError(f"no purge of {run} was interrupted: name the rows with --forget")
+    _refuse_lost(run)
     opened = Run.open(run)
     gone, already = _wanted(opened.task, forget, read_tombstones(run))
     if gone is None:
         size, stones = _size(run), read_tombstones(run)
         weights = _holds_weights(run)
-        return Purged(0, already, False, (), (), size, size, len(stones), weights)
+        kept = tuple(loose_files(run))
+        return Purged(0, already, False, (), (), size, size, len(stones), weights, kept)
     context, journal = plan_purge(run, opened.task, gone)
     write_journal(run, journal)
     refuse_overtaken(run, journal)
     return _finished(context, journal, already=already)
+
+
+def _refuse_links(run: Place) -> None:
+    # What is removed or renamed would be the link, and the rows would stay where it leads to.
+    if links := run.links():
+        raise ValueError(
+            f"{', '.join(links)} in {run} {'are' if len(links) > 1 else 'is'} elsewhere, by a"
+            " symbolic link: nothing was purged; move what it leads to into the run, in its place"
+        )
+
+
+def _refuse_lost(run: Place) -> None:
+    # Without it nobody can tell a store from what a creation left that was killed.
+    if damaged := damaged_roots(run):
+        raise RuntimeError(
+            f"damaged: {', '.join(f'{run / name}/{ROOT}' for name in damaged)}; nothing was purged:"
+            " restore these from a copy, or remove their folders and run the command that made them"
+            " again"
+        )
 
 
 def _wanted(task: Task, spec: str, stones: Tombstones) -> tuple[ForgetSet | None, int]:
@@ -168,6 +196,7 @@ def _finished(
         bytes_after=_size(run),
         tombstones=len(journal.stones),
         weights=_holds_weights(run),
+        kept=tuple(loose_files(run)),
     )
 
 

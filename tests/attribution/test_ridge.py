@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from attribution import ridge
 from attribution.ridge import decompose, own_masks, solve
 from tests.references import datamodel_objective, dense_datamodel
 
@@ -138,3 +139,15 @@ def test_subsets_of_one_size_leave_a_shift_undetermined():
     np.testing.assert_allclose(shifted, np.tile(constant, (TRAIN, 1, 1)), rtol=0, atol=1e-6)
     assert np.abs(constant).min() > 1e-3
     np.testing.assert_allclose(exact, 0, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("models", [9, 40])
+def test_fewer_rows_have_the_eigenbasis_of_their_own_masks(models, monkeypatch):
+    monkeypatch.setattr(ridge, "PIECE", 7)
+    masks = (torch.rand(models, 23, generator=torch.Generator().manual_seed(0)) < 0.5).double()
+    kept = [row for row in range(23) if row not in (0, 5, 22)]
+    values, rotated = ridge.fewer_rows(ridge.decompose(masks, torch.ones(models)).masks[:, kept])
+    never = ridge.decompose(masks[:, kept], torch.ones(models))
+    torch.testing.assert_close(values, never.eigenvalues)
+    torch.testing.assert_close(rotated.T @ rotated, never.masks.T @ never.masks)
+    torch.testing.assert_close(rotated @ rotated.T, torch.diag(values))

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +74,13 @@ def test_a_mapped_constant_that_was_cut_short_is_refused(store):
         file.truncate(47)
     with pytest.raises(ValueError, match="scale is damaged"):
         store.map_constant("scale")
+
+
+@pytest.mark.parametrize("fields", [{"data_type": "int64", "fill_value": 0}, {"shape": [3, 2]}])
+def test_a_constant_that_would_be_read_otherwise_is_refused(store, fields):
+    file = Path(store.path, "scale", "zarr.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    for read in (store.constant, Store.open(store.path).map_constant):
+        with pytest.raises(ValueError, match=r"scale/zarr\.json is damaged .* restore it from a"):
+            read("scale")
+    assert damaged_constants(store) == ["scale"]

@@ -1,10 +1,11 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
 
-from stores import ArraySpec, Provenance, Store, StoreSpec
+from stores import ArraySpec, Provenance, Store, StoreSpec, taken_out
 from stores.folder import Folder
 from tests.stores.small_store import ARRAYS, IDS, MADE_BY, SPEC, values
 
@@ -53,6 +54,17 @@ def test_open_refuses_what_is_no_such_store(store, tmp_path):
     zarr.open_group(store.path, mode="r+").attrs["schema_version"] = 3
     with pytest.raises(ValueError, match="has schema version 3, expected at most 2"):
         Store.open(store.path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"attributes": {"sch', b"[]", b"\xff"])
+def test_a_store_whose_root_is_damaged_is_told_from_none(store, content):
+    Path(store.path, "zarr.json").write_bytes(content)
+    told = rf"{store.path}/zarr.json is damaged; restore it from a copy, or remove {store.path} "
+    for read in (Store.open, taken_out):
+        with pytest.raises(ValueError, match=told):
+            read(store.path)
+    with pytest.raises(ValueError, match=told):
+        store.array("bias")
 
 
 def test_open_or_create_resumes_only_the_same(tmp_path):

@@ -17,6 +17,14 @@ class TestFolder(PlaceTests):
         os.symlink("nowhere", empty.url)
         assert empty.taken()
 
+    def test_links_are_named_and_not_followed(self, empty, tmp_path):
+        Folder(str(tmp_path / "other")).write("b", b"1")
+        empty.write("c/a", b"1")
+        for name, to in [("c/file", "other/b"), ("c/folder", "other"), ("lost", "nowhere")]:
+            os.symlink(tmp_path / to, f"{empty.url}/{name}")
+        assert empty.links() == ["c/file", "c/folder", "lost"]
+        assert "c/folder/b" not in empty.walk()
+
     @pytest.fixture
     def left(self, empty):
         """What a killed creation left, and folders of other names."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.small_runs import SIZES, arrays, copied, finished_run
+from tests.small_runs import SIZES, arrays, contents, copied, finished_run
 from unlearning.cli import main
 
 FEW = ("--forget", "few=rows:3:8")
@@ -112,6 +112,79 @@ def test_a_damaged_constant_is_named_and_nothing_is_purged(copy, capsys, lost, s
         assert out == ""
         assert "/".join(lost.split("/")[:2]) in err
         assert "restore" in err
+
+
+ROOTS = {
+    "gone": ("full", lambda file: file.unlink()),
+    "half": ("moments", lambda file: file.write_bytes(file.read_bytes()[:20])),
+    "other": ("datamodel-mixed-24", lambda file: file.write_text("[]")),
+    "behind": ("calibration/bank", lambda file: file.unlink()),
+}
+
+
+@pytest.mark.parametrize(("store", "spoil"), ROOTS.values(), ids=ROOTS)
+def test_a_store_without_its_root_is_named_and_nothing_is_purged(copy, capsys, store, spoil):
+    spoil(copy / store / "zarr.json")
+    before = contents(copy)
+    for words in (["status"], ["status", "--verify"], ["purge", *FEW]):
+        capsys.readouterr()
+        assert main([words[0], "--run", str(copy), *words[1:]]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith(f"dmm: damaged: {copy}/{store}/zarr.json; ")
+        assert "restore" in err
+    assert contents(copy) == before
+
+
+def test_a_half_written_root_is_named_by_what_reads_it(copy, refused):
+    root = copy / "datamodel-mixed-24" / "zarr.json"
+    root.write_bytes(root.read_bytes()[:50])
+    told = refused("predict", "--run", copy, *FEW, "--predictor", "datamodel")
+    assert told.startswith(f"{root} is damaged; restore it from a copy, or remove {root.parent} ")
+
+
+@pytest.mark.parametrize("link", ["oracles", "full/outputs/c/0", "full/mask/c/0/0", "dangling"])
+def test_what_a_symbolic_link_leads_to_is_not_passed_over(copy, tmp_path, capsys, link):
+    if link != "dangling":
+        (copy / "oracles").mkdir(exist_ok=True)
+        (copy / link).rename(tmp_path / "moved")
+    (copy / link).symlink_to(tmp_path / "moved")
+    before = contents(copy)
+    assert main(["status", "--run", str(copy)]) == 0
+    assert f"\nnot looked at, as symbolic links: {link}\n" in capsys.readouterr().out
+    assert main(["status", "--run", str(copy), "--verify"]) == 1
+    assert f"not verified: {link} in {copy} is elsewhere" in capsys.readouterr().err
+    assert main(["purge", "--run", str(copy), *FEW]) == 2
+    assert f"{link} in {copy} is elsewhere, by a symbolic link" in capsys.readouterr().err
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("array", ["outputs", "done"])
+@pytest.mark.parametrize("spoil", [lambda f: f.unlink(), lambda f: f.write_bytes(b"{")])
+def test_metadata_that_is_gone_is_written_again_and_no_block_is_lost(copy, capsys, array, spoil):
+    before = contents(copy)
+    spoil(copy / "full" / array / "zarr.json")
+    words = ["status", "--run", str(copy)]
+    told = f"damaged: {copy}/full/{array}/zarr.json"
+    for refused in ([*words, "--verify"], ["purge", "--run", str(copy), *FEW]):
+        capsys.readouterr()
+        assert main(refused) == 1
+        err = capsys.readouterr().err
+        assert told in err
+        assert "dmm status --discard writes a zarr.json that is missing or cut short again" in err
+    assert main([*words, "--discard"]) == 0
+    assert main([*words, "--verify"]) == 0
+    assert contents(copy) == before
+
+
+def test_metadata_that_was_changed_costs_no_block(copy, capsys):
+    file = copy / "full" / "outputs" / "zarr.json"
+    file.write_text(file.read_text().replace("float32", "float64"))
+    before = contents(copy)
+    for word in ("--verify", "--discard"):
+        assert main(["status", "--run", str(copy), word]) == 1
+        assert f"damaged: {file}; restore these from a copy" in capsys.readouterr().err
+    assert contents(copy) == before
 
 
 def flipped(file):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,6 +64,7 @@ def test_rows_are_purged_from_the_command_line(whole, call, tmp_path):
         "bytes_after",
         "tombstones",
         "weights",
+        "kept",
     }
     assert (told["rows"], told["tombstones"]) == (4, 4)
     assert told["bytes_after"] < told["bytes_before"]
@@ -88,6 +90,12 @@ def test_the_text_tells_what_purge_does_not_do(whole, call, tmp_path):
 def test_the_text_speaks_of_weights_where_a_run_holds_them(weights):
     done = Purged(1, 0, False, ("full",), (), 20, 10, tombstones=1, weights=weights)
     assert ("unlearn before you purge" in purge_text("runs/a", done)) is weights
+
+
+def test_the_text_names_files_that_purge_does_not_know():
+    done = Purged(1, 0, False, ("full",), (), 20, 10, 1, weights=False, kept=("a.pdf", "b/c.png"))
+    assert "were: a.pdf, b/c.png; look whether they tell of the rows" in purge_text("runs/a", done)
+    assert "look whether" not in purge_text("runs/a", replace(done, kept=()))
 
 
 @pytest.mark.parametrize(

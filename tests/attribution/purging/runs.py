@@ -25,6 +25,8 @@ CLEARED = {
     "evaluation.json",
     "pages/why.html",
     "predicted.csv",
+    "tests.csv",
+    "tuned.json",
     "kept.json.partial",
     "full.0a.tmp",
     "gone.zarr",
@@ -52,6 +54,9 @@ def whole_run(base):
     typed = parse_forget(run.task, "person-008,person-001")
     write_prediction(predicted, str(path / "typed.zarr"), typed)
     write_prediction(predicted, str(path / "predicted.csv"), ForgetSet.of(run.task, ids))
+    tests = run.datamodel.predict(run.model(0), ForgetSet.of(run.task, ids), run.task.test_ids)
+    write_prediction(tests, str(path / "tests.csv"), ForgetSet.of(run.task, ids))
+    (path / "tuned.json").write_text("{}")
     (path / "pages").mkdir()
     (path / "evaluation.json").write_text("{}")
     (path / "pages" / "why.html").write_text("<td>person-030</td>")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from attribution import Ensemble, fit_datamodels
 from attribution.precompute import precompute
 from stores import Store
 from tests.attribution.purging.runs import SIZES, copied, opened
@@ -87,3 +88,12 @@ def test_what_was_fitted_together_is_refused_and_made_anew(run, spec, capsys, na
     left = opened(run)
     assert all(store.complete for store in left.stores())
     assert left.predictors == ("datamodel", "newton", "combined", "residual", "trak")
+
+
+def test_a_datamodel_of_a_purged_run_is_not_fitted_in_part(run, capsys):
+    discarded(run, "datamodel-mixed-24", "effects", capsys)
+    left, to = opened(run), run / "datamodel-mixed-24"
+    models = Ensemble.open(run / "ensemble-mixed-24", left.task)
+    told = "block 0 of .*datamodel-mixed-24 cannot be fitted alone, as rows were purged"
+    with pytest.raises(ValueError, match=told):
+        fit_datamodels(models, anchor=left.full, to=to, seed=left.settings.seed, workers=0)

@@ -3,9 +3,13 @@ import io
 import json
 
 import markupsafe
+import numpy as np
 import pytest
 
-from attribution.purging.files import leftovers, telling_files
+from attribution import ForgetSet
+from attribution.counterfactual import Prediction
+from attribution.prediction_files import write_prediction
+from attribution.purging.files import leftovers, loose_files, telling_files
 from attribution.purging.tombstones import FILE, Tombstones, read_tombstones, write_tombstones
 from stores import Provenance, Store, StoreSpec, place
 from stores.schema import ArraySpec
@@ -70,12 +74,22 @@ def test_an_apostrophe_is_found_as_pages_spell_it(run):
 
 
 def test_what_is_measured_before_goes_and_what_names_no_row_stays(run):
-    for name in ("evaluation.json", "evaluation.previous.json", "report.html", "in/report.html"):
+    measured = ["evaluation.json", "evaluation.previous.json", "report.html", "tuned.json"]
+    for name in (*measured, "in/report.html"):
         run.write(name, b"{}")
     for name in ("run.json", "calibration.json", FILE, "model.safetensors", "old.pt"):
         run.write(name, b"row-1")
-    measured = ["evaluation.json", "evaluation.previous.json", "report.html"]
     assert telling_files(run, ["row-1"]) == measured
+    assert loose_files(run) == sorted([*measured, "in/report.html"])
+
+
+def test_a_table_of_predictions_goes_whatever_it_names(run):
+    prediction = Prediction(("row-9",), *np.zeros((4, 1, 2), np.float32))
+    forget = ForgetSet("row-1", ("row-1",), (0,), 3)
+    write_prediction(prediction, f"{run}/some.csv", forget)
+    run.write("other.csv", b"target,mean\r\nrow-9,1\r\n")
+    assert telling_files(run, ["row-1"]) == ["some.csv"]
+    assert loose_files(run) == ["other.csv", "some.csv"]
 
 
 def test_leftovers_of_killed_writers_are_found(run):

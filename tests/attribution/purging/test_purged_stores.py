@@ -64,6 +64,7 @@ def test_the_plan_and_the_answer_agree_with_what_is_there(whole, done, left):
     assert set(told.rewritten) == {s.path.removeprefix(f"{path}/") for s in left.stores()}
     assert (told.rows, told.already, told.finished, told.tombstones) == (4, 0, False, 4)
     assert told.bytes_after == sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    assert told.kept == ("pages/other.html",)
     assert (path / "pages" / "other.html").exists()
     kept = Ensemble.open(bank / "audit", left.task)
     assert kept.without.ids == ("person-001", "person-005")
