@@ -174,7 +174,7 @@ def tuned_settings(
     forget_sets: Sequence[ForgetSet],
     *,
     predictor: str | None = None,
-) -> Mapping[str, Settings]:
+) -> dict[str, Settings]:
     """Settings that were chosen for methods, for an audit of other forget sets.
 
     Args:

@@ -21,6 +21,7 @@ from unlearning.evaluation import evaluate_methods
 from unlearning.methods import METHODS
 from unlearning.standings import DISTANCES, distance_of, standings
 from unlearning.tuning import tune_methods, tuned_settings
+from unlearning.tuning_spaces import SPACES
 
 SETS = (
     "rand50=random:50:0",
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--full-models", type=int, default=100)
     parser.add_argument("--subset-models", type=int, default=4000)
     parser.add_argument("--trials", type=int, default=16, help="of each method; 0: no tuning")
+    parser.add_argument("--passes", help="gradient evaluations of matching, over training rows")
     parser.add_argument("--budgets", action="store_true")
     parser.add_argument("--predictor")
     parser.add_argument("--out", required=True, help="the page; all numbers go to the run")
@@ -159,18 +161,21 @@ def main() -> None:
     methods, count = options.methods.split(","), options.models
     forgets = [parse_forget(run.task, spec) for spec in options.forget]
     facts = [f"Made by `python {shlex.join(sys.argv)}`; all seeds are those of the code."]
-    settings: Mapping[str, Mapping[str, str]] = {name: {} for name in methods}
+    settings: dict[str, dict[str, str]] = {name: {} for name in methods}
     start = time.perf_counter()
     if options.trials:
         trials = {"trials": options.trials, "n_models": count, "predictor": options.predictor}
         told = tune_methods(run, methods, **trials)
-        settings = tuned_settings(run, methods, forgets, predictor=options.predictor)
+        settings |= tuned_settings(run, methods, forgets, predictor=options.predictor)
         specs = ", ".join(f"`{spec}`" for spec in told[methods[0]]["specs"])
         facts.append(
             f"{options.trials} settings of each method tried on {specs}; score: the mean distance"
             f" over forget, retain and test rows. {minutes(start)}, what was tuned before not"
             " counted."
         )
+    if options.passes:
+        matching = [name for name in methods if "forget_multiplier" in SPACES[name]]
+        settings |= {name: settings[name] | {"passes": options.passes} for name in matching}
     start = time.perf_counter()
     more = {"n_models": count, "settings": settings, "budgets": options.budgets}
     evaluation = evaluate_methods(run, forgets, methods, predictor=options.predictor, **more)

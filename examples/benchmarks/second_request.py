@@ -101,7 +101,10 @@ def main() -> None:
     methods: dict[str, Callable[[Moments], UnlearningMethod]] = {
         "dmm": lambda _: Matching(newton),
         "dmm_pgu": lambda moments: Matching(newton, GradientProjection(moments)),
-        "pgu": lambda moments: ProjectedGradient(moments, rate=1.0, last_rate=0.3),
+        # As all_methods.py tuned it.
+        "pgu": lambda moments: ProjectedGradient(
+            moments, rate=0.0751, last_rate=0.0799, gamma=0.828, entropy_weight=0.193
+        ),
     }
     print(f"{hardware()}; {options.models} models a bank; two sets of {options.rows} random rows,"
           f" {len(both)} together; means over forget / retain / test rows")  # fmt: skip
