@@ -18,7 +18,6 @@ from attribution.outputs import evaluate
 from attribution.task_file import load_task
 from attribution.training import train_many
 from examples.cifar import MEAN, STD, cat_dog_from, cifar10_from, flip, image_folder, resnet9
-from stores.workers import stop_local_workers
 
 CPU = torch.device("cpu")
 ROWS = {"train": 7, "test": 3}  # of each class
@@ -203,10 +202,7 @@ def test_workers_train_a_task_that_came_from_a_file(monkeypatch, archive, tmp_pa
     task = replace(task, recipe=replace(task.recipe, epochs=1, batch_size=4))
     subsets = draw_subsets(task, models=2, design="half", seed=0)
     here = train_models(task, subsets, tmp_path / "here", workers=0)
-    try:
-        there = train_models(task, subsets, tmp_path / "there", workers=1)
-    finally:
-        stop_local_workers()
+    there = train_models(task, subsets, tmp_path / "there", workers=2)
     np.testing.assert_array_equal(there.outputs, here.outputs)
     assert there.outputs.shape == (2, 20, 2)
 

@@ -62,7 +62,7 @@ def test_pieces_change_nothing(pair, plain, tmp_path, small):
 
 def test_workers_end_with_the_same_bits(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(datamodels, "score_block", lambda *_: 7)
-    alone, many = fitted(pair, tmp_path / "alone"), fitted(pair, tmp_path / "many", workers=1)
+    alone, many = fitted(pair, tmp_path / "alone"), fitted(pair, tmp_path / "many", workers=2)
     for name in alone.store.spec.arrays:
         np.testing.assert_array_equal(alone.store.numpy(name), many.store.numpy(name))
 

@@ -8,7 +8,6 @@ from attribution import Ensemble, ForgetSet, Recipe, Task, draw_subsets, ensembl
 from attribution.ensemble import why_not_many
 from attribution.training import train_many
 from stores import BlocksFailed, Store
-from stores.workers import stop_local_workers
 from tests.references import plain_training
 from tests.tasks import (
     CPU,
@@ -151,10 +150,7 @@ def test_interrupted_equals_uninterrupted(task, trained, tmp_path, monkeypatch, 
 
 
 def test_processes_change_no_bit(task, trained, tmp_path):
-    try:
-        assert_same_bits(bank(task, tmp_path / "half", workers=2), trained)
-    finally:
-        stop_local_workers()
+    assert_same_bits(bank(task, tmp_path / "half", workers=2), trained)
 
 
 def tanh_mlp():

@@ -7,7 +7,6 @@ import torch
 from attribution import draw_subsets, train_models
 from attribution.gradients import Features, Projection, feature_store, featurize
 from stores import BlocksFailed, Store
-from stores.workers import stop_local_workers
 from tests.attribution.gradients.stored import ALL, SMALL, TRAIN, bits, checkpoint, gated_task
 from tests.references import gradients_of_rows, projected_gradients
 from tests.tasks import RECIPE, blobs, line, ridge_task
@@ -168,12 +167,9 @@ def test_workers_and_interruptions_give_the_same_bits(made, checkpoints, tmp_pat
     assert [store.pending() for store in stores_at(tmp_path / "f")] == [[1, 3], [2]]
     with pytest.raises(ValueError, match="checkpoint-0 is not finished: 2 blocks of training"):
         Features.open(tmp_path / "f", made.task)
-    try:
-        resumed = featurize(
-            made.task, checkpoints, tmp_path / "f", projection=SMALL, block=10, workers=2
-        )
-    finally:
-        stop_local_workers()
+    resumed = featurize(
+        made.task, checkpoints, tmp_path / "f", projection=SMALL, block=10, workers=2
+    )
     assert bits(resumed) == bits(made)
 
 

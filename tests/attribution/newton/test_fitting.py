@@ -8,7 +8,6 @@ from attribution.calibration_bank import KINDS, cases_of, common_share, row_kind
 from attribution.newton import fitting, predicted_changes
 from attribution.newton.fitting import mean_before
 from stores import Store
-from stores.workers import stop_local_workers
 from tests.attribution.newton.cases import newton_of
 from tests.tasks import binary, blobs, write_ensemble
 
@@ -189,13 +188,10 @@ class TestResuming:
     def test_workers_change_nothing(self, newton, doubled, tmp_path):
         # Features of its own: the curvatures, too, are computed by the workers.
         other = newton_of(blobs(), tmp_path / "f", features={"block": 20})
-        try:
-            found = [
-                calibrate(other, doubled, tmp_path / f"c{number}", workers=2, **candidates)
-                for number, candidates in enumerate((ONE, TWO))
-            ]
-        finally:
-            stop_local_workers()
+        found = [
+            calibrate(other, doubled, tmp_path / f"c{number}", workers=2, **candidates)
+            for number, candidates in enumerate((ONE, TWO))
+        ]
         for number, candidates in enumerate((ONE, TWO)):
             alone = calibrate(newton, doubled, tmp_path / f"d{number}", **candidates)
             assert found[number] == alone
