@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
-import dask.array
 import numpy as np
 import zarr
 
@@ -21,6 +20,7 @@ from stores.schema import Json, StoreSpec
 from stores.wholes import map_whole, read_whole, refuse_other_layout
 
 if TYPE_CHECKING:
+    import dask.array
     import xarray
 
 
@@ -181,6 +181,8 @@ class Contents(ABC):
         Raises:
             ValueError: The array is unknown, or a block is pending or damaged.
         """
+        import dask.array  # with pandas and xarray behind it, half of the time of starting
+
         refuse_unreadable(self.place, self.spec, name)
         lazy = dask.array.from_zarr(self.array(name), chunks=self.spec.chunks(name))
         return cast(dask.array.Array, lazy)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 from markupsafe import Markup, escape
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+# Matplotlib is imported where something is drawn: most commands draw nothing.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 INK, GREY, FAINT = "#1f2328", "#8b929a", "#d5d9de"
 LOWEST = 0.02  # distances below this are all "the same" on the logarithmic axis
@@ -43,12 +42,15 @@ def set_ticks(
         text: Writes a value.
 
     Example:
+        >>> from matplotlib.figure import Figure
         >>> axes = Figure().subplots()
         >>> _ = axes.set_xlim(0, 2)
         >>> set_ticks(axes.xaxis, [1, 3])
         >>> [float(tick) for tick in axes.get_xticks()]
         [1.0]
     """
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
     low, high = sorted(axis.get_view_interval())
     axis.set_major_locator(FixedLocator([tick for tick in at if low <= tick <= high]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
@@ -71,6 +73,10 @@ def as_svg(draw: Callable[[Axes], None], *, description: str, size: tuple[float,
         >>> as_svg(lambda axes: None, description="nothing", size=(2, 1))[:4]
         Markup('<svg')
     """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     # Salted like this, the ids inside a figure are the same in every run and unique on the page.
     with mpl.rc_context({**_STYLE, "svg.hashsalt": description}):
         figure = Figure(figsize=size, layout="constrained")

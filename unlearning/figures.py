@@ -11,17 +11,17 @@ import io
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
-from matplotlib.image import imsave
-from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from unlearning.drawing import FAINT, GREY, INK, as_svg, set_ticks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.transforms import Bbox
 
 Point: TypeAlias = tuple[float, float]
 
@@ -114,6 +114,8 @@ def thumbnail(image: NDArray[Any]) -> str:
     values = np.nan_to_num(pixels.astype(np.float64))
     if values.min() < low or values.max() > high:
         low, high = values.min(), values.max()
+    from matplotlib.image import imsave
+
     buffer = io.BytesIO()
     scaled = (values - low) / ((high - low) or 1)
     imsave(buffer, scaled, cmap="gray", vmin=0, vmax=1, format="png", metadata={"Software": ""})
@@ -163,6 +165,8 @@ def _columns(rows: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
 
 
 def _draw_margins(axes: Axes, columns: Mapping[str, NDArray[Any]]) -> None:
+    from matplotlib.collections import LineCollection
+
     forget, test = _evenly(columns, "forget"), _evenly(columns, "test")
     x, before, predicted = (columns[name] for name in ("retrained", "before", "predicted"))
     shown = np.concatenate([forget, test])
@@ -322,6 +326,8 @@ def cost_figure(marks: Sequence[Mark], *, label: str, description: str) -> Marku
 
 
 def _label_methods(axes: Axes, marks: Sequence[Mark], points: Sequence[Point]) -> None:
+    from matplotlib.transforms import Bbox
+
     axes.figure.canvas.figure.draw_without_rendering()
     corners = [axes.transData.transform(point) for point in points]
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in corners]
