@@ -9,6 +9,7 @@ import numpy as np
 import zarr
 from numpy.dtypes import StringDType
 
+from stores.blocks import marked
 from stores.metadata import DONE, create_array
 from stores.places import Place
 from stores.schema import AXES, SCHEMA_PREFIX, SCHEMA_VERSION, Json, StoreSpec, check_name
@@ -45,6 +46,12 @@ def create_group(
     """
     if place.taken():
         raise ValueError(f"{place} exists already; open it, or give another folder")
+    # In a bucket a place without a root is free, and these blocks would count as the new store's.
+    if marked(place):
+        raise ValueError(
+            f"{place} has lost its zarr.json but holds blocks: restore that from a copy, or remove"
+            " all that lies there"
+        )
     _check_constants(spec, constants)
     check_ids(spec, ids)
     refuse_changes()

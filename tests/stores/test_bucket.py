@@ -1,9 +1,10 @@
 import pickle
 import sys
 
+import numpy as np
 import pytest
 
-from stores import bucket_memory, place
+from stores import ArraySpec, Provenance, Store, StoreSpec, bucket_memory, place
 from stores.bucket import Bucket
 from stores.bucket_client import client, plain_errors
 from tests.stores.place_contract import PlaceTests
@@ -44,6 +45,18 @@ class TestBucket(PlaceTests):
         sent = pickle.dumps(empty.zarr())
         assert b"secret" not in sent
         assert pickle.loads(sent) == empty.zarr()
+
+
+def test_a_store_that_lost_its_root_is_not_made_again_over_its_blocks(bucket):
+    spec = StoreSpec("scores", "train", 2, {"scores": ArraySpec(("train",), (3,), "float32")})
+    where = place(f"{bucket}/store")
+    store = Store.create(where, spec, Provenance({"seed": 1}))
+    store.write_block(0, {"scores": np.ones(2, np.float32)})
+    where.remove("zarr.json")
+    with pytest.raises(ValueError, match=r"store has lost its zarr\.json but holds"):
+        Store.open_or_create(where, spec, Provenance({"seed": 2}))
+    where.clear()
+    assert Store.open_or_create(where, spec, Provenance({"seed": 2})).pending() == [0, 1]
 
 
 @pytest.mark.parametrize("url", ["s3://", "s3:///a", "s3://bucket//a", "s3://bucket/../a"])
