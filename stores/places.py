@@ -296,11 +296,12 @@ def check_size(where: str, found: int, expected: int) -> None:
         >>> check_size("runs/a/scores/c/0", 12, 16)
         Traceback (most recent call last):
             ...
-        ValueError: expected 16 bytes in runs/a/scores/c/0, got 12; find the damaged blocks with \
-verify() and discard() them
+        ValueError: expected 16 bytes in runs/a/scores/c/0, got 12; dmm status --verify (verify()) \
+finds damaged blocks, --discard (discard()) makes them pending, and what made them makes them again
     """
     if found != expected:
         raise ValueError(
             f"expected {expected} bytes in {where}, got {found}; "
-            "find the damaged blocks with verify() and discard() them"
+            "dmm status --verify (verify()) finds damaged blocks, --discard (discard()) makes them"
+            " pending, and what made them makes them again"
         )

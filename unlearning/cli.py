@@ -1,6 +1,5 @@
 """The command line: reads the words, calls the verb, and tells what went wrong in one line."""
 
-import argparse
 import json
 import sys
 import warnings
@@ -13,8 +12,6 @@ from unlearning.evaluation import plain
 from unlearning.verbs import VERBS
 
 FAILURE, INTERRUPTED = 1, 130
-IN_PYTHON = "find the damaged blocks with verify() and discard() them"
-"""How stores tell of a damaged file what to do, which is no cure for who has no Python at hand."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_options(options)
         told, text = VERBS[options.verb](options)
     except (ValueError, TypeError, ImportError) as error:
-        return _fail(str(error).replace(IN_PYTHON, _in_words(options)), BAD_INPUT)
+        return _fail(error, BAD_INPUT)
     except KeyboardInterrupt:
         return _fail("stopped; what is finished is kept, the same command resumes", INTERRUPTED)
     except (BlocksFailed, OSError, RuntimeError) as error:
@@ -49,14 +46,6 @@ def _fail(error: object, code: int) -> int:
     line = " ".join(str(error).split())
     print(f"dmm: {line}", file=sys.stderr)
     return code
-
-
-def _in_words(options: argparse.Namespace) -> str:
-    status = f"dmm status --run {options.run}"
-    return (
-        f"{status} --verify finds the damaged blocks and {status} --discard makes them pending; the"
-        " command that made them, mostly dmm precompute, computes them again"
-    )
 
 
 def _warn(message: Warning | str, *_: Any) -> None:

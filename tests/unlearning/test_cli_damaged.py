@@ -90,13 +90,13 @@ def test_a_truncated_file_is_cured_by_what_its_refusal_says(refused, dmm, run, c
     folder = copy / "datamodel-mixed-24" / "effects" / "c"
     for chunk in (path for path in folder.rglob("*") if path.is_file()):
         chunk.write_bytes(chunk.read_bytes()[:500])
-    told, status = refused(*predict, copy), f"dmm status --run {copy}"
+    told = refused(*predict, copy)
     assert f" in {folder}/" in told
     assert told.endswith(
-        f"; {status} --verify finds the damaged blocks and {status} --discard makes them pending;"
-        " the command that made them, mostly dmm precompute, computes them again"
+        "; dmm status --verify (verify()) finds damaged blocks, --discard (discard()) makes them"
+        " pending, and what made them makes them again"
     )
-    dmm(*status.split()[1:], "--discard")
+    dmm("status", "--run", copy, "--discard")
     dmm("precompute", f"{copy.parent}/small.py:task", "--run", copy, *SIZES)
     assert dmm(*predict, copy) == dmm(*predict, run)
 
