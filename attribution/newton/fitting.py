@@ -11,12 +11,10 @@ from attribution.calibration_bank import (
     Case,
     cases_of,
     common_share,
-    joined,
 )
 from attribution.counterfactual import Change
-from attribution.deviations import deviation_factors
+from attribution.deviations import deviation_factors, mean_squares, nonnegative_squares
 from attribution.ensemble import Ensemble
-from attribution.forget import Mask
 from attribution.gradients import Features
 from attribution.losses import SquaredError
 from attribution.newton.calibration import Calibration
@@ -296,11 +294,10 @@ def _fitted_kind(
     pairs = [pair for pair in pairs if pair[2].any()]
     if not pairs:
         return 1.0, 1.0, 0.0, 1.0
-    truth = joined([case.change[rows] for case, _, rows in pairs])
-    mean = joined([change.mean[rows] for _, change, rows in pairs])
-    weight = _each(pairs, lambda case, _: case.weight(kind))
-    power = float((weight * mean) @ mean)
-    scale = max(0.0, float((weight * mean) @ truth) / power) if power else 1.0
+    known, means = [case for case, _, _ in pairs], [change.mean for _, change, _ in pairs]
+    gram, right = (total.sum(0) for total in mean_squares(known, kind, means))
+    # Where nothing is predicted, no scale fits better than another.
+    scale = float(nonnegative_squares(gram, right)[0]) if gram.any() else 1.0
     predicted = [(case, rows, scale * change.mean[rows]) for case, change, rows in pairs]
     own = [np.square(change.std[rows]) for _, change, rows in pairs]
     shared = [
@@ -310,10 +307,3 @@ def _fitted_kind(
     noise = [change.noise[rows] for _, change, rows in pairs]
     spread, common, one = deviation_factors(predicted, own, shared, noise=noise)
     return scale, spread, common, one
-
-
-def _each(
-    pairs: Sequence[tuple[Case, Change, Mask]], value: Callable[[Case, Change], float]
-) -> Array:
-    """A value of each forget set, once for every output of its rows."""
-    return joined([np.full(c.mean[rows].shape, value(case, c)) for case, c, rows in pairs])
