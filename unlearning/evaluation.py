@@ -78,8 +78,8 @@ def evaluate_methods(
         diverges or cannot serve the task has no numbers, the status `failed` and an `error`.
 
     Raises:
-        ValueError: an unknown method or predictor, a repeated name of a forget set, or too few
-            full models.
+        ValueError: an unknown method or predictor, a repeated name of a forget set, too few full
+            models, or all methods failed on all forget sets.
     """
     _check(run, forget_sets, methods, n_models)
     if budgets:
@@ -125,6 +125,7 @@ def evaluate_methods(
                     _fill_affected(block["affected"], audit, unlearned)
                 bar.update()
             blocks[forget.name] = block
+    _refuse_nothing(blocks)
     evaluation: Json = plain(
         {
             "schema": SCHEMA,
@@ -202,6 +203,13 @@ def evidence_of(run: Run, audit: Audit, chosen: str) -> Evidence:
         moments=lambda: run.moments,
         full=lambda: run.full,
     )
+
+
+def _refuse_nothing(blocks: Json) -> None:
+    """Where no method could serve, the first error tells more than a table without numbers."""
+    told = [told for block in blocks.values() for told in block["methods"].values()]
+    if told and all("error" in one for one in told):
+        raise ValueError(told[0]["error"])
 
 
 def _measured(audit: Audit) -> Json:

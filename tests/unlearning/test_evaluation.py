@@ -82,6 +82,12 @@ def test_a_method_that_fails_has_an_error_and_the_others_their_numbers(run, forg
     assert "unlearning diverged" in render_report(told, title="Few")
 
 
+def test_where_all_methods_fail_the_first_error_is_raised(run, forget):
+    options = {"n_models": FEW_MODELS, "workers": 0, "settings": {"fine_tune": {"rate": "1e30"}}}
+    with pytest.raises(ValueError, match="unlearning diverged: non-finite weights in"):
+        evaluate_methods(run, [forget], ["fine_tune"], **options)
+
+
 def leaves(told):
     """All values of nested mappings."""
     found = set()
