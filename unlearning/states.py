@@ -6,7 +6,7 @@ from attribution.folders import damaged_roots
 from attribution.run import Run
 from stores import ROOT, Place, Store, damaged_constants, damaged_metadata, write_metadata
 
-State: TypeAlias = dict[str, Any]
+StoreState: TypeAlias = dict[str, Any]
 """Name, kind and block counts of a store, and the numbers of its damaged blocks."""
 
 
@@ -39,7 +39,7 @@ def refuse_unseen(run: Place, *, verify: bool) -> None:
         )
 
 
-def store_states(run: Run, *, verify: bool, discard: bool) -> list[State]:
+def store_states(run: Run, *, verify: bool, discard: bool) -> list[StoreState]:
     """The states of all stores of a run.
 
     Args:
