@@ -188,7 +188,8 @@ def test_a_file_that_shrinks_while_it_is_open_is_refused(tmp_path):
     files = OpenFiles(str(tmp_path))
     next(files.read([{"a": [0]}], 100, 50))
     os.truncate(tmp_path / "a", 60)
-    with pytest.raises(ValueError, match=r"expected 100 bytes in .*/a, got 60; dmm status --verify"):
+    cure = r"expected 100 bytes in .*/a, got 60; dmm status --verify"
+    with pytest.raises(ValueError, match=cure):
         next(files.read([{"a": [50]}], 100, 50))
 
 
