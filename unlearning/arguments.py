@@ -159,7 +159,7 @@ def _evaluate(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--lds-models", type=int, default=0, metavar="M", help=text)
     text = "also count the steps in which models learn the forgotten rows again"
     evaluate.add_argument("--relearning", action="store_true", help=text)
-    text = "also audit matching at 1, 2, 5, 10 and 30 %% of the cost of a retraining"
+    text = "also audit matching with 1, 2, 5, 10 and 30 %% of a retraining's gradient evaluations"
     evaluate.add_argument("--budgets", action="store_true", help=text)
     text = "take the settings that dmm tune chose in this run"
     evaluate.add_argument("--tuned", action="store_true", help=text)

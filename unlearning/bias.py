@@ -41,7 +41,9 @@ def corrected_klom(unlearned: Array, oracles: Array) -> Array:
     Direction: lower is better. Reference: the oracles. Null: 0, single targets a little to either
     side. Of normal margins, means over 1,000 targets: equal .01, .02, .01 and .01 and shifted by 1
     sd .46, .49, .49 and .49 at 20, 50, 100 and 200 models; two banks of 100 oracles of the digits
-    example .02. What 100 oracles cannot resolve stays too low: a shift by 4 sd reads 3.8, not 8.
+    example .02. What 100 oracles cannot resolve stays too low: a shift by 4 sd reads 3.8, not 8,
+    and normal margins of 2 and 4 times the oracles' spread read .41 and 1.26, not .81 and 6.1: it
+    is no measure of models that differ far more than the oracles do; KLOM and the spread are.
     Unlike KLOM, which reads .45 where two banks read .35, it sees samples of half the spread: .32.
 
     Args:

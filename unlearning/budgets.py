@@ -81,7 +81,8 @@ def quality_by_budget(
         shares: budgets, in gradient evaluations of one retraining.
 
     Returns:
-        By name, for each budget its share, KLOM and Gaussian KL of every split.
+        By name, for each budget its share, KLOM and Gaussian KL of every split; the share and an
+        `error` alone where the method fails at it.
     """
     how: dict[str, Any] = {"count": models, "seed": seed, "device": device}
     return {
@@ -95,5 +96,8 @@ def quality_by_budget(
 
 
 def _told(audit: Audit, method: Matching, **how: Any) -> dict[str, Any]:
-    after = unlearn_models(method, audit.full, audit.task, audit.forget, **how)
-    return told_divergences(audit, after.outputs)
+    try:
+        after = unlearn_models(method, audit.full, audit.task, audit.forget, **how)
+        return told_divergences(audit, after.outputs)
+    except ValueError as error:
+        return {"error": str(error)}

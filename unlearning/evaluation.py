@@ -66,7 +66,8 @@ def evaluate_methods(
         settings: changed settings by method name and field.
         lds_models: models trained for linear datamodeling scores; 0: none are computed.
         relearning: also count the steps of training that bring each forget set back, in 20 models
-            of every method and in 20 oracles, which are retrained once more to keep their weights.
+            of every method and in 20 oracles of each bank, which are retrained once more to keep
+            their weights.
         budgets: also audit every method of matching at 1, 2, 5, 10 and 30 % of the gradient
             evaluations of a retraining.
         device: where to compute.
@@ -104,9 +105,10 @@ def evaluate_methods(
             compared.append((forget, {name: one.comparisons for name, one in judged.items()}))
             block = _measured(audit) | _predicted(judged, chosen) | {"methods": {}}
             block["retrain"] = measure_retraining(run.task, forget, device=device)
-            again = _relearned(run, audit, where) if relearning else None
+            again = _relearned(run, audit, 0, where) if relearning else None
             if again is not None:
-                block["null"]["relearning"] = told_relearning(again, again)
+                other = _relearned(run, audit, 1, where)
+                block["null"]["relearning"] = told_relearning(other, again)
             built = {
                 name: build_method(name, given, (settings or {}).get(name)) for name in methods
             }
@@ -221,9 +223,9 @@ def _measured(audit: Audit) -> Json:
     }
 
 
-def _relearned(run: Run, audit: Audit, where: Json) -> np.ndarray[Any, Any]:
+def _relearned(run: Run, audit: Audit, which: int, where: Json) -> np.ndarray[Any, Any]:
     few = min(len(audit.oracles), MODELS)
-    bank = run.bank(audit.forget, 0, few, weights=True, **where)
+    bank = run.bank(audit.forget, which, few, weights=True, **where)
     return audited_steps(audit, bank.states(), where["device"])
 
 
@@ -243,9 +245,9 @@ def _audited(
         unlearned = unlearn_models(
             method, audit.full, audit.task, audit.forget, count=n_models, seed=seed, device=device
         )
+        told = _told(audit, unlearned.outputs)
     except ValueError as error:
         return None, _failed(audit, n_models, str(error)) | {"settings": told_settings(method)}
-    told = _told(audit, unlearned.outputs)
     told["status"] = unlearned.status
     told["endings"] = told_endings(unlearned.endings)
     told["settings"] = told_settings(method)

@@ -18,7 +18,7 @@ GATHERED = 1 << 20  # numbers of inputs that wait for their steps
 
 
 class Diverged(ValueError):
-    """The weights became non-finite: the settings are too fast."""
+    """Weights or outputs became non-finite: the settings are too fast."""
 
 
 @dataclass(frozen=True)

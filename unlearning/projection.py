@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attribution.descent import Project, stack, unstack
-from attribution.moments import Moments, input_moments
+from attribution.moments import Moments, input_moments, layers
 from attribution.task import State
 from unlearning.method import Request
 
@@ -96,7 +96,8 @@ class GradientProjection:
 
     A weight's update D becomes D - D P, each group of a convolution with its own P; biases,
     normalisation and all other parameters do not move, because their inputs lie in every retain
-    row's space. The new model carries the retain rows' moments forward to its next request.
+    row's space. Weights of other layers do not move either, which a warning says. The new model
+    carries the retain rows' moments forward to its next request.
 
     Args:
         moments: of the models' inputs, stored at precompute.
@@ -129,6 +130,7 @@ class GradientProjection:
     def bind(self, request: Request) -> "BoundProjection":
         """The projectors of a request's models."""
         dtype = next(iter(request.states.values())).dtype
+        _check_weights(request.module)
         retained = retain_moments(self.moments, request)
         unknown = [name for name in self.layer_gammas if name not in retained]
         if unknown:
@@ -164,6 +166,30 @@ class BoundProjection:
             return {name: _outside(update, chosen.get(name)) for name, update in updates.items()}
 
         return project
+
+
+def _check_weights(module: nn.Module) -> None:
+    """Refuses a weight of two inputs, and names those that no projection is known for."""
+    projected = [f"{name}.weight".lstrip(".") for name in layers(module)]
+    every = dict(module.named_parameters(remove_duplicate=False))
+    for name in projected:
+        for other, parameter in every.items():
+            if other != name and parameter is every[name]:
+                raise ValueError(
+                    f"{name!r} and {other!r} are one tensor, whose updates no projection of one"
+                    " layer keeps out of what the other computes: use a method without a projection"
+                )
+    still = [
+        name
+        for name, parameter in every.items()
+        if parameter.ndim > 1 and name not in projected and parameter.requires_grad
+    ]
+    if still:
+        warnings.warn(
+            f"projected updates move the weights of Linear and Conv2d layers only:"
+            f" {', '.join(still)} will stay as they are",
+            stacklevel=2,
+        )
 
 
 def _outside(update: Tensor, projector: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from attribution import Ensemble, ForgetSet, Model, Task
 from attribution.descent import unstack, why_one_by_one
@@ -16,7 +17,7 @@ from attribution.model import check_state, with_forgotten
 from attribution.outputs import Array, evaluate, evaluate_many, target_margins
 from attribution.task import State
 from unlearning.ending import Ending
-from unlearning.execution import execute
+from unlearning.execution import Diverged, execute
 from unlearning.method import Plan, Request, told_settings
 
 
@@ -82,13 +83,23 @@ class UnlearnedModels:
 
     @cached_property
     def outputs(self) -> Array:
-        """Outputs on all targets, [model, target, output]."""
+        """Outputs on all targets, [model, target, output].
+
+        Raises:
+            Diverged: some are not finite, though all weights are.
+        """
+        found = self._evaluated()
+        if not torch.isfinite(found).all():
+            raise Diverged("unlearning diverged: some outputs are not finite; lower the rate")
+        return found.numpy()
+
+    def _evaluated(self) -> Tensor:
         inputs, _ = self.task.targets()
         module = self.task.new_model(0)
         if why_one_by_one(module, inputs[:2], training=False) is None:
-            return evaluate_many(module, self.states, inputs).numpy()
+            return evaluate_many(module, self.states, inputs)
         each = [evaluate(module, unstack(self.states, i), inputs) for i in range(len(self))]
-        return torch.stack(each).numpy()
+        return torch.stack(each)
 
     @cached_property
     def margins(self) -> Array:

@@ -66,7 +66,8 @@ def tune_methods(
         By method: `settings`, `score`, `default_score`, all `trials`, and what they were found on.
 
     Raises:
-        ValueError: an unknown method, no trial, or too few full models.
+        ValueError: an unknown method, no trial, too few full models, or methods that cannot serve
+            the task, once all others are tuned.
     """
     for name in methods:
         check_method(name)
@@ -82,7 +83,7 @@ def tune_methods(
     found = {
         name: before[name] for name in methods if _same(before.get(name), name, trials, header)
     }
-    left = [name for name in methods if name not in found]
+    left, failed = [name for name in methods if name not in found], {}
     audits = [_audit(run, parse_forget(run.task, spec), n_models, where) for spec in specs if left]
     total = sum(len(drawn_settings(name, trials, seed)) for name in left)
     with tqdm(total=total, desc="tuning", unit="trial", disable=None) as bar:
@@ -97,11 +98,21 @@ def tune_methods(
                 bar.update()
                 return float(np.mean(scores))
 
-            start = build_method(name, evidence_of(run, audits[0], chosen), {})
-            tried = _tried(name, score, start, trials, seed)
+            try:
+                start = build_method(name, evidence_of(run, audits[0], chosen), {})
+                tried = _tried(name, score, start, trials, seed)
+            except ValueError as error:
+                failed[name] = error
+                continue
             found[name] = plain(_best(tried) | {"trials": tried} | header)
             # A run of many methods takes long: what is found of one is kept at once.
             _keep(run, found)
+    if failed:
+        name, reason = next(iter(failed.items()))
+        raise ValueError(
+            f"cannot tune {', '.join(failed)} here ({name}: {reason}): leave them out; what was"
+            " found of the others is kept"
+        ) from reason
     return {name: found[name] for name in methods}
 
 
@@ -253,8 +264,9 @@ def _score(audit: Audit, method: UnlearningMethod, models: int, seed: int, devic
         after = unlearn_models(
             method, audit.full, audit.task, audit.forget, count=models, seed=seed, device=device
         )
+        outputs = after.outputs
     except Diverged:
         return float("inf")
     measure = "klom" if models >= FEWEST_MODELS else "gaussian_kl"
-    told = told_divergences(audit, after.outputs)[measure]
+    told = told_divergences(audit, outputs)[measure]
     return float(np.mean([split["mean"] for split in told.values() if split["mean"] is not None]))

@@ -45,6 +45,9 @@ from unlearning.thumbnails import report_thumbnails, row_thumbnails
 from unlearning.tuning import TUNED, tune_methods, tuned_settings
 from unlearning.unaudited import evaluate_checkpoints
 
+NEED_MODELS = ("tuned", "budgets", "relearning", "lds_models")
+"""Options of dmm evaluate that a run of checkpoints alone cannot serve."""
+
 Told: TypeAlias = tuple[Any, str]
 """What --json prints, and what is printed without it."""
 
@@ -178,10 +181,11 @@ def _evaluate(options: argparse.Namespace) -> Told:
     forgets = [parse_forget(run.task, spec) for spec in options.forget]
     shared = {"seed": options.seed, "predictor": options.predictor}
     if run.settings.files:
-        if options.tuned or options.budgets:
+        given = vars(options)
+        if asked := [f"--{name.replace('_', '-')}" for name in NEED_MODELS if given[name]]:
             raise ValueError(
-                f"{run.path} holds checkpoints and no retrained models: leave --tuned and"
-                " --budgets out"
+                f"{run.path} holds checkpoints and no retrained models: leave {' and '.join(asked)}"
+                " out"
             )
         told = evaluate_checkpoints(run, forgets, methods, device=options.device, **shared)
     else:

@@ -46,6 +46,15 @@ def test_methods_of_matching_are_audited_at_every_budget(run, forget):
         assert all(point["klom"]["forget"]["mean"] is None for point in points)
 
 
+def test_a_method_that_fails_at_a_budget_leaves_the_others_their_numbers(run, forget):
+    names, settings = ["do_nothing", "dmm_datamodel", "dmm"], {"dmm": {"rate": "1e30"}}
+    more = {"settings": settings, "predictor": "datamodel", "budgets": True}
+    told = evaluate_methods(run, [forget], names, n_models=4, workers=0, **more)
+    found = told["forget_sets"]["few"]["budgets"]
+    assert all("unlearning diverged" in point["error"] for point in found["dmm"])
+    assert all(point["gaussian_kl"]["forget"]["mean"] >= 0 for point in found["dmm_datamodel"])
+
+
 def with_budgets(evaluation):
     for block in evaluation["forget_sets"].values():
         block["budgets"] = {

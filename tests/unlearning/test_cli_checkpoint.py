@@ -185,6 +185,14 @@ class TestTheRest:
         assert "om" in line
         assert not (copy / "evaluation.json").exists()
 
+    @pytest.mark.parametrize(
+        "option", ["--tuned", "--budgets", "--relearning", "--lds-models=3"], ids=lambda o: o[2:5]
+    )
+    def test_options_that_need_retrained_models_are_refused(self, refused, copy, option):
+        line = refused("evaluate", "--run", copy, *FEW, "--methods", "dmm", option)
+        assert line.startswith(f"{copy} holds checkpoints and no retrained models: leave --")
+        assert option.split("=")[0] in line
+
     def test_a_report_without_an_evaluation_is_refused(self, refused, copy):
         assert refused("report", "--run", copy).startswith(
             f"cannot read '{copy}/evaluation.json': run dmm evaluate --run {copy} first"

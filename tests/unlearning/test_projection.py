@@ -180,6 +180,50 @@ def test_a_gamma_of_an_unknown_layer_is_refused():
         projection.bind(request_of(task, models, ForgetSet.at(task, [1])))
 
 
+class Tied(nn.Module):
+    """Two layers of one weight, which see different inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+        self.second.weight = self.first.weight
+
+    def forward(self, inputs):
+        return self.second(self.first(inputs).relu())
+
+
+class Sequences(nn.Module):
+    """A layer that no projection is known for, and one after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.filters, self.head = nn.Conv1d(1, 2, 2).double(), nn.Linear(4, 3).double()
+
+    def forward(self, inputs):
+        return self.head(self.filters(inputs.unsqueeze(1)).relu().flatten(1))
+
+
+def bound_to(model):
+    random = torch.Generator().manual_seed(5)
+    rows = torch.randn(9, 3, generator=random, dtype=torch.float64)
+    data = TensorDataset(rows, torch.arange(9) % 3)
+    task = Task("rows", data, data, model, test_ids=list("abcdefghi"))
+    models = fresh_models(task, 1)
+    request = request_of(task, models, ForgetSet.at(task, [1]))
+    return GradientProjection(HeldMoments(task, models, [1.0]), 0.9).bind(request)
+
+
+def test_layers_that_share_a_weight_are_refused():
+    with pytest.raises(ValueError, match=r"'first.weight' and 'second.weight' are one tensor"):
+        bound_to(Tied)
+
+
+def test_weights_that_no_projection_is_known_for_are_named():
+    with pytest.warns(UserWarning, match=r"only: filters.weight will stay as they are"):
+        bound = bound_to(Sequences)
+    assert set(bound.projectors) == {"head.weight"}
+
+
 @pytest.mark.parametrize("kind", ["strided", "grouped"])
 @pytest.mark.parametrize("many", [True, False])
 def test_an_update_loses_its_part_inside_the_core_space(many, kind, random):

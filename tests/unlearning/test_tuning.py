@@ -208,6 +208,16 @@ def test_settings_that_diverge_lose(run, monkeypatch):
     assert [trial["score"] for trial in found["trials"][1:]] == [None, None]
 
 
+def test_a_method_that_cannot_serve_is_named_once_the_others_are_kept(run, monkeypatch):
+    def refuse(*_):
+        raise ValueError("no classes here")
+
+    monkeypatch.setattr(FineTune, "plan", refuse)
+    with pytest.raises(ValueError, match=r"cannot tune fine_tune here .*no classes here.*is kept"):
+        tuned(run, ["fine_tune", "gradient_ascent"])
+    assert set(json.loads(run.path.read(TUNED))["methods"]) == {"gradient_ascent"}
+
+
 def test_nonsense_is_refused(run):
     with pytest.raises(ValueError, match="expected 1 trial or more and 2 to"):
         tuned(run, ["dmm"], trials=0)
