@@ -162,7 +162,10 @@ def _evaluate(evaluate: argparse.ArgumentParser) -> None:
     text = "also audit matching with 1, 2, 5, 10 and 30 %% of a retraining's gradient evaluations"
     evaluate.add_argument("--budgets", action="store_true", help=text)
     text = "take the settings that dmm tune chose in this run"
-    evaluate.add_argument("--tuned", action="store_true", help=text)
+    chosen = evaluate.add_mutually_exclusive_group()
+    chosen.add_argument("--tuned", action="store_true", help=text)
+    text = "take the settings of a file, and say which results are outside the ranges it expects"
+    chosen.add_argument("--recipe", metavar="FILE.json", help=text)
     _predictor(evaluate)
     evaluate.add_argument("--out", metavar="FILE.json")
 

@@ -22,6 +22,7 @@ from stores import place
 from unlearning.evaluation import evaluate_methods, plain
 from unlearning.explanation import explain, explanation_table, render_explanation, run_scores
 from unlearning.methods import METHODS, Evidence, build_method, check_method
+from unlearning.recipes import read_recipe, unexpected
 from unlearning.report import render_report
 from unlearning.run_files import (
     EVALUATION,
@@ -45,7 +46,7 @@ from unlearning.thumbnails import report_thumbnails, row_thumbnails
 from unlearning.tuning import TUNED, tune_methods, tuned_settings
 from unlearning.unaudited import evaluate_checkpoints
 
-NEED_MODELS = ("tuned", "budgets", "relearning", "lds_models")
+NEED_MODELS = ("tuned", "recipe", "budgets", "relearning", "lds_models")
 """Options of dmm evaluate that a run of checkpoints alone cannot serve."""
 
 Told: TypeAlias = tuple[Any, str]
@@ -177,6 +178,7 @@ def _evaluate(options: argparse.Namespace) -> Told:
     methods = _methods(options)
     out = options.out or beside(options.run, EVALUATION)
     check_writable(out)
+    recipe = read_recipe(options.recipe) if options.recipe else None
     run = Run.open(options.run)
     forgets = [parse_forget(run.task, spec) for spec in options.forget]
     shared = {"seed": options.seed, "predictor": options.predictor}
@@ -193,11 +195,16 @@ def _evaluate(options: argparse.Namespace) -> Told:
         more |= {"relearning": options.relearning, "budgets": options.budgets}
         if options.tuned:
             more["settings"] = tuned_settings(run, methods, forgets, predictor=options.predictor)
+        if recipe:
+            more["settings"] = recipe["settings"]
         told = evaluate_methods(run, forgets, methods, **shared, **more)
     told = plain(told)
+    outside = {"unexpected": unexpected(recipe, told)} if recipe else {}
+    told |= outside
     kept = "" if options.out else keep_evaluation(options.run)
     write_text(out, json.dumps(told, indent=1) + "\n")
     parts = [evaluation_table(told), *told.get("missing", ()), *purge_notes(told)]
+    parts += told.get("unexpected", ())
     before = f"\nthe evaluation before it is now {kept}" if kept else ""
     return told, "\n\n".join(parts) + f"\nwritten to {out}{before}"
 

@@ -4,7 +4,8 @@ python examples/benchmarks/all_methods.py --out examples/results/digits.md preco
 where that is not done, searches settings of every method (the same number of trials for each),
 audits all of them on sets that nothing was chosen on, and writes the tables with what made them.
 --task, --run, --forget, --models and --trials take it to another task; --trials 0 leaves the
-settings as they are. What is trained and tuned is kept in the run.
+settings as they are. What is trained and tuned is kept in the run. Beside the page it writes a
+recipe, PAGE.json, which dmm evaluate --recipe takes.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 from attribution import parse_forget, precompute
 from unlearning.evaluation import evaluate_methods
 from unlearning.methods import METHODS
+from unlearning.recipes import recipe_of
 from unlearning.standings import DISTANCES, distance_of, standings
 from unlearning.tuning import tune_methods, tuned_settings
 from unlearning.tuning_spaces import SPACES
@@ -208,6 +210,8 @@ def main() -> None:
         f" {minutes(start)}, banks trained before not counted."
     )
     Path(options.out).write_text(page(evaluation, settings, facts))
+    recipe = recipe_of(evaluation, settings, options.forget)
+    Path(options.out).with_suffix(".json").write_text(json.dumps(recipe, indent=1) + "\n")
     Path(options.run, "all_methods.json").write_text(json.dumps(evaluation, indent=1) + "\n")
 
 

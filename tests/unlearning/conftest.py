@@ -37,6 +37,22 @@ def dmm(capsys):
 
 
 @pytest.fixture
+def refused(capsys):
+    """The one line that refuses a command for bad input."""
+
+    def call(*words):
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("dmm: ")
+        assert err.count("\n") == 1
+        return err.removeprefix("dmm: ").rstrip("\n")
+
+    return call
+
+
+@pytest.fixture
 def told(dmm):
     """What a verb prints as JSON, read strictly: NaN and infinities are no JSON."""
 

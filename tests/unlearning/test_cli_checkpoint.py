@@ -34,19 +34,6 @@ def files(run):
     return [run.parent / name for name in Run.open(run).settings.files]
 
 
-@pytest.fixture
-def refused(capsys):
-    """The one line that refuses a command for bad input."""
-
-    def call(*words):
-        assert main([str(word) for word in words]) == 2
-        out, err = capsys.readouterr()
-        assert (out, err.count("\n")) == ("", 1)
-        return err.removeprefix("dmm: ").rstrip("\n")
-
-    return call
-
-
 class TestPrecompute:
     @pytest.mark.parametrize("kind", ["safetensors", "pt", "ckpt"])
     def test_any_kind_of_file_will_do(self, told, tmp_path, kind):
@@ -185,9 +172,7 @@ class TestTheRest:
         assert "om" in line
         assert not (copy / "evaluation.json").exists()
 
-    @pytest.mark.parametrize(
-        "option", ["--tuned", "--budgets", "--relearning", "--lds-models=3"], ids=lambda o: o[2:5]
-    )
+    @pytest.mark.parametrize("option", ["--tuned", "--budgets", "--relearning", "--lds-models=3"])
     def test_options_that_need_retrained_models_are_refused(self, refused, copy, option):
         line = refused("evaluate", "--run", copy, *FEW, "--methods", "dmm", option)
         assert line.startswith(f"{copy} holds checkpoints and no retrained models: leave --")

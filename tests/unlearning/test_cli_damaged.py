@@ -21,22 +21,6 @@ def copy(run, tmp_path):
     return copied(run, tmp_path)
 
 
-@pytest.fixture
-def refused(capsys):
-    """The one line that refuses a command for bad input."""
-
-    def call(*words):
-        capsys.readouterr()
-        assert main([str(word) for word in words]) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("dmm: ")
-        assert err.count("\n") == 1
-        return err.removeprefix("dmm: ").rstrip("\n")
-
-    return call
-
-
 # -- stores: found, made pending, computed again -------------------------------------------------
 
 

@@ -32,21 +32,6 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def refused(capsys):
-    """The one line that refuses a command for bad input."""
-
-    def call(*words):
-        assert main([str(word) for word in words]) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("dmm: ")
-        assert err.count("\n") == 1
-        return err.removeprefix("dmm: ").rstrip("\n")
-
-    return call
-
-
-@pytest.fixture
 def copy(run, tmp_path):
     """A copy of the finished run that may be spoiled; its task file lies beside it."""
     return copied(run, tmp_path)
