@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attribution import parse_forget, precompute
+from attribution import ForgetSet, Task, parse_forget, precompute
 from unlearning.evaluation import evaluate_methods
 from unlearning.methods import METHODS
 from unlearning.recipes import recipe_of
@@ -192,11 +192,13 @@ def main() -> None:
         trials = {"trials": options.trials, "n_models": count, "predictor": options.predictor}
         told = tune_methods(run, methods, **trials)
         settings |= tuned_settings(run, methods, forgets, predictor=options.predictor)
-        specs = ", ".join(f"`{spec}`" for spec in told[methods[0]]["specs"])
+        tuned_on = told[methods[0]]["specs"]
+        specs = ", ".join(f"`{spec}`" for spec in tuned_on)
+        shared = 100 * most_shared(run.task, forgets, tuned_on)
         facts.append(
-            f"{options.trials} settings of each method tried on {specs}; score: the mean distance"
-            f" over forget, retain and test rows. {minutes(start)}, what was tuned before not"
-            " counted."
+            f"{options.trials} settings of each method tried on {specs}, which share at most"
+            f" {shared:.0f} % of their rows with an audited set; score: the mean distance over"
+            f" forget, retain and test rows. {minutes(start)}, what was tuned before not counted."
         )
     if options.passes:
         matching = [name for name in methods if "forget_multiplier" in SPACES[name]]
@@ -213,6 +215,13 @@ def main() -> None:
     recipe = recipe_of(evaluation, settings, options.forget)
     Path(options.out).with_suffix(".json").write_text(json.dumps(recipe, indent=1) + "\n")
     Path(options.run, "all_methods.json").write_text(json.dumps(evaluation, indent=1) + "\n")
+
+
+def most_shared(task: Task, forgets: Sequence[ForgetSet], specs: Sequence[str]) -> float:
+    """The largest share of a set's rows that it has in common with one of the others."""
+    others = [parse_forget(task, spec) for spec in specs]
+    pairs = ((one, other) for one in forgets for other in others)
+    return max((one.mask & other.mask).sum() / min(len(one), len(other)) for one, other in pairs)
 
 
 def minutes(start: float) -> str:

@@ -1,5 +1,7 @@
 """How the table of methods is read: names, what each needs, and settings given as text."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,21 @@ def test_a_method_opens_only_the_evidence_it_needs(name, opened):
     given = {kind: lambda *_, kind=kind: used.add(kind) for kind in kinds}
     build_method(name, Evidence(**given))
     assert used == opened
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [("dmm", None), ("dmm_pgu", None), ("dmm_datamodel", "datamodel"), ("dmm_newton", "newton")],
+)
+def test_matching_asks_for_the_predictor_of_its_name(name, asked):
+    predictors = {key: replace(ZERO) for key in (None, "datamodel", "newton")}
+    given = Evidence(predictors.__getitem__, nothing_given, lambda: None)
+    assert build_method(name, given).counterfactual is predictors[asked]
+
+
+@pytest.mark.parametrize(("name", "absolute"), [("om", False), ("om_absolute", True)])
+def test_oracles_are_matched_as_a_change_or_as_they_are(name, absolute, ground):
+    assert build_method(name, ground.evidence()).counterfactual.absolute is absolute
 
 
 def test_settings_are_read_as_the_type_of_their_default():
