@@ -1,14 +1,17 @@
 """Recipes: an evaluation is repeated from a file, and results outside its ranges are named."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tests.small_runs import copied, finished_run
 from unlearning.cli import main
 from unlearning.evaluation import plain
+from unlearning.methods import build_method
 from unlearning.recipes import read_recipe, recipe_of, unexpected
 
+RESULTS = Path(__file__).parents[2] / "examples/results"
 FEW = ("--forget", "few=rows:3:8", "--methods", "do_nothing,fine_tune", "--n-models", "4")
 SETTINGS = {"fine_tune": {"rate": "0.02", "epochs": "3"}}
 
@@ -75,6 +78,15 @@ def test_ranges_are_those_of_the_difference_of_two_runs():
     found = recipe_of(evaluation, {"dmm": {}, "pgu": {"rate": "1"}}, ["few=rows:3:8"])
     assert found["expected"] == {"few": {"dmm": [0.859, 1.424]}}
     assert found["settings"] == {"pgu": {"rate": "1"}}
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_settings_that_are_shipped_are_taken(file, ground):
+    recipe = read_recipe(file)
+    for name, settings in recipe["settings"].items():
+        build_method(name, ground.evidence(), settings)
+    assert recipe["expected"]
+    assert len(recipe["expected"]) == len(recipe["forget"])
 
 
 @pytest.mark.parametrize(
