@@ -60,6 +60,9 @@ def klom(unlearned: Array, oracles: Array) -> Array:
     and maximum of the row, the last bin closed; p are the unlearned models' frequencies, q the
     oracles', raised to 1e-5 where p > 0 and renormalised; KLOM = sum p ln(p / q).
 
+    Direction: lower is better. Reference: the oracles. Null, of equal normal margins: .35 of 100
+    models on either side, 3.0 of 20, where it tells little.
+
     Args:
         unlearned: margins [model, target].
         oracles: margins [model, target], of models retrained without the forget set.
@@ -90,6 +93,9 @@ def gaussian_kl(unlearned: Array, oracles: Array) -> Array:
 
     ln(s_o / s_u) + (s_u^2 + (m_u - m_o)^2) / (2 s_o^2) - 1/2.
 
+    Direction: lower is better. Reference: the oracles. Null, of equal normal margins: .02 of 100
+    models on either side, .12 of 20.
+
     Args:
         unlearned: margins [model, target].
         oracles: margins [model, target].
@@ -113,6 +119,9 @@ def gaussian_kl(unlearned: Array, oracles: Array) -> Array:
 def shift(unlearned: Array, oracles: Array) -> Array:
     """Distance of the mean margins in standard deviations of the oracles, for each target.
 
+    Direction: lower is better. Reference: the oracles. Null, of equal normal margins: .11 of 100
+    models on either side, .27 of 20.
+
     Args:
         unlearned: margins [model, target].
         oracles: margins [model, target].
@@ -135,6 +144,9 @@ def shift(unlearned: Array, oracles: Array) -> Array:
 
 def spread(unlearned: Array, oracles: Array) -> Array:
     """Standard deviation of the margins relative to the oracles', for each target.
+
+    Direction: 1 is best; below, the unlearned models are too alike. Reference: the oracles. Null,
+    of equal normal margins: 1.005 of 100 models on either side, 1.02 of 20.
 
     Args:
         unlearned: margins [model, target].

@@ -114,6 +114,17 @@ def test_the_null_of_a_hundred_models(random):
     assert np.quantile(null, 0.95) == pytest.approx(0.66, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("measure", "of_twenty", "of_hundred"),
+    [(klom, 3.0, 0.35), (gaussian_kl, 0.12, 0.02), (shift, 0.27, 0.11), (spread, 1.02, 1.005)],
+)
+def test_the_nulls_that_are_stated(measure, of_twenty, of_hundred):
+    random = np.random.default_rng(0)
+    for models, stated in ((20, of_twenty), (100, of_hundred)):
+        first, second = random.normal(size=(2, models, 4000))
+        assert measure(first, second).mean() == pytest.approx(stated, rel=0.05, abs=0.004)
+
+
 def test_the_null_falls_with_the_number_of_models(random):
     null = [klom(*(random.normal(size=(n, 501)) for _ in range(2))).mean() for n in (50, 200)]
     np.testing.assert_allclose(null, [0.88, 0.15], rtol=0, atol=0.05)
