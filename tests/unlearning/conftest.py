@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.small_runs import copied, finished_run
 from tests.unlearning.cases import branching, lay_ground, mlp, normalised, three_blobs
 from unlearning.cli import main
 
@@ -21,6 +22,18 @@ def normalised_ground(tmp_path_factory):
 @pytest.fixture(scope="session")
 def branching_ground(tmp_path_factory):
     return lay_ground(three_blobs(branching), tmp_path_factory.mktemp("branching"))
+
+
+@pytest.fixture
+def run(tmp_path_factory):
+    """A finished run that no test may spoil."""
+    return finished_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """A copy of the finished run that may be spoiled; its task file lies beside it."""
+    return copied(run, tmp_path)
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from tests.small_runs import (
     TRAIN_ROWS,
     contents,
     copied,
-    finished_run,
     write_task,
 )
 from unlearning.cli import main
@@ -29,11 +28,6 @@ from unlearning.methods import METHODS
 
 COLUMNS = ("before", "mean", "std", "noise")
 FEW = ("--forget", "few=rows:3:8")
-
-
-@pytest.fixture
-def run(tmp_path_factory):
-    return finished_run(tmp_path_factory.getbasetemp())
 
 
 def margin_of(values, label):

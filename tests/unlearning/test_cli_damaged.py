@@ -4,21 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.small_runs import SIZES, arrays, contents, copied, finished_run
+from tests.small_runs import SIZES, arrays, contents
 from unlearning.cli import main
 
 FEW = ("--forget", "few=rows:3:8")
-
-
-@pytest.fixture
-def run(tmp_path_factory):
-    return finished_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def copy(run, tmp_path):
-    """A copy of the finished run that may be spoiled; its task file lies beside it."""
-    return copied(run, tmp_path)
 
 
 # -- stores: found, made pending, computed again -------------------------------------------------

@@ -11,8 +11,6 @@ from tests.small_runs import (
     TASK,
     arrays,
     contents,
-    copied,
-    finished_run,
     write_task,
 )
 from unlearning.cli import main
@@ -24,17 +22,6 @@ DMM = (*UNLEARN, "--method", "dmm")
 EVALUATE = ("evaluate", "--run", "RUN", *FEW, "--workers", "0")
 FIVE = ("--methods", "dmm", "--n-models", "5")
 PRECOMPUTE = ("precompute", "OUT/small.py:task", "--run", "OUT/run", *SIZES)
-
-
-@pytest.fixture
-def run(tmp_path_factory):
-    return finished_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def copy(run, tmp_path):
-    """A copy of the finished run that may be spoiled; its task file lies beside it."""
-    return copied(run, tmp_path)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_runs import copied, finished_run
 from unlearning.cli import main
 from unlearning.evaluation import plain
 from unlearning.methods import build_method
@@ -14,16 +13,6 @@ from unlearning.recipes import read_recipe, recipe_of, unexpected
 RESULTS = Path(__file__).parents[2] / "examples/results"
 FEW = ("--forget", "few=rows:3:8", "--methods", "do_nothing,fine_tune", "--n-models", "4")
 SETTINGS = {"fine_tune": {"rate": "0.02", "epochs": "3"}}
-
-
-@pytest.fixture
-def run(tmp_path_factory):
-    return finished_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def copy(run, tmp_path):
-    return copied(run, tmp_path)
 
 
 def evaluated(told, copy, recipe):
