@@ -212,7 +212,9 @@ def calibrate_run(
     newton = calibrate(plain, bank, folder, full=run.full, **at)
     before = run.full.outputs.mean(0)
     cases = cases_of(bank, before)
-    chosen = replace(plain, damping=newton.damping, temperature=newton.temperature)
+    chosen = replace(
+        plain, damping=newton.damping, temperature=newton.temperature, steps=newton.steps
+    )
     raw = predicted_changes(chosen, cases, bank, folder / "changes", **at)
     first = [
         newton.applied(

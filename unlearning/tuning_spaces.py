@@ -73,6 +73,8 @@ MATCHING: Space = {
     "retain_extra": Among(("50", "100", "200", "400")),
 }
 EPOCHS = Among(("1", "2", "3", "5"))
+BATCH = Among(("16", "32", "64"))
+FORGET_BATCH = Among(("4", "16", "64"))
 
 # The number of passes of matching is its cost, and stays what it is.
 SPACES: Mapping[str, Space] = {
@@ -94,32 +96,39 @@ SPACES: Mapping[str, Space] = {
     "gradient_ascent": {"rate": Between(1e-4, 0.1), "epochs": EPOCHS},
     "fine_tune": {"rate": Between(1e-3, 0.3), "epochs": EPOCHS},
     "neggrad_plus": {
-        "rate": Between(1e-3, 0.2),
-        "alpha": Among(("0.8", "0.9", "0.95", "0.99", "0.999")),
+        "rate": Between(1e-3, 0.5),
+        "alpha": Among(("0.3", "0.5", "0.7", "0.8", "0.9", "0.95", "0.99", "0.999")),
         "epochs": EPOCHS,
+        "forget_batch_size": FORGET_BATCH,
     },
     "ascent_descent": {
-        "rate": Between(1e-3, 0.2),
-        "forget_rate": Between(1e-3, 0.2),
+        "rate": Between(1e-3, 0.5),
+        "forget_rate": Between(1e-3, 1),
         "epochs": Among(("2", "3", "5")),  # as many as forget_epochs, or more
         "forget_epochs": Among(("1", "2")),
+        "forget_batch_size": FORGET_BATCH,
     },
     "scrub": {
-        "rate": Between(1e-3, 0.05),
+        "rate": Between(1e-3, 0.1),
         "epochs": Among(("3", "4", "6")),
         "forget_epochs": Among(("1", "2")),
         "alpha": Between(0.1, 2),
         "gamma": Between(0.3, 3),
+        "temperature": Among(("1", "2", "4")),
+        "forget_batch_size": FORGET_BATCH,
     },
-    "ssd": {"selection": Between(1, 100), "dampening": Between(0.1, 2)},
+    "ssd": {"selection": Between(1, 100), "dampening": Between(0.03, 2)},
     "salun": {
-        "rate": Between(1e-4, 0.1),
+        "rate": Between(1e-6, 0.03),
         "epochs": EPOCHS,
-        "share": Among(("0.1", "0.3", "0.5", "0.8")),
+        "share": Among(("0.1", "0.3", "0.5", "0.8", "0.95")),
+        "forget_batch_size": FORGET_BATCH,
     },
     "bad_teacher": {
-        "rate": Between(1e-4, 0.1),
+        "rate": Between(3e-6, 0.01),
         "epochs": EPOCHS,
         "temperature": Among(("1", "2", "4")),
+        "retain_share": Among(("0.1", "0.3", "1")),
+        "batch_size": BATCH,
     },
 }

@@ -10,6 +10,8 @@ from attribution.counterfactual import Change
 from attribution.forget import ForgetSet
 from attribution.task import Rows
 
+STEPS = 3  # Newton steps at most, where nothing tells that fewer do
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -25,6 +27,7 @@ class Calibration:
         forget_sets: how many sets it was fitted on.
         shared: factor on the spread of the checkpoints' outputs, which makes it what the linear
             model gets wrong where all forget rows change alike; none: 0.
+        steps: Newton steps at most.
 
     Example:
         >>> factors = {"forget": 1.1, "retain": 0.8, "test": 0.9}
@@ -40,6 +43,7 @@ class Calibration:
     noise: dict[str, float]
     forget_sets: int
     shared: Mapping[str, float] = field(default_factory=dict)
+    steps: int = STEPS
 
     def applied(
         self, change: Change, forget: ForgetSet, targets: Rows, common: float = 0.0

@@ -1,7 +1,7 @@
 """Fits a calibration on a bank of models, each retrained without one of some forget sets."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,13 @@ from attribution.counterfactual import Change
 from attribution.deviations import deviation_factors, mean_squares, nonnegative_squares
 from attribution.ensemble import Ensemble
 from attribution.gradients import Features
-from attribution.losses import SquaredError
 from attribution.newton.calibration import Calibration
+from attribution.newton.choosing import choose
 from attribution.newton.group import GroupNewton
 from attribution.outputs import Array
 from attribution.training import threads
 from stores import (
     ArraySpec,
-    Place,
     Provenance,
     Store,
     StoreSpec,
@@ -36,7 +35,6 @@ from stores import (
 # Candidates for T, and for lambda in units of T^2 x (number of rows) x weight decay.
 TEMPERATURES = (1.0, 1.4, 2.0)
 DAMPINGS = (0.7, 1.4)
-STEPS_TO_CHOOSE = 2
 
 
 def calibrate(
@@ -50,11 +48,12 @@ def calibrate(
     workers: int | None = 0,
     scheduler: str | None = None,
 ) -> Calibration:
-    """Fits damping, temperature, and a scale and two variances for each kind of row.
+    """Fits damping, temperature, steps, and a scale and two variances for each kind of row.
 
-    Damping and temperature minimise the squared error, on outputs and margins alike, of the mean
-    that predictions of single checkpoints scatter around; two of them, a and b, tell it without
-    bias: (change - a)(change - b). Then scale s and the variances are least squares,
+    The first three minimise the squared error, on outputs and margins alike, of the mean that
+    predictions of single checkpoints scatter around; two of them, a and b, tell it without bias:
+    (change - a)(change - b). While the best damping is the smallest or the largest tried, one
+    beyond it is tried too. Then scale s and the variances are least squares,
 
         change = s x predicted,
         (change - s x predicted)^2 = x spread^2 + z common noise^2 + y noise^2 / m,
@@ -65,14 +64,15 @@ def calibrate(
     over the squared change of its rows of that kind, for the variances all weigh the same.
 
     Args:
-        newton: gives features and number of steps; how it is calibrated now is not used.
+        newton: gives features, and the number of steps where it has one; how it is calibrated now
+            is not used.
         bank: models that each never saw a forget set of their own.
         to: folder for the predictions that are compared; an interrupted call resumes there.
         full: models trained on all rows, whose mean the changes are taken from; None: the
             checkpoints of the features.
         temperatures: candidates for T.
         dampings: candidates for lambda, in units of T^2 x (number of rows) x weight decay, or,
-            where none is known, of T^2 x the mean curvature.
+            where none is known, of T^2 x the mean curvature. A single pair is taken as it is.
         workers: processes; None for one per core, 0 for this process.
         scheduler: address of an existing dask scheduler instead.
 
@@ -88,13 +88,13 @@ def calibrate(
         raise ValueError("a calibration needs the features of 2 checkpoints or more, got 1")
     where: dict[str, Any] = {"workers": None if scheduler else workers, "scheduler": scheduler}
     cases = cases_of(bank, mean_before(newton.features, full))
-    chosen = _chosen(
+    chosen = choose(
         newton,
         cases,
-        bank,
         place(to),
         temperatures=temperatures,
         dampings=dampings,
+        settings=_settings(newton, bank),
         where=where,
     )
     changes = predicted_changes(chosen, cases, bank, place(to) / "changes", **where)
@@ -154,54 +154,6 @@ def predicted_changes(
     return [Change(**values) for values in found]
 
 
-def _chosen(
-    newton: GroupNewton,
-    cases: Sequence[Case],
-    bank: Ensemble,
-    to: Place,
-    *,
-    temperatures: Sequence[float],
-    dampings: Sequence[float],
-    where: dict[str, Any],
-) -> GroupNewton:
-    if isinstance(newton.task.loss, SquaredError):
-        temperatures = (1.0,)  # there are no probabilities that could be too sharp
-    unit = _unit_of_damping(newton)
-    grid = [(t, unit * t**2 * damping) for t in temperatures for damping in dampings]
-    plain = replace(newton, calibration=None)
-    candidates = [replace(plain, temperature=t, damping=damping) for t, damping in grid]
-    best = candidates[0]
-    if len(candidates) > 1:
-        _run_curvatures(newton.features, temperatures, (0, 1), where)
-        arrays = {"errors": ArraySpec(("model", None), (len(cases), len(grid)), "float64")}
-        settings = _settings(newton, bank) | {"grid": [list(pair) for pair in grid]}
-        store = _store(to / "choice", "calibration-choice", arrays, settings)
-        work = _Errors(tuple(candidates), tuple(cases), store.path)
-        _run(work, store, "calibration", where["workers"], where["scheduler"])
-        best = candidates[int(store.numpy("errors").sum(0).argmin())]
-    assert best.temperature is not None
-    _run_curvatures(newton.features, [best.temperature], range(len(newton.features)), where)
-    return best
-
-
-def _run_curvatures(
-    features: Features,
-    temperatures: Sequence[float],
-    checkpoints: Sequence[int],
-    where: dict[str, Any],
-) -> None:
-    # Here and not in the predictions: workers must not compute the same one at the same time.
-    pairs = tuple((checkpoint, t) for t in temperatures for checkpoint in checkpoints)
-    run_blocks(_Curvatures(features, pairs), range(len(pairs)), title="curvatures", **where)
-
-
-def _unit_of_damping(newton: GroupNewton) -> float:
-    recipe, rows = newton.task.recipe, len(newton.task.train_ids)
-    if recipe is not None and recipe.weight_decay:
-        return rows * recipe.weight_decay
-    return float(np.diag(newton.features.curvature(0)).mean())
-
-
 def _settings(newton: GroupNewton, bank: Ensemble) -> dict[str, Any]:
     return {
         "features": [dict(store.provenance.settings) for store in newton.features.stores],
@@ -234,27 +186,6 @@ def _run(
 
 
 @dataclass(frozen=True)
-class _Curvatures:
-    features: Features
-    pairs: tuple[tuple[int, float], ...]
-
-    def __call__(self, block: int) -> None:
-        self.features.curvature(*self.pairs[block])
-
-
-@dataclass(frozen=True)
-class _Errors:
-    candidates: tuple[GroupNewton, ...]
-    cases: tuple[Case, ...] = field(repr=False)
-    path: str
-
-    def __call__(self, block: int) -> None:
-        with threads(1):
-            errors = [_error(candidate, self.cases[block]) for candidate in self.candidates]
-        Store.open(self.path).write_block(block, {"errors": np.array([errors])})
-
-
-@dataclass(frozen=True)
 class _Changes:
     newton: GroupNewton
     cases: tuple[Case, ...] = field(repr=False)
@@ -268,13 +199,6 @@ class _Changes:
         Store.open(self.path).write_block(block, wanted)
 
 
-def _error(newton: GroupNewton, case: Case) -> float:
-    few = replace(newton, features=newton.features.first(2), steps=STEPS_TO_CHOOSE)
-    first, second = few.changes(case.forget, case.targets)
-    # Of the mean over two of them; what more checkpoints leave of its variance is alike for all.
-    return case.error(first, second)
-
-
 def _fitted(newton: GroupNewton, cases: Sequence[Case], changes: Sequence[Change]) -> Calibration:
     factors = [_fitted_kind(number, cases, changes) for number in range(len(KINDS))]
     scale, spread, shared, noise = (
@@ -282,8 +206,9 @@ def _fitted(newton: GroupNewton, cases: Sequence[Case], changes: Sequence[Change
     )
     assert newton.damping is not None
     assert newton.temperature is not None
+    assert newton.steps is not None
     chosen = newton.damping, newton.temperature
-    return Calibration(*chosen, scale, spread, noise, len(cases), shared)
+    return Calibration(*chosen, scale, spread, noise, len(cases), shared, newton.steps)
 
 
 def _fitted_kind(

@@ -13,7 +13,7 @@ from attribution.counterfactual import Change, Counterfactual, check_ids
 from attribution.forget import ForgetSet
 from attribution.gradients import Features
 from attribution.losses import SquaredError
-from attribution.newton.calibration import Calibration
+from attribution.newton.calibration import STEPS, Calibration
 from attribution.newton.inverse import Factor, factorise, without
 from attribution.newton.linearised import Linearised, retrain
 from attribution.outputs import Array
@@ -39,7 +39,7 @@ class GroupNewton(Counterfactual):
         damping: lambda, in units of the sum of the rows' losses; None: the calibrated one, or
             without calibration (number of rows kept) x the recipe's weight decay.
         temperature: T that outputs are divided by before the loss; None: the calibrated one, or 1.
-        steps: Newton steps at most; 1 is the formula above.
+        steps: Newton steps at most; 1 is the formula above. None: the calibrated number, or 3.
         calibration: fitted on models really retrained; None: std is the plain spread over the
             checkpoints and nothing is scaled.
 
@@ -66,7 +66,7 @@ class GroupNewton(Counterfactual):
     features: Features = field(repr=False)
     damping: float | None = None
     temperature: float | None = None
-    steps: int = 3
+    steps: int | None = None
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class GroupNewton(Counterfactual):
             value = getattr(self, name)
             if value is not None and not 0 < value < np.inf:
                 raise ValueError(f"GroupNewton.{name} must be above 0 and finite, got {value}")
-        if self.steps < 1:
+        if self.steps is not None and self.steps < 1:
             raise ValueError(f"GroupNewton.steps must be 1 or more, got {self.steps}")
         if self.temperature not in (None, 1.0) and isinstance(self.task.loss, SquaredError):
             raise ValueError("GroupNewton.temperature must be 1 for the squared error")
@@ -184,13 +184,19 @@ class GroupNewton(Counterfactual):
         inverse = without(self._factor(checkpoint, damping), removed)
         mask = torch.from_numpy(forget.mask).to(j)
         weights = 1 - (1 - before) * mask, 1 - (1 - after) * mask
-        return retrain(problem, weights, damping, pull, inverse, steps=self.steps)
+        return retrain(problem, weights, damping, pull, inverse, steps=self._most_steps)
 
     @property
     def _temperature(self) -> float:
         if self.temperature is not None:
             return self.temperature
         return self.calibration.temperature if self.calibration else 1.0
+
+    @property
+    def _most_steps(self) -> int:
+        if self.steps is not None:
+            return self.steps
+        return self.calibration.steps if self.calibration else STEPS
 
     def _damping(self, forget: ForgetSet) -> float:
         if self.damping is not None:

@@ -8,6 +8,10 @@ from torch import Tensor
 from attribution.newton.linearised import Map
 
 
+class TooLittleDamping(ValueError):
+    """The damped curvature is not positive definite."""
+
+
 @dataclass(frozen=True)
 class Factor:
     """Cholesky factor of H + lambda I for all training rows.
@@ -34,7 +38,7 @@ def factorise(curvature: Tensor, damping: float) -> Factor:
         The factor.
 
     Raises:
-        ValueError: the matrix is not positive definite.
+        TooLittleDamping: the matrix is not positive definite.
 
     Example:
         >>> factorise(3 * torch.eye(2, dtype=torch.float64), 1.0).lower.diagonal()
@@ -57,7 +61,7 @@ def without(factor: Factor, removed: Tensor) -> Map:
         A function of [feature] vectors, of any dtype.
 
     Raises:
-        ValueError: what is left is not positive definite.
+        TooLittleDamping: what is left is not positive definite.
 
     Example:
         >>> factor = factorise(2 * torch.eye(2, dtype=torch.float64), 1.0)
@@ -96,7 +100,7 @@ def _cholesky(matrix: Tensor, damping: float) -> Tensor:
     damped.diagonal().add_(damping)
     lower, failed = torch.linalg.cholesky_ex(damped)
     if failed:
-        raise ValueError(
+        raise TooLittleDamping(
             f"the curvature is not positive definite at damping {damping:g}: raise the damping"
         )
     assert isinstance(lower, Tensor)

@@ -22,7 +22,7 @@ from unlearning.evaluation import evaluate_methods
 from unlearning.methods import METHODS
 from unlearning.recipes import recipe_of
 from unlearning.standings import DISTANCES, distance_of, standings
-from unlearning.tuning import tune_methods, tuned_settings
+from unlearning.tuning import TUNING_SETS, tune_methods, tuned_settings
 from unlearning.tuning_spaces import SPACES
 
 SETS = (
@@ -176,29 +176,42 @@ def main() -> None:
     parser.add_argument("--full-models", type=int, default=100)
     parser.add_argument("--subset-models", type=int, default=4000)
     parser.add_argument("--trials", type=int, default=16, help="of each method; 0: no tuning")
+    parser.add_argument("--tune-on", nargs="+", default=TUNING_SETS, help="forget sets")
+    parser.add_argument("--tune-models", type=int, help="of each bank; as --models if not given")
     parser.add_argument("--passes", help="gradient evaluations of matching, over training rows")
     parser.add_argument("--budgets", action="store_true")
     parser.add_argument("--predictor")
     parser.add_argument("--out", required=True, help="the page; all numbers go to the run")
     options = parser.parse_args()
     sizes = {"full_models": options.full_models, "subset_models": options.subset_models}
+    begin = time.perf_counter()
     run = precompute(options.task, options.run, **sizes)
     methods, count = options.methods.split(","), options.models
     forgets = [parse_forget(run.task, spec) for spec in options.forget]
-    facts = [f"Made by `python {shlex.join(sys.argv)}`; all seeds are those of the code."]
+    facts = [
+        f"Made by `python {shlex.join(sys.argv)}`; all seeds are those of the code.",
+        f"Precomputed in {minutes(begin)}, what was there before not counted.",
+    ]
     settings: dict[str, dict[str, str]] = {name: {} for name in methods}
     start = time.perf_counter()
     if options.trials:
-        trials = {"trials": options.trials, "n_models": count, "predictor": options.predictor}
-        told = tune_methods(run, methods, **trials)
+        told = tune_methods(
+            run,
+            methods,
+            specs=options.tune_on,
+            trials=options.trials,
+            n_models=options.tune_models or count,
+            predictor=options.predictor,
+        )
         settings |= tuned_settings(run, methods, forgets, predictor=options.predictor)
         tuned_on = told[methods[0]]["specs"]
         specs = ", ".join(f"`{spec}`" for spec in tuned_on)
         shared = 100 * most_shared(run.task, forgets, tuned_on)
         facts.append(
             f"{options.trials} settings of each method tried on {specs}, which share at most"
-            f" {shared:.0f} % of their rows with an audited set; score: the mean distance over"
-            f" forget, retain and test rows. {minutes(start)}, what was tuned before not counted."
+            f" {shared:.0f} % of their rows with an audited set, by {told[methods[0]]['n_models']}"
+            " models; score: the mean distance over forget, retain and test rows."
+            f" {minutes(start)}, what was tuned before not counted."
         )
     if options.passes:
         matching = [name for name in methods if "forget_multiplier" in SPACES[name]]
@@ -209,7 +222,7 @@ def main() -> None:
     facts.append(
         f"Audit of {count} models on {', '.join(f'`{spec}`' for spec in options.forget)}, with two"
         f" banks of as many retrained models each, predictions by {evaluation['predictor']}."
-        f" {minutes(start)}, banks trained before not counted."
+        f" {minutes(start)}, banks trained before not counted; {minutes(begin)} in all."
     )
     Path(options.out).write_text(page(evaluation, settings, facts))
     recipe = recipe_of(evaluation, settings, options.forget)

@@ -1,0 +1,171 @@
+"""Chooses group Newton's damping, temperature and number of steps on a calibration bank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from attribution.calibration_bank import Case
+from attribution.gradients import Features
+from attribution.losses import SquaredError
+from attribution.newton.calibration import STEPS
+from attribution.newton.group import GroupNewton
+from attribution.newton.inverse import TooLittleDamping
+from attribution.training import threads
+from stores import ArraySpec, Place, Provenance, Store, StoreSpec, in_turns, run_blocks
+
+Pair = tuple[float, float]  # T, and lambda in units of T^2 x (number of rows) x weight decay
+
+STEPS_TO_CHOOSE = 2
+LARGE = 1e300  # a store takes no infinity
+APART = 4.0  # a candidate beyond the last one is so many times as large, or as small
+MOST_BEYOND = 6
+NEAR = 0.01  # an error that is larger by this share than the smallest is as good
+
+
+def choose(
+    newton: GroupNewton,
+    cases: Sequence[Case],
+    to: Place,
+    *,
+    temperatures: Sequence[float],
+    dampings: Sequence[float],
+    settings: dict[str, Any],
+    where: dict[str, Any],
+) -> GroupNewton:
+    """Group Newton with the damping, temperature and number of steps that err least on a bank.
+
+    As long as the best damping is the smallest or the largest that was tried, one beyond it is
+    tried as well, 4 times as small or as large: with few epochs the training itself holds
+    parameters near their start, much more than its weight decay does. Of numbers of steps the
+    fewest is taken whose error is within 1 % of the smallest.
+
+    Args:
+        newton: gives the features, and the number of steps where it has one.
+        cases: the bank's forget sets.
+        to: folder for the errors; an interrupted call resumes there.
+        temperatures: candidates for T.
+        dampings: candidates for lambda, in units of T^2 x (number of rows) x weight decay.
+        settings: provenance of the errors.
+        where: `workers` and `scheduler` of `run_blocks`.
+
+    Returns:
+        It, without calibration.
+    """
+    if isinstance(newton.task.loss, SquaredError):
+        temperatures = (1.0,)  # there are no probabilities that could be too sharp
+    search = _Search(replace(newton, calibration=None), cases, to, settings, where)
+    pair = _best_pair(search, temperatures, dampings)
+    steps = _fewest_steps(search, pair) if newton.steps is None else newton.steps
+    checkpoints = range(len(newton.features))
+    _run_curvatures(newton.features, [pair[0]], checkpoints, where)
+    return search.candidate(pair, steps)
+
+
+def _best_pair(search: "_Search", temperatures: Sequence[float], dampings: Sequence[float]) -> Pair:
+    wanted = [(t, damping) for t in temperatures for damping in dampings]
+    if len(wanted) == 1:
+        return wanted[0]
+    _run_curvatures(search.newton.features, temperatures, (0, 1), search.where)
+    errors: dict[Pair, float] = {}
+    for number in range(1 + MOST_BEYOND):
+        tried = [search.candidate(pair, STEPS_TO_CHOOSE) for pair in wanted]
+        errors |= dict(zip(wanted, search.errors(f"round-{number}", tried), strict=True))
+        best = min(errors, key=errors.__getitem__)
+        beyond = _beyond(best[1], [damping for _, damping in errors])
+        if beyond is None:
+            break
+        wanted = [(t, beyond) for t in temperatures]
+    return best
+
+
+def _beyond(best: float, tried: Sequence[float]) -> float | None:
+    """The next damping to try, where the best one is the last on either side."""
+    if best == max(tried):
+        return best * APART
+    return best / APART if best == min(tried) else None
+
+
+def _fewest_steps(search: "_Search", pair: Pair) -> int:
+    numbers = range(1, STEPS + 1)
+    errors = search.errors("steps", [search.candidate(pair, steps) for steps in numbers])
+    near = errors.min() + NEAR * abs(errors.min())
+    return next(n for n, error in zip(numbers, errors, strict=True) if error <= near)
+
+
+@dataclass(frozen=True)
+class _Search:
+    newton: GroupNewton
+    cases: Sequence[Case]
+    to: Place
+    settings: dict[str, Any]
+    where: dict[str, Any]
+
+    def candidate(self, pair: Pair, steps: int) -> GroupNewton:
+        """Group Newton with these settings."""
+        temperature, damping = pair
+        lambda_ = _unit_of_damping(self.newton) * temperature**2 * damping
+        return replace(self.newton, temperature=temperature, damping=lambda_, steps=steps)
+
+    def errors(self, name: str, candidates: Sequence[GroupNewton]) -> Any:
+        """Mean error of each candidate over the bank's sets, kept in a store, [candidate]."""
+        shape = (len(self.cases), len(candidates))
+        arrays = {"errors": ArraySpec(("model", None), shape, "float64")}
+        grid = [[c.temperature, c.damping, c.steps] for c in candidates]
+        provenance = Provenance(self.settings | {"grid": grid})
+        spec = StoreSpec("calibration-choice", "model", 1, arrays)
+        store = Store.open_or_create(self.to / f"choice-{name}", spec, provenance)
+        if store.pending():
+            work = in_turns(_Errors(tuple(candidates), tuple(self.cases), store.path), store)
+            run_blocks(work, store.pending(), title="calibration", **self.where)
+        return store.finalize().numpy("errors").mean(0)
+
+
+@dataclass(frozen=True)
+class _Errors:
+    candidates: tuple[GroupNewton, ...]
+    cases: tuple[Case, ...] = field(repr=False)
+    path: str
+
+    def __call__(self, block: int) -> None:
+        with threads(1):
+            errors = [_error(candidate, self.cases[block]) for candidate in self.candidates]
+        Store.open(self.path).write_block(block, {"errors": np.array([errors])})
+
+
+def _error(newton: GroupNewton, case: Case) -> float:
+    few = replace(newton, features=newton.features.first(2))
+    try:
+        first, second = few.changes(case.forget, case.targets)
+    except TooLittleDamping:
+        return LARGE
+    # Of the mean over two of them; what more checkpoints leave of its variance is alike for all.
+    return case.error(first, second)
+
+
+def _run_curvatures(
+    features: Features,
+    temperatures: Sequence[float],
+    checkpoints: Sequence[int],
+    where: dict[str, Any],
+) -> None:
+    # Here and not in the predictions: workers must not compute the same one at the same time.
+    pairs = tuple((checkpoint, t) for t in temperatures for checkpoint in checkpoints)
+    run_blocks(_Curvatures(features, pairs), range(len(pairs)), title="curvatures", **where)
+
+
+@dataclass(frozen=True)
+class _Curvatures:
+    features: Features
+    pairs: tuple[tuple[int, float], ...]
+
+    def __call__(self, block: int) -> None:
+        self.features.curvature(*self.pairs[block])
+
+
+def _unit_of_damping(newton: GroupNewton) -> float:
+    recipe, rows = newton.task.recipe, len(newton.task.train_ids)
+    if recipe is not None and recipe.weight_decay:
+        return rows * recipe.weight_decay
+    return float(np.diag(newton.features.curvature(0)).mean())
