@@ -1,11 +1,14 @@
 """Undo a label-flip poison: most fours of the digits were filed as nines, and then found out.
 
-Run it from the project's folder: python examples/depoisoning.py (two minutes on two cores). It
+Run it from the project's folder: python examples/depoisoning.py (two minutes on two cores; --out
+examples/results/depoisoning.md writes the table too). It
 trains models on the poisoned labels, takes the poisoned rows out of them again with dmm, dmm_pgu
 and pgu, and compares them with models that were trained without these rows.
 """
 
+import argparse
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ from attribution import (
 )
 from examples.digits import task as clean
 from examples.digits import train
+from examples.pages import made_by, table
 from unlearning import GradientProjection, Matching, ProjectedGradient, unlearn_models
 from unlearning.klom import Array
 
@@ -56,7 +60,7 @@ def accuracies(outputs: Array, forget: ForgetSet) -> dict[str, float]:
 def main(
     models: int = 20, checkpoints: int = 4, to: str = "runs/poisoned", workers: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """Trains, unlearns, prints the table and returns it."""
+    """Trains, unlearns and returns the accuracies of every kind of model."""
     task, forget = poisoned()
 
     def trained(name: str, seed: int, without: ForgetSet | None = None) -> Ensemble:
@@ -82,14 +86,25 @@ def main(
         after = unlearn_models(method, full, task, forget)
         print(f"{name}: {after.status}; the first model: {after.endings[0].reason}")
         found[name] = after.outputs
-    table = {name: accuracies(outputs, forget) for name, outputs in found.items()}
-    print(f"\n{models} models, {len(forget)} rows of class {CLASS} filed as {WRONG}")
-    for name, row in table.items():
-        print(f"{name:16s} test rows of the class {row['class']:.1%}, of the others"
-              f" {row['others']:.1%}; wrong label on the poisoned rows"
-              f" {row['wrong label']:.1%}")  # fmt: skip
-    return table
+    return {name: accuracies(outputs, forget) for name, outputs in found.items()}
+
+
+def page(found: dict[str, dict[str, float]], models: int) -> str:
+    """The table as Markdown."""
+    header = ["models", "test rows of the class", "of the others", "wrong label on poisoned rows"]
+    rows = [[name, *(f"{share:.1%}" for share in row.values())] for name, row in found.items()]
+    title = f"# {FLIPPED} rows of class {CLASS} filed as {WRONG}"
+    told = f"Mean accuracy of {models} models, one draw of the rows."
+    return "\n\n".join([title, made_by(), told, table(header, rows)]) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", type=int, default=20, help="poisoned ones, and clean ones")
+    parser.add_argument("--to", default="runs/poisoned")
+    parser.add_argument("--out", help="also write the page")
+    options = parser.parse_args()
+    text = page(main(options.models, to=options.to), options.models)
+    print(f"\n{text}")
+    if options.out:
+        Path(options.out).write_text(text)

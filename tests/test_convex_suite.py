@@ -96,7 +96,8 @@ def test_rows_are_taken_out_of_the_full_model_only(tmp_path):
         found.change(theory.forget, gone)
 
 
-@pytest.mark.parametrize(("shape", "kind"), CASES)
+@pytest.mark.parametrize("kind", ["random", "coherent"])
+@pytest.mark.parametrize("shape", [one.name for one in shapes(2)])
 def test_the_project_takes_the_steps_of_closed_forms(shape, kind, tmp_path):
     theory, marks = _theory(shape, 1.0, kind), marks_until(60)
     found = counterfactuals(theory.problem, str(tmp_path))

@@ -45,7 +45,10 @@ def test_a_training_loop_of_ones_own(few_models, capsys):
 
 def test_depoisoning_brings_the_class_back(tmp_path, capsys):
     found = examples.depoisoning.main(models=2, checkpoints=1, to=str(tmp_path), workers=0)
-    assert "2 models, 90 rows of class 4 filed as 9" in capsys.readouterr().out
+    assert "dmm_pgu: " in capsys.readouterr().out
+    told = examples.depoisoning.page(found, 2)
+    assert "# 90 rows of class 4 filed as 9" in told
+    assert f"| poisoned | {found['poisoned']['class']:.1%} |" in told
     clean, poison = found["trained without"], found["poisoned"]
     assert poison["class"] < clean["class"] - 0.2
     assert poison["wrong label"] > 0.5

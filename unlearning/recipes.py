@@ -12,6 +12,8 @@ from unlearning.methods import check_method
 
 Json = dict[str, Any]
 
+COMPARED = ("task", "n_models", "predictor")  # ranges hold for these
+
 
 def recipe_of(evaluation: Json, settings: Mapping[str, Any], specs: Sequence[str]) -> Json:
     """What others need to repeat an evaluation, and the ranges that theirs should fall in.
@@ -109,7 +111,8 @@ def unexpected(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list
         evaluation: with forget sets of the same names; others are not looked at.
 
     Returns:
-        A line for each method and forget set outside its range.
+        A line for each method and forget set outside its range; where the recipe was made for
+        another task, with another predictor or number of models, one line that says so instead.
 
     Example:
         >>> told = {"klom_corrected": {"forget": {"mean": 0.5}}}
@@ -117,6 +120,13 @@ def unexpected(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list
         >>> unexpected({"expected": {"few": {"dmm": (0.1, 0.3)}}}, {"forget_sets": sets})
         ['dmm on few: KLOM without bias 0.50, the recipe expects 0.10 to 0.30']
     """
+    unlike = [
+        f"{field} {recipe[field]} and not {evaluation[field]}"
+        for field in COMPARED
+        if recipe.get(field, evaluation.get(field)) != evaluation.get(field)
+    ]
+    if unlike:
+        return [f"the recipe's ranges are not compared: it was made with {', '.join(unlike)}"]
     found = []
     for name, ranges in recipe["expected"].items():
         methods = evaluation["forget_sets"].get(name, {}).get("methods", {})

@@ -10,14 +10,13 @@ recipe, PAGE.json, which dmm evaluate --recipe takes.
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attribution import ForgetSet, Task, parse_forget, precompute
+from examples.pages import made_by, table
 from unlearning.evaluation import evaluate_methods
 from unlearning.methods import METHODS
 from unlearning.recipes import recipe_of
@@ -43,12 +42,6 @@ def number(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """A share in percent."""
     return "-" if value is None else f"{value:.1%}".replace("%", " %")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def standings_table(evaluation: Mapping[str, Any]) -> str:
@@ -142,10 +135,8 @@ def settings_table(settings: Mapping[str, Mapping[str, str]]) -> str:
 def page(evaluation: Mapping[str, Any], settings: Mapping[str, Any], facts: Sequence[str]) -> str:
     """The whole page."""
     distance = distance_of(evaluation)
-    versions = ", ".join(f"{name} {version}" for name, version in evaluation["versions"].items())
     parts = [
         f"# All methods on {evaluation['task']}",
-        f"{evaluation['hardware']}; {versions}.",
         "\n".join(f"- {fact}" for fact in facts),
         "The nearest to retraining first. Excess is the distance less that of two banks of"
         " retrained models, the mean over the forget sets; cost is one request, prediction"
@@ -189,7 +180,7 @@ def main() -> None:
     methods, count = options.methods.split(","), options.models
     forgets = [parse_forget(run.task, spec) for spec in options.forget]
     facts = [
-        f"Made by `python {shlex.join(sys.argv)}`; all seeds are those of the code.",
+        made_by(),
         f"Precomputed in {minutes(begin)}, what was there before not counted.",
     ]
     settings: dict[str, dict[str, str]] = {name: {} for name in methods}

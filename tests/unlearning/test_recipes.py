@@ -49,6 +49,22 @@ def test_a_result_outside_its_range_is_named(dmm, copy, tmp_path):
     assert "om on few" not in text
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("task", "another"), ("n_models", 9), ("predictor", "trak")]
+)
+def test_ranges_of_another_evaluation_are_not_compared(field, value):
+    told = {"klom_corrected": {"forget": {"mean": 5.0}}}
+    evaluation = {"task": "t", "n_models": 4, "predictor": "newton"}
+    ranges = {"expected": {"few": {"dmm": (0, 1)}}}
+    few = {"forget_sets": {"few": {"methods": {"dmm": told}}}}
+    assert len(unexpected(evaluation | ranges, evaluation | few)) == 1
+    (line,) = unexpected(evaluation | ranges | {field: value}, evaluation | few)
+    assert line == (
+        "the recipe's ranges are not compared: it was made with"
+        f" {field} {value} and not {evaluation[field]}"
+    )
+
+
 def test_a_method_without_a_number_is_outside_every_range():
     told = {"klom_corrected": {"forget": {"mean": None}}}
     found = unexpected(
