@@ -15,6 +15,7 @@ from attribution.counterfactual import Change
 from attribution.datamodels import REGRESSIONS, fit_datamodels
 from attribution.deviations import held_out_error
 from attribution.ensemble import Ensemble, subsets_left, train_models
+from attribution.folders import store_places
 from attribution.gradients import Projection, featurize, gradient_projector
 from attribution.linear_datamodel import LinearDatamodel
 from attribution.model import Model, load_model
@@ -248,7 +249,8 @@ def _calibrated_before(run: Run) -> bool:
     # The weights were fitted to all of it together.
     residual = run.path / "calibration" / "residual"
     whole = [run.path / CALIBRATION, folder, residual, run.residual_path]
-    for part in (folder / "choice", run.residual_path):
+    choices = [folder / name for name in store_places(folder) if name.startswith("choice")]
+    for part in (*choices, run.residual_path):
         _made_before(part, remove=whole)
     return _made_before(folder / "changes", remove=whole) and run.path.exists(CALIBRATION)
 
