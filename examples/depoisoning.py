@@ -26,7 +26,7 @@ from attribution import (
 )
 from examples.digits import task as clean
 from examples.digits import train
-from examples.pages import made_by, table
+from examples.pages import machine, made_by, table
 from unlearning import GradientProjection, Matching, ProjectedGradient, unlearn_models
 from unlearning.klom import Array
 
@@ -95,7 +95,7 @@ def page(found: dict[str, dict[str, float]], models: int) -> str:
     rows = [[name, *(f"{share:.1%}" for share in row.values())] for name, row in found.items()]
     title = f"# {FLIPPED} rows of class {CLASS} filed as {WRONG}"
     told = f"Mean accuracy of {models} models, one draw of the rows."
-    return "\n\n".join([title, made_by(), told, table(header, rows)]) + "\n"
+    return "\n\n".join([title, machine(), made_by(), told, table(header, rows)]) + "\n"
 
 
 if __name__ == "__main__":

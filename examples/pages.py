@@ -1,13 +1,10 @@
-"""Tables of Markdown, and the line that says what made a page."""
+"""Tables of Markdown, and the lines that say what made a page."""
 
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
 
-import numpy as np
-import torch
-
+from stores import versions
 from unlearning.cost import hardware
 
 
@@ -32,7 +29,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def made_by() -> str:
-    """The command that runs now, the machine and versions, as a sentence.
+    """The command that runs now, as a sentence.
 
     Returns:
         It.
@@ -41,8 +38,18 @@ def made_by() -> str:
         >>> made_by().startswith("Made by `python ")
         True
     """
-    return (
-        f"Made by `python {shlex.join(sys.argv)}` on {hardware()}; python"
-        f" {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}; all"
-        " seeds are those of the code."
-    )
+    return f"Made by `python {shlex.join(sys.argv)}`; all seeds are those of the code."
+
+
+def machine() -> str:
+    """This machine and the versions of what computes here, as a sentence.
+
+    Returns:
+        It.
+
+    Example:
+        >>> "torch" in machine()
+        True
+    """
+    known = versions("torch", "numpy", "zarr", "dask", "datamodel-matching")
+    return f"{hardware()}; {', '.join(f'{name} {version}' for name, version in known.items())}."

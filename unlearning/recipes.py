@@ -121,7 +121,7 @@ def unexpected(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list
         ['dmm on few: KLOM without bias 0.50, the recipe expects 0.10 to 0.30']
     """
     unlike = [
-        f"{field} {recipe[field]} and not {evaluation[field]}"
+        f"{field} {recipe[field]} and not {evaluation.get(field)}"
         for field in COMPARED
         if recipe.get(field, evaluation.get(field)) != evaluation.get(field)
     ]

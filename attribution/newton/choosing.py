@@ -1,5 +1,6 @@
 """Chooses group Newton's damping, temperature and number of steps on a calibration bank."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,12 +16,13 @@ from attribution.newton.inverse import TooLittleDamping
 from attribution.training import threads
 from stores import ArraySpec, Place, Provenance, Store, StoreSpec, in_turns, run_blocks
 
+Errors = np.ndarray[Any, np.dtype[np.float64]]
 Pair = tuple[float, float]  # T, and lambda in units of T^2 x (number of rows) x weight decay
 
 STEPS_TO_CHOOSE = 2
 LARGE = 1e300  # a store takes no infinity
 APART = 4.0  # a candidate beyond the last one is so many times as large, or as small
-MOST_BEYOND = 6
+MOST_BEYOND = 5
 NEAR = 0.01  # an error that is larger by this share than the smallest is as good
 
 
@@ -37,9 +39,9 @@ def choose(
     """Group Newton with the damping, temperature and number of steps that err least on a bank.
 
     As long as the best damping is the smallest or the largest that was tried, one beyond it is
-    tried as well, 4 times as small or as large: with few epochs the training itself holds
-    parameters near their start, much more than its weight decay does. Of numbers of steps the
-    fewest is taken whose error is within 1 % of the smallest.
+    tried as well, 4 times as small or as large, at most five times: with few epochs the training
+    itself holds parameters near their start, much more than its weight decay does. Of numbers of
+    steps the fewest is taken whose error is within 1 % of the smallest.
 
     Args:
         newton: gives the features, and the number of steps where it has one.
@@ -57,9 +59,8 @@ def choose(
         temperatures = (1.0,)  # there are no probabilities that could be too sharp
     search = _Search(replace(newton, calibration=None), cases, to, settings, where)
     pair = _best_pair(search, temperatures, dampings)
+    _run_curvatures(newton.features, [pair[0]], range(len(newton.features)), where)
     steps = _fewest_steps(search, pair) if newton.steps is None else newton.steps
-    checkpoints = range(len(newton.features))
-    _run_curvatures(newton.features, [pair[0]], checkpoints, where)
     return search.candidate(pair, steps)
 
 
@@ -72,11 +73,18 @@ def _best_pair(search: "_Search", temperatures: Sequence[float], dampings: Seque
     for number in range(1 + MOST_BEYOND):
         tried = [search.candidate(pair, STEPS_TO_CHOOSE) for pair in wanted]
         errors |= dict(zip(wanted, search.errors(f"round-{number}", tried), strict=True))
-        best = min(errors, key=errors.__getitem__)
+        # Where all are too little the largest is the nearest to one that is not.
+        best = min(errors, key=lambda pair: (errors[pair], -pair[1]))
         beyond = _beyond(best[1], [damping for _, damping in errors])
         if beyond is None:
-            break
+            return best
         wanted = [(t, beyond) for t in temperatures]
+    if best[1] > 1:
+        warnings.warn(
+            f"the best damping on the calibration bank, {best[1]:g} times that of weight decay, is"
+            " the largest that was tried: gradients of these checkpoints tell little of retraining",
+            stacklevel=3,
+        )
     return best
 
 
@@ -108,7 +116,7 @@ class _Search:
         lambda_ = _unit_of_damping(self.newton) * temperature**2 * damping
         return replace(self.newton, temperature=temperature, damping=lambda_, steps=steps)
 
-    def errors(self, name: str, candidates: Sequence[GroupNewton]) -> Any:
+    def errors(self, name: str, candidates: Sequence[GroupNewton]) -> Errors:
         """Mean error of each candidate over the bank's sets, kept in a store, [candidate]."""
         shape = (len(self.cases), len(candidates))
         arrays = {"errors": ArraySpec(("model", None), shape, "float64")}
@@ -119,7 +127,7 @@ class _Search:
         if store.pending():
             work = in_turns(_Errors(tuple(candidates), tuple(self.cases), store.path), store)
             run_blocks(work, store.pending(), title="calibration", **self.where)
-        return store.finalize().numpy("errors").mean(0)
+        return np.asarray(store.finalize().numpy("errors").mean(0))
 
 
 @dataclass(frozen=True)

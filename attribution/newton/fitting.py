@@ -53,7 +53,7 @@ def calibrate(
     The first three minimise the squared error, on outputs and margins alike, of the mean that
     predictions of single checkpoints scatter around; two of them, a and b, tell it without bias:
     (change - a)(change - b). While the best damping is the smallest or the largest tried, one
-    beyond it is tried too. Then scale s and the variances are least squares,
+    beyond it is tried too, at most five times. Then scale s and the variances are least squares,
 
         change = s x predicted,
         (change - s x predicted)^2 = x spread^2 + z common noise^2 + y noise^2 / m,

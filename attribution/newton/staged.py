@@ -26,7 +26,7 @@ class StagedNewton(Counterfactual):
     linearisation; mean over checkpoints. Calibrated variances are taken over, scales are not.
 
     Args:
-        newton: one stage; gives checkpoints, damping and temperature.
+        newton: one stage; gives checkpoints, damping, temperature and steps.
         stages: S.
 
     Raises:

@@ -135,8 +135,10 @@ def settings_table(settings: Mapping[str, Mapping[str, str]]) -> str:
 def page(evaluation: Mapping[str, Any], settings: Mapping[str, Any], facts: Sequence[str]) -> str:
     """The whole page."""
     distance = distance_of(evaluation)
+    versions = ", ".join(f"{name} {version}" for name, version in evaluation["versions"].items())
     parts = [
         f"# All methods on {evaluation['task']}",
+        f"{evaluation['hardware']}; {versions}.",
         "\n".join(f"- {fact}" for fact in facts),
         "The nearest to retraining first. Excess is the distance less that of two banks of"
         " retrained models, the mean over the forget sets; cost is one request, prediction"

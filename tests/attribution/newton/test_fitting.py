@@ -1,11 +1,12 @@
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from attribution import Calibration, ForgetSet, GroupNewton, Model, calibrate, featurize
 from attribution.calibration_bank import KINDS, cases_of, common_share, row_kinds
-from attribution.newton import fitting, predicted_changes
+from attribution.newton import choosing, fitting, predicted_changes
 from attribution.newton.fitting import mean_before
 from stores import Store
 from tests.attribution.newton.cases import EXACT, newton_of
@@ -146,6 +147,12 @@ class TestChoice:
         candidates = {"temperatures": (1.0,), "dampings": (1e-30, 1e-29, 1.0)}
         assert calibrate(newton, doubled, tmp_path / "c", **candidates).damping == UNIT
 
+    def test_where_all_are_too_little_larger_ones_are_tried(self, newton, doubled, tmp_path):
+        candidates = {"temperatures": (1.0,), "dampings": (1e-6, 2e-6)}
+        with pytest.raises(ValueError, match="raise the damping"):
+            replace(newton, damping=2e-6 * UNIT).change(cases_of(doubled, 0)[0].forget)
+        assert calibrate(newton, doubled, tmp_path / "c", **candidates).damping > 1e-4 * UNIT
+
     @pytest.mark.parametrize("steps", [1, 3])
     def test_the_fewest_steps_that_do_are_chosen(self, twins, tmp_path, steps):
         free, damping = replace(twins, steps=None), 0.02 * UNIT
@@ -158,6 +165,31 @@ class TestChoice:
         told = replace(free, calibration=found).changes(forget, np.arange(ALL))
         expected = replace(wanted, damping=damping, temperature=1.0).changes(forget, np.arange(ALL))
         np.testing.assert_array_equal(told, expected)
+
+    @pytest.mark.parametrize(("near", "steps"), [(0.0, 3), (0.01, 2)])
+    def test_a_step_that_gains_less_than_one_percent_is_not_taken(
+        self, twins, tmp_path, monkeypatch, near, steps
+    ):
+        def makes(change, kinds, random):
+            del kinds
+            noise = random.normal(size=change.mean.shape)
+            return change.mean + 1.5 * change.mean.std() * noise
+
+        maker = replace(twins, damping=4 * UNIT)
+        bank = made_bank(maker, tmp_path / "bank", makes)
+        assert choosing.NEAR == 0.01
+        monkeypatch.setattr(choosing, "NEAR", near)
+        candidates = {"temperatures": (1.0,), "dampings": (4.0,)}
+        free = replace(twins, steps=None)
+        assert calibrate(free, bank, tmp_path / "c", **candidates).steps == steps
+
+    def test_a_damping_that_is_best_at_the_end_is_warned_of(
+        self, twins, doubled, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(choosing, "MOST_BEYOND", 0)
+        candidates = {"temperatures": (1.0,), "dampings": (300.0, 30.0)}
+        with pytest.warns(UserWarning, match="weight decay, is the largest that was tried"):
+            calibrate(twins, doubled, tmp_path / "c", **candidates)
 
     def test_a_number_of_steps_that_is_given_is_kept(self, newton, doubled, tmp_path):
         two = replace(newton, steps=2)
@@ -203,9 +235,9 @@ class TestChanges:
 
 
 class TestResuming:
-    @pytest.mark.parametrize("after", [0, 5, SETS + 5])
+    @pytest.mark.parametrize("after", [0, 5, SETS + 5, 4 * SETS + 5])
     def test_an_interrupted_call_goes_on_where_it_stopped(self, newton, doubled, tmp_path, after):
-        write, written = Store.write_block, []
+        newton, write, written = replace(newton, steps=None), Store.write_block, []
 
         def stop(store, block, arrays):
             if "curvature" not in arrays:
@@ -221,6 +253,7 @@ class TestResuming:
             after = -1
             again = calibrate(newton, doubled, tmp_path / "c", **TWO)
             assert len(written) == len(set(written))
+            assert {"choice-round-0", "choice-steps"} <= {Path(where).name for where, _ in written}
             count = len(written)
             assert calibrate(newton, doubled, tmp_path / "c", **TWO) == again
             assert len(written) == count >= 2 * SETS
@@ -228,6 +261,7 @@ class TestResuming:
 
     def test_workers_change_nothing(self, newton, doubled, tmp_path):
         # Features of its own: the curvatures, too, are computed by the workers.
+        newton = replace(newton, steps=None)
         other = newton_of(blobs(), tmp_path / "f", features={"block": 20})
         found = [
             calibrate(other, doubled, tmp_path / f"c{number}", workers=2, **candidates)
