@@ -270,32 +270,18 @@ def _made_before(where: Place, *, remove: Sequence[Place]) -> bool:
 
 def _fit_residual(run: Run, newton: GroupNewton, **at: Any) -> LinearDatamodel | None:
     """The datamodel of what group Newton lacks, if some models are like deletion requests."""
-    to, folder = run.residual_path, run.path / "calibration" / "residual"
+    to = run.residual_path
     if to.taken() and not Store.open(to).pending():
-        _check_prior(to, folder, newton)
-        # Once fitted it stays, also where gradients of more checkpoints have joined since.
+        # Once fitted it stays, also where the calibration changes: its weights are fitted anew.
         return LinearDatamodel.open(to)
     ensemble = Ensemble.open(run.path / f"ensemble-{run.settings.subsets}", run.task)
     seed = run.settings.seed
     chosen = models_like_requests(ensemble, RESIDUAL_MODELS, seed)
     if len(chosen) < FEWEST_MODELS:
         return None
+    folder = run.path / "calibration" / "residual"
     left = residual_models(ensemble, newton, folder, anchor=run.full, models=chosen, **at)
     return fit_datamodels(left, anchor=run.full, to=to, seed=seed, **at)
-
-
-def _check_prior(to: Place, folder: Place, newton: GroupNewton) -> None:
-    """Refuses effects that were fitted around another prediction than the one they are added to."""
-    if not (folder / "models").taken():
-        return
-    told = Store.open(folder / "models").provenance.settings
-    known, wanted = (told["damping"], told["temperature"]), (newton.damping, newton.temperature)
-    if known != wanted:
-        raise ValueError(
-            f"{to} was fitted around group Newton with damping and temperature {known}, which is"
-            f" calibrated to {wanted} now: remove {to} and {folder}, and the same command makes"
-            " them anew"
-        )
 
 
 def _check_numbers(settings: RunSettings) -> None:
