@@ -147,7 +147,8 @@ def predicted_changes(
         name: ArraySpec(("model", "target", "output"), shape, "float32")
         for name in ("mean", "std", "noise")
     }
-    settings = _settings(newton, bank) | {"calibration": _told(newton.calibration)}
+    settings = _settings(newton, bank) | {"steps": newton.most_steps}
+    settings |= {"calibration": _told(newton.calibration)}
     store = _store(to, "calibration-changes", arrays, settings)
     _run(_Changes(newton, tuple(cases), store.path), store, "predictions", workers, scheduler)
     found = [{name: store.numpy(name, i)[0] for name in arrays} for i in range(len(cases))]

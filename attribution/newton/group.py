@@ -184,7 +184,7 @@ class GroupNewton(Counterfactual):
         inverse = without(self._factor(checkpoint, damping), removed)
         mask = torch.from_numpy(forget.mask).to(j)
         weights = 1 - (1 - before) * mask, 1 - (1 - after) * mask
-        return retrain(problem, weights, damping, pull, inverse, steps=self._most_steps)
+        return retrain(problem, weights, damping, pull, inverse, steps=self.most_steps)
 
     @property
     def _temperature(self) -> float:
@@ -193,7 +193,8 @@ class GroupNewton(Counterfactual):
         return self.calibration.temperature if self.calibration else 1.0
 
     @property
-    def _most_steps(self) -> int:
+    def most_steps(self) -> int:
+        """Newton steps at most: those given, the calibrated number, or 3."""
         if self.steps is not None:
             return self.steps
         return self.calibration.steps if self.calibration else STEPS
