@@ -16,7 +16,7 @@ from attribution.newton.inverse import TooLittleDamping
 from attribution.training import threads
 from stores import ArraySpec, Place, Provenance, Store, StoreSpec, in_turns, run_blocks
 
-Errors = np.ndarray[Any, np.dtype[np.float64]]
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
 Pair = tuple[float, float]  # T, and lambda in units of T^2 x (number of rows) x weight decay
 
 STEPS_TO_CHOOSE = 2
@@ -79,9 +79,9 @@ def _best_pair(search: "_Search", temperatures: Sequence[float], dampings: Seque
         if beyond is None:
             return best
         wanted = [(t, beyond) for t in temperatures]
-    if best[1] > 1:
+    if best[1] == max(damping for _, damping in errors):
         warnings.warn(
-            f"the best damping on the calibration bank, {best[1]:g} times that of weight decay, is"
+            f"the best damping on the calibration bank, {search.candidate(best, 1).damping:g}, is"
             " the largest that was tried: gradients of these checkpoints tell little of retraining",
             stacklevel=3,
         )
@@ -116,7 +116,7 @@ class _Search:
         lambda_ = _unit_of_damping(self.newton) * temperature**2 * damping
         return replace(self.newton, temperature=temperature, damping=lambda_, steps=steps)
 
-    def errors(self, name: str, candidates: Sequence[GroupNewton]) -> Errors:
+    def errors(self, name: str, candidates: Sequence[GroupNewton]) -> Numbers:
         """Mean error of each candidate over the bank's sets, kept in a store, [candidate]."""
         shape = (len(self.cases), len(candidates))
         arrays = {"errors": ArraySpec(("model", None), shape, "float64")}

@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,13 +184,19 @@ class TestChoice:
         free = replace(twins, steps=None)
         assert calibrate(free, bank, tmp_path / "c", **candidates).steps == steps
 
-    def test_a_damping_that_is_best_at_the_end_is_warned_of(
-        self, twins, doubled, tmp_path, monkeypatch
+    @pytest.mark.parametrize(("times", "warns"), [(300.0, True), (0.01, False)])
+    def test_a_search_that_ends_at_its_largest_damping_warns(
+        self, twins, tmp_path, monkeypatch, times, warns
     ):
         monkeypatch.setattr(choosing, "MOST_BEYOND", 0)
-        candidates = {"temperatures": (1.0,), "dampings": (300.0, 30.0)}
-        with pytest.warns(UserWarning, match="weight decay, is the largest that was tried"):
-            calibrate(twins, doubled, tmp_path / "c", **candidates)
+        maker = replace(twins, damping=times * UNIT)
+        bank = made_bank(maker, tmp_path / "bank", lambda change, *_: change.mean)
+        candidates = {"temperatures": (1.0,), "dampings": (7.0, 70.0)}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            calibrate(twins, bank, tmp_path / "c", **candidates)
+        told = f"the best damping on the calibration bank, {70 * UNIT:g}, is the largest"
+        assert [told in str(one.message) for one in caught] == [True] * warns
 
     def test_a_number_of_steps_that_is_given_is_kept(self, newton, doubled, tmp_path):
         two = replace(newton, steps=2)
