@@ -1,9 +1,9 @@
 """Undo a label-flip poison: most fours of the digits were filed as nines, and then found out.
 
 Run it from the project's folder: python examples/depoisoning.py (two minutes on two cores; --out
-examples/results/depoisoning.md writes the table too). It
-trains models on the poisoned labels, takes the poisoned rows out of them again with dmm, dmm_pgu
-and pgu, and compares them with models that were trained without these rows.
+examples/results/depoisoning.md writes the table too). It trains models on the poisoned labels,
+takes the poisoned rows out of them again with dmm, dmm_pgu and pgu, and compares them with models
+that were trained without these rows.
 """
 
 import argparse

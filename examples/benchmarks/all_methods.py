@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from attribution import ForgetSet, Task, parse_forget, precompute
+from attribution.run import Run
 from examples.pages import made_by, table
 from unlearning.evaluation import evaluate_methods
 from unlearning.methods import METHODS
@@ -184,6 +185,7 @@ def main() -> None:
     facts = [
         made_by(),
         f"Precomputed in {minutes(begin)}, what was there before not counted.",
+        *calibrated(run),
     ]
     settings: dict[str, dict[str, str]] = {name: {} for name in methods}
     start = time.perf_counter()
@@ -206,6 +208,8 @@ def main() -> None:
             " models; score: the mean distance over forget, retain and test rows."
             f" {minutes(start)}, what was tuned before not counted."
         )
+    else:
+        facts.append("Settings are those that methods ship with; none was tuned on this task.")
     if options.passes:
         matching = [name for name in methods if "forget_multiplier" in SPACES[name]]
         settings |= {name: settings[name] | {"passes": options.passes} for name in matching}
@@ -221,6 +225,17 @@ def main() -> None:
     recipe = recipe_of(evaluation, settings, options.forget)
     Path(options.out).with_suffix(".json").write_text(json.dumps(recipe, indent=1) + "\n")
     Path(options.run, "all_methods.json").write_text(json.dumps(evaluation, indent=1) + "\n")
+
+
+def calibrated(run: Run) -> list[str]:
+    """What the calibration bank chose for group Newton, a sentence, if there is a bank."""
+    if run.calibration is None:
+        return []
+    newton = run.calibration.newton
+    return [
+        f"Group Newton as calibrated: damping {newton.damping:.3g}, temperature"
+        f" {newton.temperature:g}, {newton.steps} Newton step(s) at most."
+    ]
 
 
 def most_shared(task: Task, forgets: Sequence[ForgetSet], specs: Sequence[str]) -> float:

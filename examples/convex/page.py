@@ -8,6 +8,7 @@ import numpy as np
 
 from examples.convex.suite import GRADIENT, GROUP, REACHED, Result
 from examples.convex.words import condition, details, findings, overview
+from examples.pages import table
 from unlearning.curves import Curve, curves_figure
 
 TITLE = "Unlearning in ridge regression, where the retrained solution is known"
@@ -104,10 +105,4 @@ def markdown(results: Sequence[Result], made: str) -> str:
     lines = [f"# {TITLE}", "", made, "", *(f"- {sentence}" for sentence in findings(results)), ""]
     lines += ["Distance of the weights from the retrained ones after the last step, over that of"]
     lines += ["the full model: median over the seeds (lowest to highest).", ""]
-    return (
-        "\n".join([*lines, _line(header), _line(["---"] * len(header)), *map(_line, rows)]) + "\n"
-    )
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "\n".join([*lines, table(header, rows)]) + "\n"
