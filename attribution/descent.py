@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+from attribution.paths import call, channels_last, takes_channels_last
 from attribution.task import State
 from attribution.tracing import Recording, record
 
@@ -173,47 +174,6 @@ def split_state(module: nn.Module, state: Mapping[str, Tensor]) -> tuple[State, 
     return parameters, {name: tensor for name, tensor in state.items() if name not in trainable}
 
 
-def why_one_by_one(module: nn.Module, inputs: Tensor, *, training: bool) -> str | None:
-    """Why models of this kind cannot be trained many at once, or None where they can.
-
-    Args:
-        module: a model.
-        inputs: a few rows, [row, ...].
-        training: whether steps are taken in train mode.
-
-    Returns:
-        The reason in words, or None.
-
-    Example:
-        >>> why_one_by_one(nn.Linear(3, 2), torch.zeros(2, 3), training=True)
-        >>> why_one_by_one(nn.BatchNorm1d(3), torch.zeros(2, 3), training=True)
-        'its buffers (running_mean, ...) change during training'
-    """
-    buffers = [name for name, _ in module.named_buffers()]
-    if training and buffers:
-        return f"its buffers ({buffers[0]}, ...) change during training"
-    if len(dict(module.named_parameters(remove_duplicate=False))) > len(list(module.parameters())):
-        return "some of its layers share parameters"
-    probe = deepcopy(module).train(training)
-    parameters, rest = split_state(probe, stack([probe.state_dict()] * 2))
-
-    def pull(p: State, b: State, rows: Tensor) -> State:
-        outputs, pullback = vjp(partial(_call, probe, b, rows), p)[:2]
-        gradients: State = pullback(outputs)[0]
-        return gradients
-
-    try:
-        vmap(pull)(parameters, rest, torch.stack([inputs, inputs]))
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        return str(error).strip().splitlines()[0]
-    return None
-
-
-def _call(module: nn.Module, rest: State, inputs: Tensor, parameters: State) -> Tensor:
-    outputs: Tensor = functional_call(module, parameters | rest, (inputs,))
-    return outputs
-
-
 def _many_gradients(
     module: nn.Module,
     parameters: State,
@@ -225,7 +185,7 @@ def _many_gradients(
 ) -> Gradients:
     def one(p: State, b: State, rows: tuple[Tensor, ...]) -> State:
         inputs, labels, weight, targets = rows
-        run = partial(_call, module, b, inputs)
+        run = partial(call, module, b, inputs)
         outputs, pullback = vjp(run, p)[:2]
         (gradients,) = pullback(cotangent(outputs, labels, targets) * weight.unsqueeze(-1))
         return gradients  # type: ignore[no-any-return]
@@ -249,17 +209,24 @@ def _many_gradients(
     return gradients
 
 
-def _one_gradients(module: nn.Module, parameters: State, cotangent: Cotangent) -> Gradients:
+def _one_gradients(
+    module: nn.Module, parameters: State, cotangent: Cotangent, first: Batch
+) -> Gradients:
     held = list(parameters.values())
+    turn = channels_last if takes_channels_last(module, first.inputs) else _as_they_are
 
     def gradients(batch: Batch) -> Sequence[Tensor]:
         with torch.enable_grad():
-            outputs = module(batch.inputs)
+            outputs = module(turn(batch.inputs))
             pulled = cotangent(outputs.detach(), batch.labels, batch.targets)
             weighted = pulled * batch.weight.unsqueeze(-1)
             return torch.autograd.grad(outputs, held, weighted, materialize_grads=True)
 
     return gradients
+
+
+def _as_they_are(inputs: Tensor) -> Tensor:
+    return inputs
 
 
 class Descent:
@@ -321,7 +288,7 @@ class Descent:
 
     def _bind(self, first: Batch) -> Gradients:
         if not self.many:
-            return _one_gradients(self.module, self.parameters, self.cotangent)
+            return _one_gradients(self.module, self.parameters, self.cotangent, first)
         return _many_gradients(
             self.module,
             self.parameters,

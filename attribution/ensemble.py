@@ -10,12 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from attribution.descent import Recordings, stack, unstack, why_one_by_one
+from attribution.descent import Recordings, stack, unstack
 from attribution.devices import visible_gpus
 from attribution.ensemble_store import ensemble_store, state_keys
 from attribution.forget import ForgetSet
 from attribution.model import Model, check_state
 from attribution.outputs import Array, evaluate, evaluate_many, target_margins
+from attribution.paths import pays_at_once, why_one_by_one
 from attribution.subsets import Subsets
 from attribution.task import State, Task
 from attribution.training import threads, train_many, train_one
@@ -230,7 +231,8 @@ def train_models(
     """Trains one model for each subset and stores its outputs on all targets.
 
     Models are trained in blocks of fixed groups, many at once where the model can be vectorised
-    and one by one where it cannot (a warning then says why). Interrupted at any moment, the same
+    and one by one where it cannot (a warning then says why) or where that is quicker, as with
+    convolutions on the CPU. Interrupted at any moment, the same
     call computes the unfinished blocks only and ends with the same bits.
 
     Args:
@@ -267,13 +269,14 @@ def train_models(
     """
     task.check()
     reason = why_not_many(task)
+    many = reason is None and pays_at_once(task.new_model(0), device)
     store = ensemble_store(
         task,
         subsets,
         to,
         keep=keep,
         device=str(device),
-        many=reason is None,
+        many=many,
         models_at_once=models_at_once,
     )
     if store.pending():
@@ -281,7 +284,7 @@ def train_models(
             warnings.warn(
                 f"models of task {task.name!r} are trained one by one: {reason}", stacklevel=2
             )
-        work = _TrainBlock(task, store.path, subsets.seed, reason is None, str(device))
+        work = _TrainBlock(task, store.path, subsets.seed, many, str(device))
         title = f"training {os.path.basename(store.path)}"
         run_blocks(
             in_turns(work, store),
@@ -318,7 +321,7 @@ def subsets_left(path: Where) -> Subsets | None:
 
 
 def why_not_many(task: Task) -> str | None:
-    """Why models of a task are trained one by one, or None where many are trained at once.
+    """Why models of a task must be trained one by one, or None where many can be trained at once.
 
     Args:
         task: the task.

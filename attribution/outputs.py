@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from attribution.paths import channels_last, takes_channels_last
 from attribution.task import Task
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -31,7 +32,10 @@ def evaluate(module: nn.Module, state: Mapping[str, Tensor], inputs: Tensor) -> 
         torch.Size([3, 1])
     """
 
+    turned = takes_channels_last(module, inputs)
+
     def run(rows: Tensor) -> Tensor:
+        rows = channels_last(rows) if turned else rows
         # A state holds layers that share a parameter each with a tensor of its own.
         return functional_call(module, dict(state), (rows,), tie_weights=False)  # type: ignore[no-any-return]
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from attribution import ForgetSet, Task
-from attribution.descent import why_one_by_one
+from attribution.paths import at_once
 from attribution.task import State
 from unlearning.audit import Audit
 from unlearning.execution import execute
@@ -80,7 +80,7 @@ def relearning_steps(
         moments=(None,) * count,
         seed=0,
         device=torch.device(device),
-        many=why_one_by_one(task.new_model(0), probe, training=False) is None,
+        many=at_once(task.new_model(0), probe, device, training=False),
     )
     ran = execute(_plan(request, goal, rate, most), request)
     steps = np.array(ran.evaluations) / len(forget)

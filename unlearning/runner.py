@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from attribution import Ensemble, ForgetSet, Model, Task
-from attribution.descent import unstack, why_one_by_one
+from attribution.descent import unstack
 from attribution.model import check_state, with_forgotten
 from attribution.outputs import Array, evaluate, evaluate_many, target_margins
+from attribution.paths import at_once
 from attribution.task import State
 from unlearning.ending import Ending
 from unlearning.execution import Diverged, execute
@@ -96,7 +97,7 @@ class UnlearnedModels:
     def _evaluated(self) -> Tensor:
         inputs, _ = self.task.targets()
         module = self.task.new_model(0)
-        if why_one_by_one(module, inputs[:2], training=False) is None:
+        if at_once(module, inputs[:2], inputs.device, training=False):
             return evaluate_many(module, self.states, inputs)
         each = [evaluate(module, unstack(self.states, i), inputs) for i in range(len(self))]
         return torch.stack(each)
@@ -274,8 +275,9 @@ def unlearn_models(
         moments=tuple(unstack(held, i) if held else None for i in range(len(numbers))),
         seed=seed,
         device=torch.device(device),
-        many=why_one_by_one(task.new_model(0), task.rows("train", left.rows[:1])[0], training=False)
-        is None,
+        many=at_once(
+            task.new_model(0), task.rows("train", left.rows[:1])[0], device, training=False
+        ),
         since=models.since if isinstance(models, UnlearnedModels) else None,
     )
     plan = method.plan(request)

@@ -3,16 +3,8 @@ import torch
 from torch import nn
 
 from attribution import CrossEntropy
-from attribution.descent import (
-    SGD,
-    Adam,
-    Batch,
-    Descent,
-    split_state,
-    stack,
-    unstack,
-    why_one_by_one,
-)
+from attribution.descent import SGD, Adam, Batch, Descent, split_state, stack, unstack
+from attribution.paths import why_one_by_one
 from tests.tasks import normalised_mlp, small_mlp
 
 RATES = [0.1, 0.3, 0.02, 0.2, 0.1]
