@@ -31,7 +31,6 @@ def evaluate(module: nn.Module, state: Mapping[str, Tensor], inputs: Tensor) -> 
         >>> evaluate(nn.Linear(2, 1), nn.Linear(2, 1).state_dict(), torch.zeros(3, 2)).shape
         torch.Size([3, 1])
     """
-
     turned = takes_channels_last(module, inputs)
 
     def run(rows: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
 from attribution.descent import unstack
-from attribution.paths import why_one_by_one
 from attribution.losses import Loss
+from attribution.paths import why_one_by_one
 from attribution.task import State
 from unlearning.method import Request
 
