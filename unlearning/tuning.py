@@ -18,7 +18,7 @@ from unlearning.klom import FEWEST_MODELS
 from unlearning.measures import told_divergences
 from unlearning.methods import build_method, check_method
 from unlearning.runner import UnlearningMethod, unlearn_models
-from unlearning.tuning_spaces import SPACES, Space
+from unlearning.tuning_spaces import SPACES
 
 SCHEMA = 1
 TUNED = "tuned.json"
@@ -38,6 +38,7 @@ def tune_methods(
     n_models: int = 100,
     seed: int = 0,
     predictor: str | None = None,
+    held: Mapping[str, Settings] | None = None,
     device: str = "cpu",
     workers: int | None = None,
     scheduler: str | None = None,
@@ -46,9 +47,9 @@ def tune_methods(
 
     The score is the mean over forget sets and over forget, retain and test rows of the mean
     distance to retrained models: KLOM with 80 models or more, else the Gaussian KL. The first
-    trial is the settings as they are, so that the score chosen is never worse; half of the trials
-    are drawn from the whole space of `SPACES`, the others near the best so far. Each method is kept
-    when its trials are done, and the same call takes up after it.
+    trial is the settings as they are, or as they are held, so that the score chosen is never
+    worse; half of the trials are drawn from the whole space of `SPACES`, the others near the best
+    so far. Each method is kept when its trials are done, and the same call takes up after it.
 
     Args:
         run: a finished run.
@@ -58,6 +59,8 @@ def tune_methods(
         n_models: full models unlearned and compared with as many oracles.
         seed: of the settings and of every unlearning.
         predictor: which predictions matching uses; None: the best on the calibration bank.
+        held: settings by method and field, as text, that every trial has and no search changes:
+            say the passes of matching, which are its cost.
         device: where to compute.
         workers: processes that train the oracles; None for one per core, 0 for this process.
         scheduler: address of an existing dask scheduler instead.
@@ -66,11 +69,13 @@ def tune_methods(
         By method: `settings`, `score`, `default_score`, all `trials`, and what they were found on.
 
     Raises:
-        ValueError: an unknown method, no trial, too few full models, or methods that cannot serve
-            the task, once all others are tuned.
+        ValueError: an unknown method, no trial, too few full models, held settings of a method
+            that is not tuned, or methods that cannot serve the task or do not take what is held,
+            once all others are tuned.
     """
     for name in methods:
         check_method(name)
+    fixed = _held(held or {}, methods)
     if trials < 1 or not 2 <= n_models <= len(run.full):
         raise ValueError(
             f"expected 1 trial or more and 2 to {len(run.full)} models, got {trials} and {n_models}"
@@ -81,7 +86,9 @@ def tune_methods(
     header |= {"data": run.task.digests["train"]}
     before = _tuned_before(run)
     found = {
-        name: before[name] for name in methods if _same(before.get(name), name, trials, header)
+        name: before[name]
+        for name in methods
+        if _same(before.get(name), name, trials, header | {"held": fixed[name]})
     }
     left, failed = [name for name in methods if name not in found], {}
     audits = [_audit(run, parse_forget(run.task, spec), n_models, where) for spec in specs if left]
@@ -99,12 +106,13 @@ def tune_methods(
                 return float(np.mean(scores))
 
             try:
-                start = build_method(name, evidence_of(run, audits[0], chosen), {})
-                tried = _tried(name, score, start, trials, seed)
+                start = build_method(name, evidence_of(run, audits[0], chosen), fixed[name])
+                tried = _tried(name, score, start, trials, seed, fixed[name])
             except ValueError as error:
                 failed[name] = error
                 continue
-            found[name] = plain(_best(tried) | {"trials": tried} | header)
+            told = {"trials": tried, "held": fixed[name]}
+            found[name] = plain(_best(tried) | told | header)
             # A run of many methods takes long: what is found of one is kept at once.
             _keep(run, found)
     if failed:
@@ -116,21 +124,31 @@ def tune_methods(
     return {name: found[name] for name in methods}
 
 
-def _tried(
+def _held(held: Mapping[str, Settings], methods: Sequence[str]) -> dict[str, Settings]:
+    """What is held of each method."""
+    if unknown := [name for name in held if name not in methods]:
+        raise ValueError(
+            f"settings of {unknown[0]!r} are held, but it is not tuned: name it among the methods"
+        )
+    return {name: dict(held.get(name, {})) for name in methods}
+
+
+def _tried(  # noqa: PLR0917 - all of them a search's own
     name: str,
     score: Callable[[Settings], float],
     start: UnlearningMethod,
     trials: int,
     seed: int,
+    held: Settings,
 ) -> list[Json]:
     """Settings with their scores: first all over the space, then near the best."""
     tried: list[Json] = []
-    for number, drawn in enumerate(drawn_settings(name, trials, seed)):
+    for number, drawn in enumerate(drawn_settings(name, trials, seed, held)):
         settings = drawn
         if number > trials // 2:
             best = {field: _told(start, field) for field in SPACES[name]} | _best(tried)["settings"]
             random = generator(seed, f"tuning {name} near the best", number)
-            settings = {f: s.near(best[f], random) for f, s in SPACES[name].items()}
+            settings = {f: s.near(best[f], random) for f, s in SPACES[name].items()} | held
         tried.append({"settings": settings, "score": score(settings)})
     return tried
 
@@ -149,7 +167,8 @@ def _same(told: Json | None, name: str, trials: int, header: Json) -> bool:
     """Whether this very tuning of a method is done already."""
     if told is None or any(told.get(field) != value for field, value in header.items()):
         return False
-    drawn, known = drawn_settings(name, trials, header["seed"]), told["trials"]
+    drawn = drawn_settings(name, trials, header["seed"], header["held"])
+    known = told["trials"]
     over = trials // 2 + 1
     return len(known) == len(drawn) and [t["settings"] for t in known[:over]] == drawn[:over]
 
@@ -159,13 +178,16 @@ def _keep(run: Run, found: Json) -> None:
     run.path.write(TUNED, text.encode() + b"\n")
 
 
-def drawn_settings(name: str, trials: int, seed: int) -> list[Settings]:
+def drawn_settings(
+    name: str, trials: int, seed: int, held: Settings | None = None
+) -> list[Settings]:
     """Settings to try: those that a method has by itself, then random ones.
 
     Args:
         name: of the method.
         trials: how many; a method without anything to tune has one.
         seed: of the draw.
+        held: settings that all of them have.
 
     Returns:
         Values by field, as text.
@@ -174,9 +196,10 @@ def drawn_settings(name: str, trials: int, seed: int) -> list[Settings]:
         >>> drawn_settings("do_nothing", 12, 0), len(drawn_settings("dmm", 12, 0))
         ([{}], 12)
     """
-    space: Space = SPACES[name]
+    space, same = SPACES[name], held or {}
     random = [generator(seed, f"tuning {name}", number) for number in range(trials - 1)]
-    return [{}] + [{f: s.draw(r) for f, s in space.items()} for r in random if space]
+    each = [{f: s.draw(r) for f, s in space.items()} for r in random if space]
+    return [drawn | same for drawn in ({}, *each)]
 
 
 def tuned_settings(

@@ -67,7 +67,7 @@ class Among(Setting):
 Space = Mapping[str, Setting]
 
 MATCHING: Space = {
-    "rate": Between(1e-3, 2e-2),
+    "rate": Between(3e-4, 2e-2),
     "forget_multiplier": Among(("1", "2", "3", "5")),
     "retain_multiplier": Among(("1", "2", "4")),
     "retain_extra": Among(("50", "100", "200", "400")),
@@ -96,7 +96,7 @@ SPACES: Mapping[str, Space] = {
     "gradient_ascent": {"rate": Between(1e-4, 0.1), "epochs": EPOCHS},
     "fine_tune": {"rate": Between(1e-3, 0.3), "epochs": EPOCHS},
     "neggrad_plus": {
-        "rate": Between(1e-3, 0.5),
+        "rate": Between(1e-4, 0.5),
         "alpha": Among(("0.3", "0.5", "0.7", "0.8", "0.9", "0.95", "0.99", "0.999")),
         "epochs": EPOCHS,
         "forget_batch_size": FORGET_BATCH,

@@ -220,6 +220,7 @@ def _tune(options: argparse.Namespace) -> Told:
         n_models=options.n_models,
         seed=options.seed,
         predictor=options.predictor,
+        held=_held(options.hold),
         **_where(options),
     )
     return told, f"{tuning_table(told)}\nwritten to {beside(options.run, TUNED)}"
@@ -279,15 +280,28 @@ def _model(run: Run, checkpoint: str | None) -> Model:
     return load_model(run.task, checkpoint, purged=run.purged)
 
 
-def _settings(pairs: Sequence[str]) -> dict[str, str]:
+def _held(pairs: Sequence[str]) -> dict[str, dict[str, str]]:
+    held: dict[str, dict[str, str]] = {}
+    for setting, value in _settings(pairs, "--hold", "method.field=value").items():
+        method, dot, field = setting.partition(".")
+        if not dot:
+            given = f"{setting}={value}"
+            raise ValueError(f"--hold takes method.field=value, got {given!r}")
+        held.setdefault(method, {})[field] = value
+    return held
+
+
+def _settings(
+    pairs: Sequence[str], option: str = "--set", form: str = "field=value"
+) -> dict[str, str]:
     wrong = [pair for pair in pairs if "=" not in pair]
     if wrong:
-        raise ValueError(f"--set takes field=value, got {wrong[0]!r}")
+        raise ValueError(f"{option} takes {form}, got {wrong[0]!r}")
     settings = dict(pair.split("=", 1) for pair in pairs)
     if len(settings) < len(pairs):
         names = [pair.split("=", 1)[0] for pair in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"--set gives {twice!r} twice: give each field once")
+        raise ValueError(f"{option} gives {twice!r} twice: give each field once")
     return settings
 
 

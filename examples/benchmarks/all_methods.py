@@ -187,7 +187,9 @@ def main() -> None:
         f"Precomputed in {minutes(begin)}, what was there before not counted.",
         *calibrated(run),
     ]
-    settings: dict[str, dict[str, str]] = {name: {} for name in methods}
+    matching = [name for name in methods if "forget_multiplier" in SPACES[name]]
+    held = {name: {"passes": options.passes} for name in matching if options.passes}
+    settings: dict[str, dict[str, str]] = {name: dict(held.get(name, {})) for name in methods}
     start = time.perf_counter()
     if options.trials:
         told = tune_methods(
@@ -197,6 +199,7 @@ def main() -> None:
             trials=options.trials,
             n_models=options.tune_models or count,
             predictor=options.predictor,
+            held=held,
         )
         settings |= tuned_settings(run, methods, forgets, predictor=options.predictor)
         tuned_on = told[methods[0]]["specs"]
@@ -210,9 +213,6 @@ def main() -> None:
         )
     else:
         facts.append("Settings are those that methods ship with; none was tuned on this task.")
-    if options.passes:
-        matching = [name for name in methods if "forget_multiplier" in SPACES[name]]
-        settings |= {name: settings[name] | {"passes": options.passes} for name in matching}
     start = time.perf_counter()
     more = {"n_models": count, "settings": settings, "budgets": options.budgets}
     evaluation = evaluate_methods(run, forgets, methods, predictor=options.predictor, **more)

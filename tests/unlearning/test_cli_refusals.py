@@ -20,6 +20,7 @@ PREDICT = ("predict", "--run", "RUN")
 UNLEARN = ("unlearn", "--run", "RUN", *FEW, "--out", "OUT/model.safetensors")
 DMM = (*UNLEARN, "--method", "dmm")
 EVALUATE = ("evaluate", "--run", "RUN", *FEW, "--workers", "0")
+TUNE = ("tune", "--run", "RUN", "--methods", "dmm", "--workers", "0", "--n-models", "2")
 FIVE = ("--methods", "dmm", "--n-models", "5")
 PRECOMPUTE = ("precompute", "OUT/small.py:task", "--run", "OUT/run", *SIZES)
 
@@ -93,6 +94,9 @@ WORDS = [
     ((*DMM, "--set", "rate=fast"), "setting 'rate' of method 'dmm' takes float values, got 'fast'"),
     ((*DMM, "--set", "batch_size=2.5"), "setting 'batch_size' of method 'dmm' takes int values, g"),
     ((*DMM, "--set", "rate"), "--set takes field=value, got 'rate'"),
+    ((*TUNE, "--hold", "dmm.rate"), "--hold takes method.field=value, got 'dmm.rate'"),
+    ((*TUNE, "--hold", "rate=1"), "--hold takes method.field=value, got 'rate=1'"),
+    ((*TUNE, "--hold", "pgu.rate=1"), "settings of 'pgu' are held, but it is not tuned: name it"),
     ((*DMM, "--set", "rate=1", "--set", "rate=2"), "--set gives 'rate' twice: give each field o"),
     ((*DMM, "--set", "rate=-1"), "Matching.rate must be above 0 and finite, got -1.0"),
     ((*DMM, "--set", "rate=nan"), "Matching.rate must be above 0 and finite, got nan"),

@@ -83,7 +83,7 @@ def test_the_second_half_of_the_trials_stays_near_the_best():
         asked.append(settings)
         return abs(np.log(float(settings.get("rate", 0.001)) / 0.03))
 
-    tried = tuning._tried("fine_tune", score, FineTune(), 200, 0)
+    tried = tuning._tried("fine_tune", score, FineTune(), 200, 0, {})
     assert [trial["settings"] for trial in tried] == asked
     assert asked[:101] == drawn_settings("fine_tune", 200, 0)[:101]
     far, near = (
@@ -91,6 +91,36 @@ def test_the_second_half_of_the_trials_stays_near_the_best():
     )
     assert near.std() < 1 < far.std()
     assert tuning._best(tried)["score"] < 0.02
+
+
+def test_what_is_held_is_in_every_trial_and_in_what_is_chosen(run, monkeypatch):
+    asked = []
+
+    def score(audit, method, *_):
+        del audit
+        asked.append((method.epochs, method.rate))
+        return float(len(asked))
+
+    monkeypatch.setattr(tuning, "_score", score)
+    held = {"fine_tune": {"epochs": "4"}}
+    told = tuned(run, ["fine_tune"], held=held, trials=5)["fine_tune"]
+    assert told["held"] == {"epochs": "4"}
+    assert [epochs for epochs, _ in asked] == [4] * 5 * len(SETS)
+    assert len({rate for _, rate in asked}) == 5
+    audited = [parse_forget(run.task, "random:5:0")]
+    assert tuned_settings(run, ["fine_tune"], audited) == {"fine_tune": {"epochs": "4"}}
+    count = len(asked)
+    assert tuned(run, ["fine_tune"], held=held, trials=5)["fine_tune"] == told
+    assert len(asked) == count
+    tuned(run, ["fine_tune"], trials=5)
+    assert len(asked) == count + 5 * len(SETS)
+
+
+def test_settings_held_of_no_method_or_of_no_field_are_refused(run):
+    with pytest.raises(ValueError, match="settings of 'scrub' are held, but it is not tuned: name"):
+        tuned(run, ["fine_tune"], held={"scrub": {"rate": "1"}})
+    with pytest.raises(ValueError, match="method 'fine_tune' has no setting 'passes'; it has"):
+        tuned(run, ["fine_tune"], held={"fine_tune": {"passes": "1"}})
 
 
 def test_the_best_score_is_kept_and_told(run):
