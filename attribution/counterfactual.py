@@ -87,7 +87,12 @@ class Counterfactual(ABC):
         """
 
     def predict(
-        self, model: Model, forget: ForgetSet, targets: Sequence[str] | Rows | None = None
+        self,
+        model: Model,
+        forget: ForgetSet,
+        targets: Sequence[str] | Rows | None = None,
+        *,
+        device: str = "cpu",
     ) -> Prediction:
         """Predicted outputs of the model retrained without the forget set.
 
@@ -98,6 +103,7 @@ class Counterfactual(ABC):
             model: starting point.
             forget: rows to forget.
             targets: ids or positions of targets; None: all of the task's.
+            device: where the model's own outputs are computed.
 
         Returns:
             The prediction.
@@ -108,7 +114,7 @@ class Counterfactual(ABC):
         self.check_task(model.task)
         places = target_positions(model.task, targets)
         change = self.change(forget.union(model.task, model.forgotten), model.forgotten, places)
-        before = model.outputs(places)
+        before = model.outputs(places, device=device)
         ids = tuple(model.task.target_ids[i] for i in places)
         return Prediction(ids, before, change.applied(before), change.std, change.noise)
 

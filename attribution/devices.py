@@ -1,6 +1,8 @@
-"""Which GPUs the processes that compute on a device get."""
+"""How work is done on a device: which GPUs its processes get, and how exactly GPUs convolve."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -35,3 +37,26 @@ def visible_gpus(
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (named.split(",") if named else [str(i) for i in range(count)])[:count]
+
+
+@contextmanager
+def repeatable(*, tf32: bool = False) -> Iterator[None]:
+    """Runs the body with convolutions on GPUs that give the same bits every time.
+
+    A GPU rounds what it convolves to TF32, 10 bits, unless told otherwise: too rough for gradients
+    that are held against those of a CPU, enough for training.
+
+    Args:
+        tf32: whether inputs of convolutions may be rounded to TF32, as torch is set.
+
+    Example:
+        >>> with repeatable():
+        ...     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32
+        (True, False)
+    """
+    library = torch.backends.cudnn
+    rounded = tf32 and library.allow_tf32
+    with library.flags(
+        enabled=library.enabled, benchmark=False, deterministic=True, allow_tf32=rounded
+    ):
+        yield

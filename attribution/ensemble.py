@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from attribution.descent import Recordings, stack, unstack
-from attribution.devices import visible_gpus
+from attribution.devices import repeatable, visible_gpus
 from attribution.ensemble_store import ensemble_store, state_keys
 from attribution.forget import ForgetSet
 from attribution.model import Model, check_state
@@ -167,7 +167,7 @@ class _TrainBlock:
         store = Store.open(self.path, "ensemble")
         span = store.spec.span(block)
         subsets = [np.flatnonzero(mask) for mask in store.constant("mask")[span]]
-        with threads(1):
+        with threads(1), repeatable(tf32=True):
             states = self._trained(subsets, range(span.start, span.stop))
             self._refuse_diverged(span, [list(state.values()) for state in states])
             for index, state in enumerate(states if not self.many else [], span.start):

@@ -52,10 +52,13 @@ class Model:
     moments: Mapping[str, Tensor] | None = field(default=None, repr=False)
     since: ForgetSet | None = None
 
-    def outputs(self, targets: Rows | list[int] | None = None) -> Array:
+    def outputs(
+        self, targets: Rows | list[int] | None = None, *, device: str | torch.device = "cpu"
+    ) -> Array:
         """Outputs [target, output] on some targets, by position; None: on all of them."""
         inputs, _ = self.task.targets(targets)
-        return evaluate(self.task.new_model(0), self.state, inputs).numpy()
+        state = {name: tensor.to(device) for name, tensor in self.state.items()}
+        return evaluate(self.task.new_model(0).to(device), state, inputs).numpy()
 
     def digest(self) -> str:
         """The sha256 over names and values of the state."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from attribution.devices import visible_gpus
 from attribution.ensemble import Ensemble
 from attribution.model import Model
 from attribution.outputs import evaluate
@@ -112,7 +113,7 @@ def input_moments(module: nn.Module, state: Mapping[str, Tensor], inputs: Tensor
         inputs: rows, [row, ...].
 
     Returns:
-        By layer name, of the layer's `moment_shape`, float64.
+        By layer name, of the layer's `moment_shape`, float64, on the state's device.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -208,6 +209,7 @@ class _MomentBlock:
     task: Task
     ensemble: Store
     path: str
+    device: str
 
     def __call__(self, block: int) -> None:
         store = Store.open(self.path, "moments")
@@ -219,19 +221,20 @@ class _MomentBlock:
 
     def _of(self, model: Model) -> dict[str, Any]:
         inputs, _ = self.task.rows("train", np.arange(len(self.task.train_ids)))
-        found = input_moments(self.task.new_model(0), model.state, inputs)
-        arrays = {f"moment_{i}": value.numpy() for i, value in enumerate(found.values())}
+        module = self.task.new_model(0).to(self.device)
+        state = {name: tensor.to(self.device) for name, tensor in model.state.items()}
+        found = input_moments(module, state, inputs)
+        arrays = {f"moment_{i}": value.cpu().numpy() for i, value in enumerate(found.values())}
         arrays["digest"] = np.frombuffer(bytes.fromhex(model.digest()), dtype=np.uint8)
-        arrays["accuracy"] = np.array(_test_quality(model))
+        arrays["accuracy"] = np.array(_test_quality(self.task, module, state))
         return arrays
 
 
-def _test_quality(model: Model) -> float:
-    task = model.task
+def _test_quality(task: Task, module: nn.Module, state: State) -> float:
     if not task.test_ids:
         return 1.0
     inputs, labels = task.rows("test", np.arange(len(task.test_ids)))
-    outputs = evaluate(task.new_model(0), model.state, inputs)
+    outputs = evaluate(module, state, inputs)
     return float(task.loss.quality(outputs, labels).mean())
 
 
@@ -239,6 +242,7 @@ def compute_moments(
     ensemble: Ensemble,
     to: Where,
     *,
+    device: str = "cpu",
     workers: int | None = 0,
     scheduler: str | None = None,
 ) -> Moments:
@@ -247,7 +251,8 @@ def compute_moments(
     Args:
         ensemble: models with their weights.
         to: folder of the store.
-        workers: processes; 0 for this process.
+        device: where to compute.
+        workers: processes; None for one per core or GPU, 0 for this process.
         scheduler: address of an existing dask scheduler instead.
 
     Returns:
@@ -282,13 +287,20 @@ def compute_moments(
         StoreSpec("moments", "model", min(20, count), arrays),
         Provenance(
             {"ensemble": dict(ensemble.store.provenance.settings)},
-            {"versions": versions("torch", "datamodel-matching")},
+            {"versions": versions("torch", "datamodel-matching"), "device": device},
         ),
         attributes={"layers": list(shapes)},
     )
     if store.pending():
-        work = in_turns(_MomentBlock(task, ensemble.store, store.path), store)
+        work = in_turns(_MomentBlock(task, ensemble.store, store.path, device), store)
         title = f"moments of {os.path.basename(ensemble.store.path)}"
         at = None if scheduler else workers
-        run_blocks(work, store.pending(), title=title, workers=at, scheduler=scheduler)
+        run_blocks(
+            work,
+            store.pending(),
+            title=title,
+            workers=at,
+            scheduler=scheduler,
+            gpus=visible_gpus(device, at, scheduler),
+        )
     return Moments.open(store.finalize().path)

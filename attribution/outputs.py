@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from attribution.devices import repeatable
 from attribution.paths import channels_last, takes_channels_last
 from attribution.task import Task
 
@@ -21,24 +22,25 @@ def evaluate(module: nn.Module, state: Mapping[str, Tensor], inputs: Tensor) -> 
 
     Args:
         module: gives the structure; neither its weights nor its mode change.
-        state: state dict of the model.
-        inputs: [row, ...].
+        state: state dict of the model, on the device where to compute.
+        inputs: [row, ...], on any device.
 
     Returns:
-        Outputs [row, output].
+        Outputs [row, output], on the inputs' device.
 
     Example:
         >>> evaluate(nn.Linear(2, 1), nn.Linear(2, 1).state_dict(), torch.zeros(3, 2)).shape
         torch.Size([3, 1])
     """
-    turned = takes_channels_last(module, inputs)
+    device = next(iter(state.values())).device if state else inputs.device
+    turned = takes_channels_last(module, inputs[:2].to(device))
 
     def run(rows: Tensor) -> Tensor:
         rows = channels_last(rows) if turned else rows
         # A state holds layers that share a parameter each with a tensor of its own.
         return functional_call(module, dict(state), (rows,), tie_weights=False)  # type: ignore[no-any-return]
 
-    return _in_pieces(module, inputs, run, 0)
+    return _in_pieces(module, inputs, run, 0, device)
 
 
 def evaluate_many(module: nn.Module, states: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
@@ -46,11 +48,11 @@ def evaluate_many(module: nn.Module, states: Mapping[str, Tensor], inputs: Tenso
 
     Args:
         module: gives the structure; neither its weights nor its mode change.
-        states: stacked state dicts, each tensor [model, ...].
-        inputs: [row, ...].
+        states: stacked state dicts, each tensor [model, ...], on the device where to compute.
+        inputs: [row, ...], on any device.
 
     Returns:
-        Outputs [model, row, output].
+        Outputs [model, row, output], on the inputs' device.
 
     Example:
         >>> from attribution.descent import stack
@@ -63,17 +65,22 @@ def evaluate_many(module: nn.Module, states: Mapping[str, Tensor], inputs: Tenso
         call = vmap(lambda state: functional_call(module, state, (rows,), tie_weights=False))
         return call(dict(states))  # type: ignore[no-any-return]
 
-    return _in_pieces(module, inputs, run, 1)
+    return _in_pieces(module, inputs, run, 1, next(iter(states.values())).device)
 
 
 def _in_pieces(
-    module: nn.Module, inputs: Tensor, run: Callable[[Tensor], Tensor], axis: int
+    module: nn.Module,
+    inputs: Tensor,
+    run: Callable[[Tensor], Tensor],
+    axis: int,
+    device: torch.device,
 ) -> Tensor:
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        with torch.no_grad():
-            return torch.cat([run(rows) for rows in inputs.split(ROWS_AT_ONCE)], dim=axis)
+        with torch.no_grad(), repeatable():
+            pieces = [run(rows.to(device)) for rows in inputs.split(ROWS_AT_ONCE)]
+            return torch.cat(pieces, dim=axis).to(inputs.device)
     finally:
         for part, mode in modes.items():
             part.training = mode

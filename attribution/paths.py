@@ -123,7 +123,7 @@ def takes_channels_last(module: nn.Module, inputs: Tensor) -> bool:
         return False
     if not any(isinstance(part, nn.Conv2d) for part in module.modules()):
         return False
-    probe = deepcopy(module).eval()
+    probe = _without_hooks(deepcopy(module).eval())
     try:
         with torch.enable_grad():
             outputs = probe(channels_last(inputs[:2]))
@@ -131,6 +131,14 @@ def takes_channels_last(module: nn.Module, inputs: Tensor) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    # Hooks are copied with a module, and those that look on would see rows that are not theirs.
+    for part in module.modules():
+        for hooks in (part._forward_pre_hooks, part._forward_hooks, part._backward_hooks):
+            hooks.clear()
+    return module
 
 
 def channels_last(inputs: Tensor) -> Tensor:

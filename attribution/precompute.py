@@ -95,7 +95,7 @@ def precompute(
             cure = "; --newton-checkpoints 0 makes a run without it"
             _check_gradients(task, Projection(seed=seed), cure)
         _record(path, settings)
-        run = Run(place(path), settings, task)
+        run = Run(place(path), settings, task, device)
         at: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
         with writers_turn(path):
             _refuse_purged(run)
@@ -113,7 +113,7 @@ def _fill(
     if not _made_before(to, remove=[to]):
         method = REGRESSIONS[settings.datamodel]()
         fit_datamodels(ensemble, anchor=full, to=to, method=method, seed=seed, **at)
-    compute_moments(full, run.path / "moments", **at)
+    compute_moments(full, run.path / "moments", **where)
     if settings.checkpoints:
         models, projection = full.checkpoints(settings.checkpoints), Projection(seed=seed)
         featurize(run.task, models, run.path / "features", projection=projection, **where)
@@ -175,7 +175,7 @@ def precompute_checkpoints(
         projection = Projection(seed=seed)
         _check_gradients(task, projection, "")
         _record(path, settings)
-        run = Run(place(path), settings, task)
+        run = Run(place(path), settings, task, device)
         where: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler}
         with writers_turn(path):
             _refuse_purged(run)

@@ -73,18 +73,21 @@ class Run:
         path: where it lies.
         settings: what it was asked for.
         task: the task.
+        device: where what its stores lack is computed.
     """
 
     path: Place
     settings: RunSettings
     task: Task = field(repr=False)
+    device: str = "cpu"
 
     @classmethod
-    def open(cls, path: Where) -> "Run":
+    def open(cls, path: Where, device: str = "cpu") -> "Run":
         """Opens a run that was precomputed.
 
         Args:
             path: its folder.
+            device: where what its stores lack is computed.
 
         Returns:
             The run.
@@ -95,7 +98,7 @@ class Run:
         """
         settings = read_settings(path)
         task = task_left(load_task(settings.task, outside=path), path)
-        run = cls(place(path), settings, task)
+        run = cls(place(path), settings, task, device)
         _refuse_changed_task(run)
         return run
 
@@ -120,7 +123,7 @@ class Run:
     @cached_property
     def features(self) -> Features:
         """Projected gradients of some full models."""
-        return Features.open(self.path / "features", self.task)
+        return Features.open(self.path / "features", self.task, self.device)
 
     @cached_property
     def calibration(self) -> RunCalibration | None:

@@ -39,7 +39,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Runs the body with torch's global generator at a seed (dropout draws from it).
+    """Runs the body with torch's global generators at a seed (dropout draws from them).
 
     Args:
         seed: the seed.
@@ -51,7 +51,8 @@ def seeded(seed: int) -> Iterator[None]:
         ...     torch.equal(first, torch.rand(2))
         True
     """
-    with torch.random.fork_rng(devices=[]):
+    used = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=used):
         torch.manual_seed(seed)
         yield
 

@@ -61,6 +61,7 @@ class UnlearnedModels:
         moments: of the retain rows' inputs, each [model, *moment_shape], which they carry to their
             next request; None for models that have seen no projected one.
         since: of the forgotten rows, those that these moments still count; None for none.
+        device: where outputs are computed.
     """
 
     task: Task
@@ -72,6 +73,7 @@ class UnlearnedModels:
     digests: tuple[str, ...] = field(repr=False)
     moments: State | None = field(repr=False)
     since: ForgetSet | None = None
+    device: str | torch.device = "cpu"
 
     def __len__(self) -> int:
         """The number of models."""
@@ -97,9 +99,12 @@ class UnlearnedModels:
     def _evaluated(self) -> Tensor:
         inputs, _ = self.task.targets()
         module = self.task.new_model(0)
-        if at_once(module, inputs[:2], inputs.device, training=False):
-            return evaluate_many(module, self.states, inputs)
-        each = [evaluate(module, unstack(self.states, i), inputs) for i in range(len(self))]
+        many = at_once(module, inputs[:2], self.device, training=False)
+        states = {name: tensor.to(self.device) for name, tensor in self.states.items()}
+        module = module.to(self.device)
+        if many:
+            return evaluate_many(module, states, inputs)
+        each = [evaluate(module, unstack(states, i), inputs) for i in range(len(self))]
         return torch.stack(each)
 
     @cached_property
@@ -295,6 +300,7 @@ def unlearn_models(
         digests=digests,
         moments=None if carried is None else {n: tensor.cpu() for n, tensor in carried.items()},
         since=since,
+        device=torch.device(device),
     )
 
 

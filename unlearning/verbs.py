@@ -102,12 +102,12 @@ def _precompute_checkpoints(options: argparse.Namespace) -> Told:
 def _predict(options: argparse.Namespace) -> Told:
     if options.out:
         check_prediction_file(options.out)
-    run = Run.open(options.run)
+    run = Run.open(options.run, options.device)
     forget = parse_forget(run.task, options.forget)
     targets = parse_targets(run.task, options.targets, forget)
     model = _model(run, options.checkpoint)
     chosen = options.predictor or run.best
-    prediction = run.predictor(chosen).predict(model, forget, targets)
+    prediction = run.predictor(chosen).predict(model, forget, targets, device=options.device)
     if options.out:
         write_prediction(prediction, options.out, forget)
     columns = ("before", "mean", "std", "noise")
@@ -123,7 +123,7 @@ def _explain(options: argparse.Namespace) -> Told:
         raise ValueError("--thumbnails shows images on a page: name it with --out FILE.html")
     if options.out:
         check_writable(options.out)
-    run = Run.open(options.run)
+    run = Run.open(options.run, options.device)
     found = explain(run_scores(run, options.predictor), run.task, options.target, options.top)
     text = explanation_table(found)
     if options.out:
@@ -141,7 +141,7 @@ def _unlearn(options: argparse.Namespace) -> Told:
     if "://" in options.out:
         raise ValueError(f"models are written to files, got {options.out!r}")
     check_writable(options.out)
-    run = Run.open(options.run)
+    run = Run.open(options.run, options.device)
     forget = parse_forget(run.task, options.forget)
     model = _model(run, options.checkpoint)
     still_there(run.task, forget, model.forgotten)
@@ -179,7 +179,7 @@ def _evaluate(options: argparse.Namespace) -> Told:
     out = options.out or beside(options.run, EVALUATION)
     check_writable(out)
     recipe = read_recipe(options.recipe) if options.recipe else None
-    run = Run.open(options.run)
+    run = Run.open(options.run, options.device)
     forgets = [parse_forget(run.task, spec) for spec in options.forget]
     shared = {"seed": options.seed, "predictor": options.predictor}
     if run.settings.files:
@@ -211,7 +211,7 @@ def _evaluate(options: argparse.Namespace) -> Told:
 
 def _tune(options: argparse.Namespace) -> Told:
     methods = _methods(options)
-    run = Run.open(options.run)
+    run = Run.open(options.run, options.device)
     told = tune_methods(
         run,
         methods,

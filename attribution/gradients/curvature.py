@@ -16,13 +16,16 @@ from stores import ArraySpec, BlockDone, Provenance, Store, StoreSpec, mapped
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def stored_curvature(task: Task, store: Store, temperature: float = 1.0) -> Matrix:
+def stored_curvature(
+    task: Task, store: Store, temperature: float = 1.0, device: str = "cpu"
+) -> Matrix:
     """Curvature of one checkpoint from the store beside its features; computed if missing.
 
     Args:
         task: gives loss and training rows.
         store: of the checkpoint's features.
         temperature: what outputs are divided by before the loss.
+        device: where to compute it if it is missing.
 
     Returns:
         H = sum_i J_i^T R_i J_i over the training rows, [k, k].
@@ -52,7 +55,7 @@ def stored_curvature(task: Task, store: Store, temperature: float = 1.0) -> Matr
         ),
     )
     if kept.pending():
-        found = train_curvature(task, store, temperature)
+        found = train_curvature(task, store, temperature, device)
         try:
             with suppress(BlockDone):  # by another process, with the same bits
                 kept.write_block(0, {"curvature": found})
@@ -62,16 +65,19 @@ def stored_curvature(task: Task, store: Store, temperature: float = 1.0) -> Matr
     return mapped(kept, "curvature", 0)
 
 
-def train_curvature(task: Task, store: Store, temperature: float = 1.0) -> Matrix:
+def train_curvature(
+    task: Task, store: Store, temperature: float = 1.0, device: str = "cpu"
+) -> Matrix:
     """H = sum_i J_i^T R_i J_i over the training rows, R_i the loss's Hessian at the outputs.
 
     Blocks are taken in order, one at a time and on one thread, so that the bits depend on
-    nothing else; products are in the features' dtype, sums over pieces in float64.
+    nothing but the device; products are in the features' dtype, sums over pieces in float64.
 
     Args:
         task: gives loss and training rows.
         store: of a checkpoint's features.
         temperature: T; R_i is taken at outputs / T and divided by T.
+        device: where to compute.
 
     Returns:
         H, [k, k].
@@ -80,15 +86,15 @@ def train_curvature(task: Task, store: Store, temperature: float = 1.0) -> Matri
         ValueError: features of training rows are pending.
     """
     width = store.spec.array("features").shape[2]
-    found = torch.zeros(width, width, dtype=torch.float64)
+    found = torch.zeros(width, width, dtype=torch.float64, device=device)
     with threads(1):
         for block in blocks_of(task, store.spec, "train"):
             rows = len(task.train_ids) - store.spec.span(block).start
             features = torch.from_numpy(block_features(store, block)[:rows])
             outputs = torch.from_numpy(store.numpy("outputs", block)[:rows])
             for piece in _pieces(features, outputs):
-                found += _sum(task.loss, temperature, *piece)
-    return ((found + found.T) / 2).numpy()
+                found += _sum(task.loss, temperature, *(part.to(device) for part in piece))
+    return ((found + found.T) / 2).cpu().numpy()
 
 
 def _folder(checkpoint: int, temperature: float) -> str:

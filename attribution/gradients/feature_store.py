@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attribution import effects
+from attribution.devices import repeatable
 from attribution.forget import ForgetSet
 from attribution.gradients.projection import Projection
 from attribution.gradients.projector import GradientProjector, gradient_projector
@@ -132,7 +133,6 @@ def create_store(
             "keys": list(model.state),
             "forgotten": forgotten,
             "provenance": dict(model.provenance),
-            "device": device,
         },
     )
 
@@ -211,10 +211,12 @@ class FeatureBlock:
     Args:
         task: the task.
         paths: of the checkpoints' stores; each has the same blocks.
+        device: where to compute.
     """
 
     task: Task
     paths: tuple[str, ...]
+    device: str = "cpu"
 
     def __call__(self, number: int) -> None:
         """Writes block `number % blocks` of checkpoint `number // blocks`."""
@@ -222,12 +224,12 @@ class FeatureBlock:
         checkpoint, block = divmod(number, first.spec.blocks)
         store = Store.open(self.paths[checkpoint], KIND)
         span = store.spec.span(block)
-        with threads(1):
+        with threads(1), repeatable():
             found = self._computed(store, np.arange(span.start, span.stop))
         store.write_block(block, _arrays(store, *found))
 
     def _computed(self, store: Store, targets: Numbers) -> tuple[Numbers, Numbers]:
-        device = torch.device(str(store.attributes["device"]))
+        device = torch.device(self.device)
         projector = stored_projector(self.task, store)
         projector.module.to(device)
         state: State = {

@@ -51,6 +51,7 @@ class Features:
     Args:
         task: what the checkpoints were trained for.
         stores: one a checkpoint.
+        device: where what is missing is computed.
 
     Example:
         >>> import tempfile
@@ -65,14 +66,16 @@ class Features:
 
     task: Task = field(repr=False)
     stores: tuple[Store, ...] = field(repr=False)
+    device: str = "cpu"
 
     @classmethod
-    def open(cls, path: Where, task: Task) -> "Features":
+    def open(cls, path: Where, task: Task, device: str = "cpu") -> "Features":
         """Opens features made from this task.
 
         Args:
             path: their folder.
             task: the task.
+            device: where what is missing is computed.
 
         Returns:
             The features.
@@ -93,7 +96,7 @@ class Features:
                     f"{store.path} is not finished: {len(missing)} blocks of training rows are"
                     " pending; run the command that makes it again, it resumes"
                 )
-        return cls(task, stores)
+        return cls(task, stores, device)
 
     def __len__(self) -> int:
         return len(self.stores)
@@ -185,7 +188,7 @@ class Features:
 
     def first(self, count: int) -> "Features":
         """The features of its first checkpoints."""
-        return Features(self.task, self.stores[:count])
+        return Features(self.task, self.stores[:count], self.device)
 
     def curvature(
         self, checkpoint: int, temperature: float = 1.0
@@ -209,7 +212,7 @@ class Features:
         place = checkpoint, temperature
         if place not in self._curvatures:
             store = self.stores[checkpoint]
-            self._curvatures[place] = stored_curvature(self.task, store, temperature)
+            self._curvatures[place] = stored_curvature(self.task, store, temperature, self.device)
         return self._curvatures[place]
 
     @cached_property
@@ -243,7 +246,7 @@ class Features:
         if missing:
             refuse_changed_task(self.task, store)
         try:
-            work = in_turns(FeatureBlock(self.task, (store.path,)), store)
+            work = in_turns(FeatureBlock(self.task, (store.path,), self.device), store)
             run_blocks(work, missing, title="features", workers=0)
         except BlocksFailed as error:
             raise ValueError(
@@ -328,7 +331,7 @@ def featurize(
         )
         for number, model in enumerate(checkpoints)
     )
-    found = Features(task, stores)
+    found = Features(task, stores, device)
     _check_rows_apart(found)
     wanted = set(blocks_of(task, stores[0].spec, targets))
     missing = [
@@ -337,7 +340,7 @@ def featurize(
         for pending in store.pending()
         if pending in wanted
     ]
-    work = FeatureBlock(task, tuple(store.path for store in stores))
+    work = FeatureBlock(task, tuple(store.path for store in stores), device)
     at = None if scheduler else workers
     run_blocks(
         in_turns(work, *stores),

@@ -59,6 +59,14 @@ def test_asking_changes_nothing():
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
+def test_hooks_see_no_other_rows():
+    module, seen = convolving(), []
+    module[0].register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    module[0].register_forward_hook(lambda _, given, outputs: seen.append(len(outputs)))
+    evaluate(module, module.state_dict(), images())
+    assert seen == [7, 7]
+
+
 @pytest.mark.parametrize("make", [convolving, viewing])
 def test_outputs_are_those_of_the_plain_way(make):
     module = make()
