@@ -1,7 +1,7 @@
 """One checkpoint's features on disk: layout, provenance, and how a block is computed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, takewhile
 from typing import Any, Literal
 
@@ -217,6 +217,8 @@ class FeatureBlock:
     task: Task
     paths: tuple[str, ...]
     device: str = "cpu"
+    # A worker keeps this object for all its blocks, and with it the latest checkpoint.
+    latest: dict[int, tuple[GradientProjector, State]] = field(default_factory=dict, repr=False)
 
     def __call__(self, number: int) -> None:
         """Writes block `number % blocks` of checkpoint `number // blocks`."""
@@ -225,20 +227,26 @@ class FeatureBlock:
         store = Store.open(self.paths[checkpoint], KIND)
         span = store.spec.span(block)
         with threads(1), repeatable():
-            found = self._computed(store, np.arange(span.start, span.stop))
+            found = self._computed(checkpoint, store, np.arange(span.start, span.stop))
         store.write_block(block, _arrays(store, *found))
 
-    def _computed(self, store: Store, targets: Numbers) -> tuple[Numbers, Numbers]:
-        device = torch.device(self.device)
-        projector = stored_projector(self.task, store)
-        projector.module.to(device)
-        state: State = {
-            name: tensor.to(device) for name, tensor in stored_model(self.task, store).state.items()
-        }
+    def _computed(self, checkpoint: int, store: Store, targets: Numbers) -> tuple[Numbers, Numbers]:
+        projector, state = self._opened(checkpoint, store)
         inputs, _ = self.task.targets(targets)
-        parts = [_of_rows(projector, state, rows.to(device)) for rows in inputs.split(ROWS_AT_ONCE)]
+        pieces = inputs.split(ROWS_AT_ONCE)
+        parts = [_of_rows(projector, state, rows.to(self.device)) for rows in pieces]
         features, outputs = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
         return features, outputs
+
+    def _opened(self, checkpoint: int, store: Store) -> tuple[GradientProjector, State]:
+        if checkpoint not in self.latest:
+            self.latest.clear()
+            projector = stored_projector(self.task, store)
+            projector.module.to(self.device)
+            state = stored_model(self.task, store).state
+            moved = {name: tensor.to(self.device) for name, tensor in state.items()}
+            self.latest[checkpoint] = projector, moved
+        return self.latest[checkpoint]
 
 
 def _of_rows(projector: GradientProjector, state: State, inputs: Tensor) -> tuple[Tensor, Tensor]:

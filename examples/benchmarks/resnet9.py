@@ -1,0 +1,158 @@
+"""ResNet-9 on all of CIFAR-10, for a GPU: what each step takes, and what a request comes to.
+
+python examples/benchmarks/resnet9.py --device cuda trains models on all rows, stores projected
+gradients of one of them, predicts what forgetting a random and a coherent set would do, unlearns
+each by matching that prediction and by PGU, and holds the results against models retrained without
+the set. Group Newton is uncalibrated here, so several dampings are shown. Seconds are of one run
+each, costs are shares of the mean training time of one model.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from attribution import (
+    Ensemble,
+    ForgetSet,
+    GroupNewton,
+    Model,
+    Task,
+    compute_moments,
+    draw_subsets,
+    featurize,
+    parse_forget,
+    train_models,
+)
+from attribution.gradients import Projection
+from attribution.outputs import target_margins
+from examples.cifar import cifar10_from, images
+from unlearning import Matching, ProjectedGradient, UnlearningMethod
+from unlearning.cost import hardware
+
+SETS = ("random:500:0", "cluster:500:0")
+SIZES = Projection(inputs=16, outputs=8, vectors=128)
+Result = TypeVar("Result")
+Margins = np.ndarray[Any, Any]
+
+
+def timed(name: str, action: Callable[[], Result]) -> tuple[Result, float]:
+    """What an action gives, and its seconds, which are printed."""
+    start = time.perf_counter()
+    result = action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    taken = time.perf_counter() - start
+    print(f"{name}: {taken:.1f} s", flush=True)
+    return result, taken
+
+
+def trained(task: Task, to: Path, models: int, device: str, without: ForgetSet | None) -> Ensemble:
+    """Models trained on all rows, or on all but a forget set."""
+    subsets = draw_subsets(task, models=models, design="full", without=without, seed=1)
+    return train_models(task, subsets, to, keep="weights", device=device, workers=0)
+
+
+def told(task: Task, forget: ForgetSet, margins: Margins) -> str:
+    """Mean margin and accuracy on the forgotten rows and on the test rows, over models."""
+    test = np.arange(len(task.train_ids), len(task.target_ids))
+    parts = (margins[..., forget.rows], margins[..., test])
+    return ", ".join(
+        f"{name} margin {part.mean():6.2f} accuracy {100 * (part > 0).mean():5.1f} %"
+        for name, part in zip(("forget", "test"), parts, strict=True)
+    )
+
+
+def compare(full: Ensemble, newton: list[GroupNewton], methods: Any, options: Any) -> None:
+    """One forget set after the other: predictions, unlearned models, retrained ones."""
+    task = full.task
+    for spec in options.forget:
+        forget, to = parse_forget(task, spec), options.to / spec.replace(":", "-")
+        retrained, seconds = timed(
+            f"\n{spec}: retraining {options.models} models",
+            lambda: trained(task, to, options.models, options.device, forget),  # noqa: B023
+        )
+        one = seconds / options.models
+        print(f"  as it is   {told(task, forget, full.margins)}")
+        print(f"  retrained  {told(task, forget, retrained.margins)}")
+        wanted = (retrained.margins.mean(0) - full.margins.mean(0))[forget.rows]
+        for predictor in newton:
+            change = predictor.change(forget, None, forget.rows).mean
+            moved = full.outputs[0][forget.rows] + change
+            margins = _margins(task, full.outputs[0], forget, moved)
+            found = margins - full.margins[0][forget.rows]
+            slope, corr = (found @ wanted) / (found @ found), np.corrcoef(found, wanted)[0, 1]
+            print(
+                f"  predicted at damping {predictor.damping:g}: change of margins"
+                f" {found.mean():.2f}, measured {wanted.mean():.2f}, slope {slope:.2f}, correlation"
+                f" {corr:.2f}"
+            )
+        for name, method in methods.items():
+            unlearned(name, method, full.model(0), forget, one, options.device)
+
+
+def unlearned(
+    name: str, method: UnlearningMethod, model: Model, forget: ForgetSet, one: float, device: str
+) -> None:
+    """One request: its seconds, its share of a retraining and where it ends."""
+    result = method(model, model.task, forget, device=device)
+    outputs = result.model.outputs(device=device)
+    margins = target_margins(model.task, outputs)
+    print(f"  {name:10s} {told(model.task, forget, margins)}; {result.seconds:.2f} s,"
+          f" {100 * result.seconds / one:.1f} % of a retraining, {result.status}",
+          flush=True)  # fmt: skip
+
+
+def _margins(task: Task, outputs: Margins, forget: ForgetSet, moved: Margins) -> Margins:
+    every = outputs.copy()
+    every[forget.rows] = moved
+    return target_margins(task, every)[forget.rows]
+
+
+def main() -> None:
+    """Runs the benchmark and prints its figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--to", type=Path, default=Path("runs/resnet9"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--models", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--damping", type=float, nargs="+", default=[25.0, 250.0, 2500.0])
+    parser.add_argument("--passes", type=float, default=0.3, help="of matching")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of matching")
+    parser.add_argument("--forget", nargs="+", default=SETS, metavar="SPEC")
+    options = parser.parse_args()
+    print(f"{hardware()}; torch {torch.__version__}")
+    task, _ = timed("reading CIFAR-10", lambda: cifar10_from(images()))
+    assert task.recipe is not None
+    task = replace(task, recipe=replace(task.recipe, epochs=options.epochs))
+    device, to = options.device, options.to
+    full, _ = timed(
+        f"training {options.models} models, {options.epochs} epochs",
+        lambda: trained(task, to / "full", options.models, device, None),
+    )
+    moments, _ = timed(
+        "moments for PGU", lambda: compute_moments(full, to / "moments", device=device)
+    )
+    features, _ = timed(
+        "projected gradients of one model",
+        lambda: featurize(
+            task, full.checkpoints(1), to / "features", projection=SIZES, device=device
+        ),
+    )
+    rows, outputs = len(task.target_ids), task.new_model(0)(task.targets([0])[0]).shape[1]
+    print(f"  {rows} rows x {outputs} outputs x {features.width} features")
+    timed("curvature", lambda: features.curvature(0))
+    newton = [GroupNewton(task, features, damping=each, steps=1) for each in options.damping]
+    middle = newton[len(newton) // 2]
+    settings = {"passes": options.passes, "rate": options.rate}
+    methods = {"dmm": Matching(middle, **settings), "pgu": ProjectedGradient(moments)}
+    compare(full, newton, methods, options)
+
+
+if __name__ == "__main__":
+    main()
