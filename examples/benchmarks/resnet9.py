@@ -1,10 +1,11 @@
 """ResNet-9 on all of CIFAR-10, for a GPU: what each step takes, and what a request comes to.
 
-python examples/benchmarks/resnet9.py --device cuda trains models on all rows, stores projected
+python examples/benchmarks/resnet9.py trains models on all rows, stores projected
 gradients of one of them, predicts what forgetting a random and a coherent set would do, unlearns
-each by matching that prediction and by PGU, and holds the results against models retrained without
-the set. Group Newton is uncalibrated here, so several dampings are shown. Seconds are of one run
-each, costs are shares of the mean training time of one model.
+each by matching that prediction, by matching the retrained models themselves (om) and by PGU, and
+holds the results against models retrained without the set. Group Newton is uncalibrated here, so
+several dampings and temperatures are shown; dmm takes the last. Seconds are of one run each, costs
+are shares of the mean training time of one model.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from attribution import (
     ForgetSet,
     GroupNewton,
     Model,
+    Moments,
+    Oracle,
     Task,
     compute_moments,
     draw_subsets,
@@ -35,6 +38,7 @@ from examples.cifar import cifar10_from, images
 from unlearning import Matching, ProjectedGradient, UnlearningMethod
 from unlearning.cost import hardware
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETS = ("random:500:0", "cluster:500:0")
 SIZES = Projection(inputs=16, outputs=8, vectors=128)
 Result = TypeVar("Result")
@@ -52,10 +56,10 @@ def timed(name: str, action: Callable[[], Result]) -> tuple[Result, float]:
     return result, taken
 
 
-def trained(task: Task, to: Path, models: int, device: str, without: ForgetSet | None) -> Ensemble:
+def trained(task: Task, to: Path, models: int, without: ForgetSet | None) -> Ensemble:
     """Models trained on all rows, or on all but a forget set."""
     subsets = draw_subsets(task, models=models, design="full", without=without, seed=1)
-    return train_models(task, subsets, to, keep="weights", device=device, workers=0)
+    return train_models(task, subsets, to, keep="weights", device=DEVICE, workers=0)
 
 
 def told(task: Task, forget: ForgetSet, margins: Margins) -> str:
@@ -68,14 +72,15 @@ def told(task: Task, forget: ForgetSet, margins: Margins) -> str:
     )
 
 
-def compare(full: Ensemble, newton: list[GroupNewton], methods: Any, options: Any) -> None:
+def compare(full: Ensemble, newton: list[GroupNewton], moments: Moments, options: Any) -> None:
     """One forget set after the other: predictions, unlearned models, retrained ones."""
     task = full.task
+    settings = {"passes": options.passes, "rate": options.rate}
     for spec in options.forget:
         forget, to = parse_forget(task, spec), options.to / spec.replace(":", "-")
         retrained, seconds = timed(
             f"\n{spec}: retraining {options.models} models",
-            lambda: trained(task, to, options.models, options.device, forget),  # noqa: B023
+            lambda: trained(task, to, options.models, forget),  # noqa: B023
         )
         one = seconds / options.models
         print(f"  as it is   {told(task, forget, full.margins)}")
@@ -88,24 +93,28 @@ def compare(full: Ensemble, newton: list[GroupNewton], methods: Any, options: An
             found = margins - full.margins[0][forget.rows]
             slope, corr = (found @ wanted) / (found @ found), np.corrcoef(found, wanted)[0, 1]
             print(
-                f"  predicted at damping {predictor.damping:g}: change of margins"
-                f" {found.mean():.2f}, measured {wanted.mean():.2f}, slope {slope:.2f}, correlation"
-                f" {corr:.2f}"
+                f"  predicted at damping {predictor.damping:g}, temperature"
+                f" {predictor.temperature:g}: change of margins {found.mean():.2f}, measured"
+                f" {wanted.mean():.2f}, slope {slope:.2f}, correlation {corr:.2f}"
             )
+        methods = {
+            "dmm": Matching(newton[-1], **settings),
+            "om": Matching(Oracle(full, retrained), **settings),
+            "pgu": ProjectedGradient(moments),
+        }
         for name, method in methods.items():
-            unlearned(name, method, full.model(0), forget, one, options.device)
+            print(f"  {name:10s} {request(method, full.model(0), forget, one)}", flush=True)
 
 
-def unlearned(
-    name: str, method: UnlearningMethod, model: Model, forget: ForgetSet, one: float, device: str
-) -> None:
-    """One request: its seconds, its share of a retraining and where it ends."""
-    result = method(model, model.task, forget, device=device)
-    outputs = result.model.outputs(device=device)
-    margins = target_margins(model.task, outputs)
-    print(f"  {name:10s} {told(model.task, forget, margins)}; {result.seconds:.2f} s,"
-          f" {100 * result.seconds / one:.1f} % of a retraining, {result.status}",
-          flush=True)  # fmt: skip
+def request(method: UnlearningMethod, model: Model, forget: ForgetSet, one: float) -> str:
+    """One request in words: where it ends, its seconds and its share of a retraining."""
+    result = method(model, model.task, forget, device=DEVICE)
+    margins = target_margins(model.task, result.model.outputs(device=DEVICE))
+    share = 100 * result.seconds / one
+    return (
+        f"{told(model.task, forget, margins)}; {result.seconds:.2f} s, {share:.1f} % of a"
+        f" retraining, {result.status}"
+    )
 
 
 def _margins(task: Task, outputs: Margins, forget: ForgetSet, moved: Margins) -> Margins:
@@ -118,40 +127,42 @@ def main() -> None:
     """Runs the benchmark and prints its figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, default=Path("runs/resnet9"))
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--damping", type=float, nargs="+", default=[25.0, 250.0, 2500.0])
+    parser.add_argument("--temperature", type=float, nargs="+", default=[1.0, 4.0])
     parser.add_argument("--passes", type=float, default=0.3, help="of matching")
-    parser.add_argument("--rate", type=float, default=1e-3, help="of matching")
+    parser.add_argument("--rate", type=float, default=1e-4, help="of matching")
     parser.add_argument("--forget", nargs="+", default=SETS, metavar="SPEC")
     options = parser.parse_args()
     print(f"{hardware()}; torch {torch.__version__}")
     task, _ = timed("reading CIFAR-10", lambda: cifar10_from(images()))
     assert task.recipe is not None
     task = replace(task, recipe=replace(task.recipe, epochs=options.epochs))
-    device, to = options.device, options.to
+    to = options.to
     full, _ = timed(
         f"training {options.models} models, {options.epochs} epochs",
-        lambda: trained(task, to / "full", options.models, device, None),
+        lambda: trained(task, to / "full", options.models, None),
     )
     moments, _ = timed(
-        "moments for PGU", lambda: compute_moments(full, to / "moments", device=device)
+        "moments for PGU", lambda: compute_moments(full, to / "moments", device=DEVICE)
     )
     features, _ = timed(
         "projected gradients of one model",
         lambda: featurize(
-            task, full.checkpoints(1), to / "features", projection=SIZES, device=device
+            task, full.checkpoints(1), to / "features", projection=SIZES, device=DEVICE
         ),
     )
     rows, outputs = len(task.target_ids), task.new_model(0)(task.targets([0])[0]).shape[1]
     print(f"  {rows} rows x {outputs} outputs x {features.width} features")
-    timed("curvature", lambda: features.curvature(0))
-    newton = [GroupNewton(task, features, damping=each, steps=1) for each in options.damping]
-    middle = newton[len(newton) // 2]
-    settings = {"passes": options.passes, "rate": options.rate}
-    methods = {"dmm": Matching(middle, **settings), "pgu": ProjectedGradient(moments)}
-    compare(full, newton, methods, options)
+    newton = [
+        GroupNewton(task, features, damping=damping, temperature=temperature, steps=1)
+        for temperature in options.temperature
+        for damping in options.damping
+    ]
+    for temperature in options.temperature:
+        timed(f"curvature at {temperature:g}", lambda: features.curvature(0, temperature))  # noqa: B023
+    compare(full, newton, moments, options)
 
 
 if __name__ == "__main__":
