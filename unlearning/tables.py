@@ -110,11 +110,31 @@ def _standings_table(evaluation: Mapping[str, Any]) -> list[str]:
             f"{_number(standing.forget)} / {_number(standing.forget_p95)}",
             _number(standing.retain),
             _number(standing.test),
+            unbiased_text(standing.unbiased),
             _percent(standing.cost),
         ]
         for standing in found
     ]
-    return [_lines([*header, "of a retrain"], rows)]
+    return [_lines([*header, "KLOM without bias", "of a retrain"], rows)]
+
+
+def unbiased_text(found: tuple[float, float, float] | None) -> str:
+    """KLOM without bias with its interval.
+
+    Args:
+        found: value, lower and upper end; None where there is none.
+
+    Returns:
+        The three numbers.
+
+    Example:
+        >>> unbiased_text((0.1, -0.05, 0.26))
+        '0.10 (-0.05 to 0.26)'
+    """
+    if found is None:
+        return _number(None)
+    mean, low, high = (_number(number) for number in found)
+    return f"{mean} ({low} to {high})"
 
 
 def _rankings(told: Mapping[str, Any]) -> str:

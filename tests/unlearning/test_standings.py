@@ -32,6 +32,20 @@ def test_excess_is_taken_set_by_set_and_then_averaged():
     assert stay.forget == pytest.approx(1.5)
 
 
+def test_ends_of_intervals_are_averaged_and_no_interval_gets_narrower():
+    def corrected(*ends):
+        named = dict(zip(("mean", "low", "high"), ends, strict=True))
+        return told(0.5) | {"klom_corrected": {"forget": named}}
+
+    both = [corrected(0.1, 0.0, 0.4), corrected(0.3, 0.2, 0.4)]
+    sets = {name: block(told(0.4), dmm=one) for name, one in zip("ab", both, strict=True)}
+    (dmm,) = standings({"forget_sets": sets}, "klom")
+    assert dmm.unbiased == pytest.approx((0.2, 0.1, 0.4))
+    sets["b"] = block(told(0.4), dmm=told(0.5))
+    (dmm,) = standings({"forget_sets": sets}, "klom")
+    assert dmm.unbiased is None
+
+
 def test_a_method_without_a_distance_on_one_of_its_sets_is_left_out():
     sets = {
         "a": block(told(0.4), dmm=told(0.5), failed=told(None)),
