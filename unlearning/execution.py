@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attribution.descent import Batch, Descent, stack, unstack
+from attribution.devices import repeatable
 from attribution.outputs import evaluate, evaluate_many
 from attribution.task import State
 from attribution.training import row_weights, take
@@ -61,12 +62,10 @@ def execute(plan: Plan | None, request: Request) -> Ran:
         return Ran(request.states, (Ending("unchanged"),) * count, (), (0.0,) * count)
     before = _objective(plan, request, request.states)
     # Train mode moves BatchNorm statistics, which only the path of one model can do.
-    if request.many and not plan.training:
-        ended = [_descend(plan, request, None)]
-        states = ended[0].states
-    else:
-        ended = [_descend(plan, request, i) for i in range(count)]
-        states = stack([e.states for e in ended])
+    together = request.many and not plan.training
+    with repeatable(tf32=True):
+        ended = [_descend(plan, request, i) for i in ([None] if together else range(count))]
+    states = ended[0].states if together else stack([e.states for e in ended])
     for name, tensor in states.items():
         if not torch.isfinite(tensor).all():
             raise Diverged(f"unlearning diverged: non-finite weights in {name!r}; lower the rate")

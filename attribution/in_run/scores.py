@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from attribution.counterfactual import target_positions
-from attribution.devices import visible_gpus
+from attribution.devices import repeatable, visible_gpus
 from attribution.in_run.recording import held_steps, run_values, why_not_recorded
 from attribution.model import Model
 from attribution.outputs import Array
@@ -109,7 +109,7 @@ class _RunBlock:
         store = Store.open(self.path, "in-run-scores")
         span = store.spec.span(block)
         targets, rows = store.constant("positions"), np.arange(len(self.task.train_ids))
-        with threads(1):
+        with threads(1), repeatable(tf32=True):
             values = run_values(
                 self.task,
                 rows,
