@@ -213,20 +213,16 @@ def _one_gradients(
     module: nn.Module, parameters: State, cotangent: Cotangent, first: Batch
 ) -> Gradients:
     held = list(parameters.values())
-    turn = channels_last if takes_channels_last(module, first.inputs) else _as_they_are
+    turned = takes_channels_last(module, first.inputs, training=module.training, backward=True)
 
     def gradients(batch: Batch) -> Sequence[Tensor]:
         with torch.enable_grad():
-            outputs = module(turn(batch.inputs))
+            outputs = module(channels_last(batch.inputs) if turned else batch.inputs)
             pulled = cotangent(outputs.detach(), batch.labels, batch.targets)
             weighted = pulled * batch.weight.unsqueeze(-1)
             return torch.autograd.grad(outputs, held, weighted, materialize_grads=True)
 
     return gradients
-
-
-def _as_they_are(inputs: Tensor) -> Tensor:
-    return inputs
 
 
 class Descent:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -40,23 +40,40 @@ def visible_gpus(
 
 
 @contextmanager
-def repeatable(*, tf32: bool = False) -> Iterator[None]:
-    """Runs the body with convolutions on GPUs that give the same bits every time.
+def repeatable(device: str | torch.device, *, tf32: bool = False) -> Iterator[None]:
+    """Runs the body with kernels that give the same bits every time, if it computes on a GPU.
 
     A GPU rounds what it convolves to TF32, 10 bits, unless told otherwise: too rough for gradients
     that are held against those of a CPU, enough for training.
 
     Args:
-        tf32: whether inputs of convolutions may be rounded to TF32, as torch is set.
+        device: where the body computes; on a CPU nothing is set.
+        tf32: whether inputs of products may be rounded to TF32, as torch is set; False: never.
 
     Example:
-        >>> with repeatable():
-        ...     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32
-        (True, False)
+        >>> with repeatable("cuda"):
+        ...     torch.backends.cudnn.deterministic
+        True
     """
-    library = torch.backends.cudnn
-    rounded = tf32 and library.allow_tf32
-    with library.flags(
-        enabled=library.enabled, benchmark=False, deterministic=True, allow_tf32=rounded
-    ):
+    if torch.device(device).type != "cuda":
         yield
+        return
+    library = torch.backends.cudnn
+    with ExitStack() as stack:
+        _set(stack, library, deterministic=True, benchmark=False)
+        if not tf32:
+            # Since torch 2.9 each kind of product has a setting; the older ones cannot be read any
+            # more where somebody has used these.
+            if hasattr(library, "conv"):
+                _set(stack, library.conv, fp32_precision="ieee")
+                _set(stack, torch.backends.cuda.matmul, fp32_precision="ieee")
+            else:
+                _set(stack, library, allow_tf32=False)
+                _set(stack, torch.backends.cuda.matmul, allow_tf32=False)
+        yield
+
+
+def _set(stack: ExitStack, holder: object, **values: object) -> None:
+    for name, value in values.items():
+        stack.callback(setattr, holder, name, getattr(holder, name))
+        setattr(holder, name, value)

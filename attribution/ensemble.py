@@ -167,7 +167,7 @@ class _TrainBlock:
         store = Store.open(self.path, "ensemble")
         span = store.spec.span(block)
         subsets = [np.flatnonzero(mask) for mask in store.constant("mask")[span]]
-        with threads(1), repeatable(tf32=True):
+        with threads(1), repeatable(self.device, tf32=True):
             states = self._trained(subsets, range(span.start, span.stop))
             self._refuse_diverged(span, [list(state.values()) for state in states])
             for index, state in enumerate(states if not self.many else [], span.start):
@@ -269,7 +269,7 @@ def train_models(
     """
     task.check()
     reason = why_not_many(task)
-    many = reason is None and pays_at_once(task.new_model(0), device)
+    many = reason is None and pays_at_once(task.new_model(0), task.rows("train", [0])[0], device)
     store = ensemble_store(
         task,
         subsets,

@@ -3,6 +3,7 @@
 import torch
 
 from attribution.outputs import evaluate
+from attribution.paths import takes_channels_last
 from attribution.products import products_by
 from attribution.subsets import Subsets
 from attribution.task import Task
@@ -109,7 +110,7 @@ def _provenance(task: Task, subsets: Subsets, device: str, many: bool, block: in
         "models": len(subsets),
         "masks": digest(subsets.masks),
         "without": digest(*subsets.without),
-        "path": "many at once" if many else "one by one",
+        "path": _path(task, device, many),
         "models_at_once": block,
     }
     recorded = {
@@ -119,3 +120,11 @@ def _provenance(task: Task, subsets: Subsets, device: str, many: bool, block: in
         "sources": task.sources(),
     }
     return Provenance(settings, recorded)
+
+
+def _path(task: Task, device: str, many: bool) -> str:
+    if many:
+        return "many at once"
+    rows = task.targets([0, 1] if len(task.target_ids) > 1 else [0])[0].to(device)
+    turned = takes_channels_last(task.new_model(0), rows, training=True, backward=True)
+    return "one by one, channels last" if turned else "one by one"

@@ -33,7 +33,8 @@ def evaluate(module: nn.Module, state: Mapping[str, Tensor], inputs: Tensor) -> 
         torch.Size([3, 1])
     """
     device = next(iter(state.values())).device if state else inputs.device
-    turned = takes_channels_last(module, inputs[:2].to(device))
+    few = inputs[:2].to(device)
+    turned = takes_channels_last(module, few, training=False, backward=False)
 
     def run(rows: Tensor) -> Tensor:
         rows = channels_last(rows) if turned else rows
@@ -78,7 +79,7 @@ def _in_pieces(
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        with torch.no_grad(), repeatable():
+        with torch.no_grad(), repeatable(device):
             pieces = [run(rows.to(device)) for rows in inputs.split(ROWS_AT_ONCE)]
             return torch.cat(pieces, dim=axis).to(inputs.device)
     finally:

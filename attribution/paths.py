@@ -2,6 +2,8 @@
 
 from copy import deepcopy
 from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from torch.func import functional_call, vjp, vmap
 from attribution.task import State
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LARGE = 100_000  # products of a row, from which on models with convolutions are computed alone
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_FOUND: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
 
 
 def why_one_by_one(module: nn.Module, inputs: Tensor, *, training: bool) -> str | None:
@@ -57,26 +62,62 @@ def call(module: nn.Module, rest: State, inputs: Tensor, parameters: State) -> T
     return outputs
 
 
-def pays_at_once(module: nn.Module, device: str | torch.device) -> bool:
+def pays_at_once(module: nn.Module, inputs: Tensor, device: str | torch.device) -> bool:
     """Whether many models at once take less time than one by one, where both can be done.
 
-    Convolutions of many models become one in groups, for which the library of the CPU has no quick
-    kernel: at 100,000 parameters and 32 rows of 32 x 32 pixels, a step of each model takes 1.2
-    times as long as alone, and its outputs 2.8 times.
+    Convolutions of many models become one in groups. The library of the CPU has no quick kernel for
+    it, which counts where the products of a row take longer than the calls
+    (examples/benchmarks/convolutions.py).
 
     Args:
-        module: a model.
+        module: a model; neither its weights nor its mode nor its buffers change.
+        inputs: a few rows, [row, ...].
         device: where to compute.
 
     Returns:
-        False for a module with convolutions on the CPU.
+        False on the CPU for a module whose convolutions take 100,000 products a row or more.
 
     Example:
-        >>> pays_at_once(nn.Linear(3, 2), "cpu"), pays_at_once(nn.Conv2d(3, 2, 1), "cpu")
+        >>> few, many = torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 64, 64)
+        >>> convolution = nn.Conv2d(3, 9, 3)
+        >>> pays_at_once(convolution, few, "cpu"), pays_at_once(convolution, many, "cpu")
         (True, False)
     """
-    grouped = any(isinstance(part, CONVOLUTIONS) for part in module.modules())
-    return torch.device(device).type != "cpu" or not grouped
+    if torch.device(device).type != "cpu" or not _convolutions(module):
+        return True
+    return multiplications(module, inputs) < LARGE
+
+
+def multiplications(module: nn.Module, inputs: Tensor) -> int:
+    """Products that the convolutions of a module take for one row.
+
+    Args:
+        module: a model; neither its weights nor its mode nor its buffers change.
+        inputs: a few rows, [row, ...].
+
+    Returns:
+        Their number.
+
+    Example:
+        >>> multiplications(nn.Conv2d(3, 9, 3), torch.zeros(2, 3, 8, 8))
+        8748
+    """
+    counts: list[int] = []
+
+    def count(layer: nn.Module, given: tuple[Tensor, ...], outputs: Tensor) -> None:
+        del given
+        counts.append(outputs[0].numel() * layer.weight[0].numel())  # type: ignore[index]
+
+    probe = _without_hooks(deepcopy(module).eval())
+    for part in _convolutions(probe):
+        part.register_forward_hook(count)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        probe(inputs[:1].clone())
+    return sum(counts)
+
+
+def _convolutions(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if isinstance(part, CONVOLUTIONS)]
 
 
 def at_once(
@@ -97,38 +138,54 @@ def at_once(
         >>> at_once(nn.Linear(3, 2), torch.zeros(2, 3), "cpu", training=True)
         True
     """
-    paying = pays_at_once(module, device)
-    return paying and why_one_by_one(module, inputs, training=training) is None
+    possible = why_one_by_one(module, inputs, training=training) is None
+    return possible and pays_at_once(module, inputs, device)
 
 
-def takes_channels_last(module: nn.Module, inputs: Tensor) -> bool:
+def takes_channels_last(
+    module: nn.Module, inputs: Tensor, *, training: bool, backward: bool
+) -> bool:
     """Whether one model takes its inputs with the channels last in memory, and gains by it.
 
-    The CPU's convolutions are 1.4 times as quick then. A model that views its activations in
-    another shape may refuse them, so one row goes forth and back before.
+    The CPU's convolutions are quicker then (examples/benchmarks/convolutions.py). A model that
+    views its activations in another shape refuses them, so a few rows go forth and back before;
+    what was found of a module is kept.
 
     Args:
         module: a model; neither its weights nor its mode nor its buffers change.
         inputs: rows, [row, ...].
+        training: whether the model is to compute in train mode.
+        backward: whether it is to compute gradients.
 
     Returns:
         True for images on the CPU and a model with 2-D convolutions that can.
 
     Example:
-        >>> rows = torch.zeros(2, 3, 4, 4)
-        >>> takes_channels_last(nn.Conv2d(3, 2, 1), rows), takes_channels_last(nn.Flatten(), rows)
-        (True, False)
+        >>> rows, how = torch.zeros(2, 3, 4, 4), {"training": True, "backward": True}
+        >>> [takes_channels_last(m, rows, **how) for m in (nn.Conv2d(3, 2, 1), nn.Flatten())]
+        [True, False]
     """
     if inputs.ndim != 4 or not inputs.is_floating_point() or inputs.device.type != "cpu":
         return False
     if not any(isinstance(part, nn.Conv2d) for part in module.modules()):
         return False
-    probe = _without_hooks(deepcopy(module).eval())
+    known = _FOUND.setdefault(module, {})
+    case = (inputs.shape[1:], inputs.dtype, training, backward)
+    if case not in known:
+        known[case] = _can_take(module, inputs[:2], training, backward)
+    return known[case]
+
+
+def _can_take(module: nn.Module, inputs: Tensor, training: bool, backward: bool) -> bool:
+    # A copy: the model may write into what it is given.
+    rows = inputs.clone(memory_format=torch.channels_last)
     try:
-        with torch.enable_grad():
-            outputs = probe(channels_last(inputs[:2]))
-            outputs.sum().backward()
-    except RuntimeError:
+        probe = _without_hooks(deepcopy(module).train(training))
+        with torch.set_grad_enabled(backward), torch.random.fork_rng(devices=[]):
+            outputs = probe(rows)
+            if backward:
+                outputs.sum().backward()
+    except Exception:  # whatever it is, the way without it stays
         return False
     return True
 
@@ -136,8 +193,8 @@ def takes_channels_last(module: nn.Module, inputs: Tensor) -> bool:
 def _without_hooks(module: nn.Module) -> nn.Module:
     # Hooks are copied with a module, and those that look on would see rows that are not theirs.
     for part in module.modules():
-        for hooks in (part._forward_pre_hooks, part._forward_hooks, part._backward_hooks):
-            hooks.clear()
+        for kind in HOOKS:
+            getattr(part, kind).clear()
     return module
 
 

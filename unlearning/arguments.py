@@ -176,7 +176,7 @@ def _tune(tune: argparse.ArgumentParser) -> None:
     tune.add_argument("--forget", nargs="+", default=TUNING_SETS, metavar="SPEC", help=text)
     tune.add_argument("--trials", type=int, default=16, help="settings tried of each method")
     tune.add_argument("--n-models", type=int, default=100)
-    text = "a setting that is not searched, as in dmm.passes=0.6"
+    text = "a setting that every trial has, as in dmm.passes=0.6"
     tune.add_argument(
         "--hold", action="append", default=[], metavar="METHOD.FIELD=VALUE", help=text
     )

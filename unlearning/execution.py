@@ -63,7 +63,7 @@ def execute(plan: Plan | None, request: Request) -> Ran:
     before = _objective(plan, request, request.states)
     # Train mode moves BatchNorm statistics, which only the path of one model can do.
     together = request.many and not plan.training
-    with repeatable(tf32=True):
+    with repeatable(request.device, tf32=True):
         ended = [_descend(plan, request, i) for i in ([None] if together else range(count))]
     states = ended[0].states if together else stack([e.states for e in ended])
     for name, tensor in states.items():

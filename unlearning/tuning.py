@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from attribution import ForgetSet, parse_forget
+from attribution import ForgetSet, Oracle, parse_forget
 from attribution.run import Run
 from attribution.seeds import generator
 from unlearning.audit import Audit
@@ -16,8 +16,9 @@ from unlearning.evaluation import evidence_of, plain
 from unlearning.execution import Diverged
 from unlearning.klom import FEWEST_MODELS
 from unlearning.measures import told_divergences
-from unlearning.methods import build_method, check_method
+from unlearning.methods import Evidence, build_method, check_method
 from unlearning.runner import UnlearningMethod, unlearn_models
+from unlearning.standings import GIVEN_THE_ANSWER
 from unlearning.tuning_spaces import SPACES
 
 SCHEMA = 1
@@ -59,8 +60,8 @@ def tune_methods(
         n_models: full models unlearned and compared with as many oracles.
         seed: of the settings and of every unlearning.
         predictor: which predictions matching uses; None: the best on the calibration bank.
-        held: settings by method and field, as text, that every trial has and no search changes:
-            say the passes of matching, which are its cost.
+        held: settings by method and field, as text, that every trial has: say the passes of
+            matching, which are its cost and never searched.
         device: where to compute.
         workers: processes that train the oracles; None for one per core, 0 for this process.
         scheduler: address of an existing dask scheduler instead.
@@ -70,8 +71,8 @@ def tune_methods(
 
     Raises:
         ValueError: an unknown method, no trial, too few full models, held settings of a method
-            that is not tuned, or methods that cannot serve the task or do not take what is held,
-            once all others are tuned.
+            that is not tuned or does not take them, or methods that cannot serve the task, once
+            all others are tuned.
     """
     for name in methods:
         check_method(name)
@@ -84,6 +85,7 @@ def tune_methods(
     chosen = predictor or run.best
     header = {"specs": list(specs), "n_models": n_models, "seed": seed, "predictor": chosen}
     header |= {"data": run.task.digests["train"]}
+    _check_held(run, chosen, fixed)
     before = _tuned_before(run)
     found = {
         name: before[name]
@@ -133,6 +135,24 @@ def _held(held: Mapping[str, Settings], methods: Sequence[str]) -> dict[str, Set
     return {name: dict(held.get(name, {})) for name in methods}
 
 
+def _check_held(run: Run, chosen: str, held: Mapping[str, Settings]) -> None:
+    """Refuses unknown fields and values before hours are spent on oracles."""
+    given = Evidence(
+        predictor=lambda name: run.predictor(name or chosen),
+        oracle=_no_oracle,
+        moments=lambda: run.moments,
+        full=lambda: run.full,
+    )
+    for name, settings in held.items():
+        if settings:
+            # Methods that need oracles are matching like dmm.
+            build_method("dmm" if name in GIVEN_THE_ANSWER else name, given, settings)
+
+
+def _no_oracle() -> Oracle:
+    raise AssertionError("oracles are trained later")
+
+
 def _tried(  # noqa: PLR0917 - all of them a search's own
     name: str,
     score: Callable[[Settings], float],
@@ -165,7 +185,9 @@ def _best(tried: Sequence[Json]) -> Json:
 
 def _same(told: Json | None, name: str, trials: int, header: Json) -> bool:
     """Whether this very tuning of a method is done already."""
-    if told is None or any(told.get(field) != value for field, value in header.items()):
+    if told is None:
+        return False
+    if any(({"held": {}} | told).get(field) != value for field, value in header.items()):
         return False
     drawn = drawn_settings(name, trials, header["seed"], header["held"])
     known = told["trials"]
@@ -185,7 +207,7 @@ def drawn_settings(
 
     Args:
         name: of the method.
-        trials: how many; a method without anything to tune has one.
+        trials: how many; a method without anything left to tune has one.
         seed: of the draw.
         held: settings that all of them have.
 
@@ -198,7 +220,8 @@ def drawn_settings(
     """
     space, same = SPACES[name], held or {}
     random = [generator(seed, f"tuning {name}", number) for number in range(trials - 1)]
-    each = [{f: s.draw(r) for f, s in space.items()} for r in random if space]
+    searched = set(space) - set(same)
+    each = [{f: s.draw(r) for f, s in space.items()} for r in random if searched]
     return [drawn | same for drawn in ({}, *each)]
 
 

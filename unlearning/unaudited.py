@@ -71,7 +71,7 @@ def evaluate_checkpoints(
         block["null"] = {"klom": nothing, "gaussian_kl": nothing, "shift": found, "spread": found}
         for name, method in built.items():
             result = method(model, run.task, forget, seed=seed, device=device)
-            told = _told(model, result, forget, counterfactual)
+            told = _told(model, result, forget, counterfactual, device)
             told |= measure_request(method, model, forget, device, repeats=1)
             told |= {"settings": told_settings(method), "cost_over_retrain": None}
             block["methods"][name] = block["null"] | told
@@ -110,10 +110,14 @@ def _evidence(run: Run, chosen: str) -> Evidence:
 
 
 def _told(
-    model: Model, result: Unlearned, forget: ForgetSet, counterfactual: Counterfactual
+    model: Model,
+    result: Unlearned,
+    forget: ForgetSet,
+    counterfactual: Counterfactual,
+    device: str,
 ) -> Json:
-    after = result.model.outputs()
-    wanted = counterfactual.predict(model, forget, forget.rows)
+    after = result.model.outputs(device=device)
+    wanted = counterfactual.predict(model, forget, forget.rows, device=device)
     n, total = len(model.task.train_ids), len(model.task.target_ids)
     splits = {"forget": forget.rows, "retain": forget.retained, "test": np.arange(n, total)}
     return {

@@ -51,13 +51,14 @@ def stored_curvature(
                 "features": dict(store.provenance.settings),
                 "block": store.spec.block,
                 "temperature": temperature,
-            }
+            },
+            {"device": device},
         ),
     )
     if kept.pending():
         found = train_curvature(task, store, temperature, device)
         try:
-            with suppress(BlockDone):  # by another process, with the same bits
+            with suppress(BlockDone):  # by another process, with the same bits on the same device
                 kept.write_block(0, {"curvature": found})
         except OSError as error:
             raise ValueError(f"cannot write the curvature to {kept.path}: {error}") from error

@@ -226,7 +226,7 @@ class FeatureBlock:
         checkpoint, block = divmod(number, first.spec.blocks)
         store = Store.open(self.paths[checkpoint], KIND)
         span = store.spec.span(block)
-        with threads(1), repeatable():
+        with threads(1), repeatable(self.device):
             found = self._computed(checkpoint, store, np.arange(span.start, span.stop))
         store.write_block(block, _arrays(store, *found))
 

@@ -46,7 +46,8 @@ class Features:
     """Projected gradients J of every output of some checkpoints on every target.
 
     J_i = d f(x_i) / d theta P^T, [output, k], in eval mode. Blocks that are still pending are
-    computed when they are asked for, and kept.
+    computed when they are asked for, and kept; on another device than the others they are the same
+    to about 1e-4 of the largest, and so is the curvature.
 
     Args:
         task: what the checkpoints were trained for.

@@ -109,7 +109,7 @@ class _RunBlock:
         store = Store.open(self.path, "in-run-scores")
         span = store.spec.span(block)
         targets, rows = store.constant("positions"), np.arange(len(self.task.train_ids))
-        with threads(1), repeatable(tf32=True):
+        with threads(1), repeatable(self.device, tf32=True):
             values = run_values(
                 self.task,
                 rows,

@@ -90,13 +90,19 @@ class StagedNewton(Counterfactual):
                 newton = replace(self.newton, features=features)
                 step = newton.step(number, forget, float(shares[stage]), float(shares[stage + 1]))
                 state = _added(state, features.projector(number).adjoint(step))
-        after = Model(task, state).outputs(targets)
+        after = Model(task, state).outputs(targets, device=self.newton.features.device)
         return after - self.newton.features.outputs(checkpoint, targets)
 
     def _anew(self, state: State, folder: str) -> Features:
-        task, projection = self.newton.task, self.newton.features.projector(0).projection
-        models = [Model(task, state)]
-        return featurize(task, models, f"{folder}/features", projection=projection, targets="train")
+        task, features = self.newton.task, self.newton.features
+        return featurize(
+            task,
+            [Model(task, state)],
+            f"{folder}/features",
+            projection=features.projector(0).projection,
+            device=features.device,
+            targets="train",
+        )
 
 
 def _added(state: State, direction: dict[str, Tensor]) -> State:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from attribution.devices import visible_gpus
+from attribution.devices import repeatable, visible_gpus
 
 
 @pytest.fixture
@@ -28,3 +28,34 @@ def test_one_gpu_by_its_number_is_for_this_process_or_a_scheduler(three_gpus):
     assert visible_gpus("cuda:1", None, "tcp://there:1") == ["0", "1", "2"]
     with pytest.raises(ValueError, match="no cuda:1: give the device cuda with CUDA_VISIBLE_DEV"):
         visible_gpus("cuda:1", 2, None)
+
+
+def precision():
+    library = torch.backends.cudnn
+    return library.deterministic, library.benchmark, library.conv.fp32_precision
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_repeatable_sets_a_gpu_and_restores_it(tf32):
+    before = precision()
+    with repeatable("cuda", tf32=tf32):
+        inside = precision()
+    assert inside == (True, False, before[2] if tf32 else "ieee")
+    assert precision() == before
+    with repeatable("cpu"):
+        assert precision() == before
+
+
+def test_repeatable_takes_the_settings_of_a_user():
+    # Where somebody has used the newer settings the older ones cannot be read any more.
+    holder = torch.backends.cudnn.conv
+    before = holder.fp32_precision
+    holder.fp32_precision = "ieee"
+    try:
+        with repeatable("cuda", tf32=True):
+            assert holder.fp32_precision == "ieee"
+        with repeatable("cuda"):
+            assert holder.fp32_precision == "ieee"
+        assert holder.fp32_precision == "ieee"
+    finally:
+        holder.fp32_precision = before

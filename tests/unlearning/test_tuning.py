@@ -116,11 +116,32 @@ def test_what_is_held_is_in_every_trial_and_in_what_is_chosen(run, monkeypatch):
     assert len(asked) == count + 5 * len(SETS)
 
 
-def test_settings_held_of_no_method_or_of_no_field_are_refused(run):
-    with pytest.raises(ValueError, match="settings of 'scrub' are held, but it is not tuned: name"):
-        tuned(run, ["fine_tune"], held={"scrub": {"rate": "1"}})
-    with pytest.raises(ValueError, match="method 'fine_tune' has no setting 'passes'; it has"):
-        tuned(run, ["fine_tune"], held={"fine_tune": {"passes": "1"}})
+@pytest.mark.parametrize(
+    ("held", "reason"),
+    [
+        ({"scrub": {"rate": "1"}}, "settings of 'scrub' are held, but it is not tuned: name"),
+        ({"fine_tune": {"passes": "1"}}, "method 'fine_tune' has no setting 'passes'; it has"),
+        ({"om": {"passes": "few"}}, "setting 'passes' of method 'dmm' takes float values, got"),
+    ],
+)
+def test_what_cannot_be_held_is_refused_before_oracles_are_trained(run, monkeypatch, held, reason):
+    monkeypatch.setattr(Run, "bank", None)
+    with pytest.raises(ValueError, match=reason):
+        tuned(run, ["fine_tune", "om"], held=held)
+
+
+def test_a_method_of_which_all_is_held_has_one_trial():
+    held = {"rate": "0.1", "epochs": "2"}
+    assert drawn_settings("fine_tune", 5, 0, held) == [held]
+
+
+def test_a_tuning_of_before_holding_is_not_done_again(run, monkeypatch):
+    found = tuned(run, ["fine_tune"])
+    told = json.loads(run.path.read(TUNED))
+    del told["methods"]["fine_tune"]["held"]
+    run.path.write(TUNED, json.dumps(told).encode())
+    monkeypatch.setattr(tuning, "_score", None)
+    assert tuned(run, ["fine_tune"])["fine_tune"]["score"] == found["fine_tune"]["score"]
 
 
 def test_the_best_score_is_kept_and_told(run):
