@@ -6,11 +6,13 @@ from typing import Any
 
 from attribution import Task
 from unlearning.audit import Audit
+from unlearning.cost import measure_request
 from unlearning.measures import told_divergences
 from unlearning.methods.matching import Matching
 from unlearning.runner import UnlearningMethod, unlearn_models
 
 # Shares of the gradient evaluations of one retraining.
+REPEATS = 3  # timed requests at each budget
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.3)
 
 
@@ -66,6 +68,7 @@ def quality_by_budget(
     methods: Mapping[str, UnlearningMethod],
     *,
     models: int,
+    retrain: float,
     seed: int = 0,
     device: str = "cpu",
     shares: Sequence[float] = SHARES,
@@ -76,18 +79,20 @@ def quality_by_budget(
         audit: the forget set and its oracles.
         methods: by name; those that do not match outputs are left out.
         models: so many full models are unlearned at each budget.
+        retrain: seconds of one retraining of one model.
         seed: of the unlearning.
         device: where to compute.
         shares: budgets, in gradient evaluations of one retraining.
 
     Returns:
-        By name, for each budget its share, KLOM and Gaussian KL of every split; the share and an
-        `error` alone where the method fails at it.
+        By name, for each budget its share, KLOM and Gaussian KL of every split, and the
+        `cost_over_retrain` of one request, prediction included; the share and an `error` alone
+        where the method fails at it.
     """
     how: dict[str, Any] = {"count": models, "seed": seed, "device": device}
     return {
         name: [
-            {"share": share} | _told(audit, budgeted(method, audit.task, share), **how)
+            {"share": share} | _told(audit, budgeted(method, audit.task, share), retrain, **how)
             for share in shares
         ]
         for name, method in methods.items()
@@ -95,9 +100,12 @@ def quality_by_budget(
     }
 
 
-def _told(audit: Audit, method: Matching, **how: Any) -> dict[str, Any]:
+def _told(audit: Audit, method: Matching, retrain: float, **how: Any) -> dict[str, Any]:
     try:
         after = unlearn_models(method, audit.full, audit.task, audit.forget, **how)
-        return told_divergences(audit, after.outputs)
+        told = told_divergences(audit, after.outputs)
+        model, device = audit.full.model(0), how["device"]
+        taken = measure_request(method, model, audit.forget, device, repeats=REPEATS)
+        return told | {"cost_over_retrain": taken["seconds"] / retrain}
     except ValueError as error:
         return {"error": str(error)}

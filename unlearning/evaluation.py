@@ -114,7 +114,12 @@ def evaluate_methods(
             }
             if budgets:
                 block["budgets"] = quality_by_budget(
-                    audit, built, models=n_models, seed=seed, device=device
+                    audit,
+                    built,
+                    models=n_models,
+                    retrain=block["retrain"]["seconds"],
+                    seed=seed,
+                    device=device,
                 )
             for name, method in built.items():
                 unlearned, told = _audited(audit, method, n_models, seed, device)

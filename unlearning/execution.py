@@ -60,7 +60,7 @@ def execute(plan: Plan | None, request: Request) -> Ran:
     count = len(request.numbers)
     if plan is None:
         return Ran(request.states, (Ending("unchanged"),) * count, (), (0.0,) * count)
-    before = _objective(plan, request, request.states)
+    before = _objective(plan, request, request.states, plan.before)
     # Train mode moves BatchNorm statistics, which only the path of one model can do.
     together = request.many and not plan.training
     with repeatable(request.device, tf32=True):
@@ -75,8 +75,8 @@ def execute(plan: Plan | None, request: Request) -> Ran:
     return Ran(states, tuple(endings), history, tuple(evaluations))
 
 
-def _objective(plan: Plan, request: Request, states: State) -> float:
-    outputs = request.outputs(states, plan.inputs)
+def _objective(plan: Plan, request: Request, states: State, known: Tensor | None = None) -> float:
+    outputs = request.outputs(states, plan.inputs) if known is None else known
     labels = plan.labels.expand(len(outputs), *plan.labels.shape)
     targets = outputs[..., :0] if plan.targets is None else plan.targets
     return float(plan.value(outputs, labels, targets).mean())

@@ -140,6 +140,8 @@ class Plan:
             to their next request; None: the plan needs none.
         start: states before the first step, each tensor [model, ...]; None: the request's.
         spent: rows that a gradient was computed for before the first step.
+        before: outputs of the request's states on these rows, where they are known already, [model,
+            row, output].
     """
 
     inputs: Tensor
@@ -157,6 +159,7 @@ class Plan:
     moments: State | None = None
     start: State | None = None
     spent: int = 0
+    before: Tensor | None = None
 
 
 def stream_order(

@@ -99,15 +99,17 @@ def _row(who: str, told: Mapping[str, Any], distance: str) -> list[str]:
 
 
 def budgets_table(block: Mapping[str, Any], distance: str) -> str:
-    """Excess distance on the forget rows by share of a retraining's gradients."""
+    """Excess distance on the forget rows, and cost, by share of a retraining's gradients."""
     null = block["null"][distance]["forget"]["mean"]
     rows, shares = [], []
     for method, points in block["budgets"].items():
         shares = [percent(point["share"]) for point in points]
         means = [None if "error" in one else one[distance]["forget"]["mean"] for one in points]
-        cells = [number(None if mean is None else mean - null) for mean in means]
+        costs = [percent(point.get("cost_over_retrain")) for point in points]
+        excess = [number(None if mean is None else mean - null) for mean in means]
+        cells = [f"{mean} at {cost}" for mean, cost in zip(excess, costs, strict=True)]
         rows.append([f"`{method}`", *cells])
-    return table(["excess by gradients of matching, prediction not counted", *shares], rows)
+    return table(["excess at the cost of a request, by gradients of matching", *shares], rows)
 
 
 def nearer_than_matching(block: Mapping[str, Any], distance: str) -> str:

@@ -41,6 +41,7 @@ def test_methods_of_matching_are_audited_at_every_budget(run, forget):
     block = told["forget_sets"]["few"]
     assert set(block["budgets"]) == {"dmm_datamodel", "dmm_pgu"}
     for points in block["budgets"].values():
+        assert all(point["cost_over_retrain"] > 0 for point in points)
         assert [point["share"] for point in points] == list(SHARES)
         assert all(point["gaussian_kl"]["forget"]["mean"] >= 0 for point in points)
         assert all(point["klom"]["forget"]["mean"] is None for point in points)

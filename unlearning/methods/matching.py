@@ -92,8 +92,9 @@ class Matching(UnlearningMethod):
         rows = np.concatenate([request.forget.rows, self.retain_rows(request.wanted, request.seed)])
         inputs, labels = request.rows(rows)
         change = self.counterfactual.change(request.wanted, request.already, rows)
-        before = request.outputs(request.states, inputs).cpu().numpy()
-        targets = torch.from_numpy(change.applied(before).astype(before.dtype)).to(request.device)
+        before = request.outputs(request.states, inputs)
+        wanted = change.applied(before.cpu().numpy())
+        targets = torch.from_numpy(wanted).to(before)
         forget, retain = np.split(np.arange(len(rows)), [len(request.forget)])
         visits = np.concatenate([np.tile(forget, self.forget_multiplier), retain])
         bound = self.backend.bind(request) if self.backend else None
@@ -112,7 +113,8 @@ class Matching(UnlearningMethod):
             moments=bound.moments if bound else None,
             training=self.batchnorm == "update",
             pull=self.pull,
-            stopping=self._stopping(apart, labels, torch.from_numpy(before).to(targets), targets),
+            stopping=self._stopping(apart, labels, before, targets),
+            before=before,
         )
 
     def _stopping(
