@@ -232,8 +232,8 @@ def train_models(
 
     Models are trained in blocks of fixed groups, many at once where the model can be vectorised
     and one by one where it cannot (a warning then says why) or where that is quicker, as with
-    convolutions on the CPU. Interrupted at any moment, the same
-    call computes the unfinished blocks only and ends with the same bits.
+    larger convolutions on the CPU. Interrupted at any moment, the same call computes the unfinished
+    blocks only and ends with the same bits.
 
     Args:
         task: what to train.
