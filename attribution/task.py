@@ -33,7 +33,8 @@ class Recipe:
 
     Args:
         epochs: passes over the rows.
-        batch_size: rows a step; the last batch of an epoch is smaller, no row is dropped.
+        batch_size: rows a step at most; the batches of an epoch differ by one row at most in size,
+            no row is dropped.
         peak_rate: largest learning rate.
         momentum: of SGD, without dampening.
         weight_decay: of SGD, on all parameters.

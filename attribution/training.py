@@ -58,24 +58,29 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def epoch_order(rows: Rows, batch_size: int, random: np.random.Generator) -> Rows:
-    """A random order of rows cut into batches; the last one is padded with -1.
+    """A random order of rows cut into as few batches as can be, alike in size up to one row.
+
+    A step follows the mean over its batch. Were the last batch of an epoch what is left, a single
+    row of it could count as much as `batch_size` others, and the outputs of a retrained model would
+    depend on the number of rows modulo `batch_size` more than on which rows were removed.
 
     Args:
         rows: positions to visit once each.
-        batch_size: rows a step.
+        batch_size: rows a step at most.
         random: generator of the order.
 
     Returns:
-        Positions [step, row].
+        Positions [step, row], padded with -1 at the end of a step.
 
     Example:
-        >>> epoch_order(np.arange(5), 3, np.random.default_rng(0)).shape
-        (2, 3)
+        >>> (epoch_order(np.arange(7), 3, np.random.default_rng(0)) >= 0).sum(1)
+        array([3, 2, 2])
     """
     steps = -(-len(rows) // batch_size)
-    order = np.full(steps * batch_size, PADDING, dtype=np.int64)
-    order[: len(rows)] = random.permutation(rows)
-    return order.reshape(steps, batch_size)
+    order = np.full((steps, batch_size), PADDING, dtype=np.int64)
+    for batch, chosen in zip(order, np.array_split(random.permutation(rows), steps), strict=True):
+        batch[: len(chosen)] = chosen
+    return order
 
 
 def training_order(rows: Rows, epochs: int, batch_size: int, seed: int, index: int) -> Rows:
@@ -84,7 +89,7 @@ def training_order(rows: Rows, epochs: int, batch_size: int, seed: int, index: i
     Args:
         rows: positions to train on.
         epochs: passes over them.
-        batch_size: rows a step.
+        batch_size: rows a step at most.
         seed: seed of the ensemble.
         index: number of the model in the ensemble.
 
@@ -293,7 +298,7 @@ def start_training(
         >>> data = task.rows("train", np.arange(1437))
         >>> descent, steps = start_training(task, data, [(np.arange(40), 0)], 0, many=False)
         >>> [len(step.rows) for step in steps][:3]
-        [32, 8, 32]
+        [20, 20, 20]
     """
     recipe, (inputs, _) = require_recipe(task), data
     orders = np.stack(
@@ -327,25 +332,25 @@ def _steps(
     places = torch.where(order < 0, len(inputs) - 1, order)
     nothing = torch.zeros(*order.shape[1:], 0, device=inputs.device)
     per_epoch = len(order) // recipe.epochs
-    each = zip(order, places, weights, recipe.rates(len(order)), strict=True)
-    for step, (now, place, weight, rate) in enumerate(each):
-        x = _augmented(recipe, _rows(inputs, place), now, seeds, step // per_epoch)
-        batch = Batch(x, _rows(labels, place), weight, nothing)
-        if now.ndim == 1 and (step + 1) % per_epoch == 0:
-            yield Step(now[now != PADDING], _without_padding(batch), float(rate))
-        else:
-            yield Step(now, batch, float(rate))
+    for step, (width, rate) in enumerate(zip(_widths(order), recipe.rates(len(order)), strict=True)):
+        x = _augmented(recipe, _rows(inputs, places[step]), order[step], seeds, step // per_epoch)
+        if order.ndim == 2:
+            x = x[:width]
+        now, place, weight = (part[step, ..., :width] for part in (order, places, weights))
+        batch = Batch(x, _rows(labels, place), weight, nothing[..., :width, :])
+        yield Step(now, batch, float(rate))
+
+
+def _widths(order: Tensor) -> list[int]:
+    """Rows that each step takes of the order."""
+    # Of one model the real rows alone: BatchNorm would count padding, which may be of no subset.
+    if order.ndim == 2:
+        return [int(count) for count in (order != PADDING).sum(-1).tolist()]
+    return [order.shape[-1]] * len(order)
 
 
 def _rows(values: Tensor, places: Tensor) -> Tensor:
     return values.index_select(0, places.view(-1)).view(*places.shape, *values.shape[1:])
-
-
-def _without_padding(batch: Batch) -> Batch:
-    """The real rows alone: BatchNorm would count padding, which may be a row of no subset."""
-    real = batch.weight > 0
-    parts = (batch.inputs, batch.labels, batch.weight, batch.targets)
-    return Batch(*(part[real] for part in parts))
 
 
 def _augmented(

@@ -23,12 +23,22 @@ def ridge(inputs, labels, penalty, *, weights=None, free_intercept=True):
     return found[:-1], found[-1]
 
 
-def leave_set_out_ridge(inputs, labels, queries, removed, penalty, *, free_intercept=True):
-    """Change of the predictions on `queries` when the rows `removed` are not trained on."""
-    kept = np.setdiff1d(np.arange(len(inputs)), removed)
+def leave_set_out_ridge(
+    inputs, labels, queries, removed, penalty, *, free_intercept=True, mean=False
+):
+    """Change of the predictions on `queries` when the rows `removed` are not trained on.
+
+    mean: whether the mean of the losses is minimised, against the same penalty per row.
+    """
+    every, kept = np.arange(len(inputs)), np.setdiff1d(np.arange(len(inputs)), removed)
     before, after = (
-        ridge(inputs[rows], labels[rows], penalty, free_intercept=free_intercept)
-        for rows in (np.arange(len(inputs)), kept)
+        ridge(
+            inputs[rows],
+            labels[rows],
+            penalty * len(rows) / len(inputs) if mean else penalty,
+            free_intercept=free_intercept,
+        )
+        for rows in (every, kept)
     )
     return queries @ (after[0] - before[0]) + after[1] - before[1]
 
@@ -61,7 +71,7 @@ def penalised_logistic(inputs, labels, penalty, classes):
 
 
 def group_newton_step(features, outputs, labels, removed, *, loss, damping, temperature):
-    """(H - H_F + damping I)^-1 sum_F J^T g of one checkpoint, row by row in float64.
+    """(H - H_F + damping I)^-1 (sum_F J^T g - |F| / n sum J^T g) of a checkpoint, in float64.
 
     features: of the training rows, [train, output, k]; H's part of a row is J^T R / T J at z / T.
     """
@@ -69,9 +79,9 @@ def group_newton_step(features, outputs, labels, removed, *, loss, damping, temp
     matrix, pull = damping * np.eye(width), np.zeros(width)
     for row, j in enumerate(features.astype(np.float64)):
         scaled = torch.from_numpy(outputs[row : row + 1]).double() / temperature
-        if row in removed:
-            pull += j.T @ loss.gradient(scaled, labels[row : row + 1]).numpy()[0]
-        else:
+        slope = j.T @ loss.gradient(scaled, labels[row : row + 1]).numpy()[0]
+        pull += ((row in removed) - len(removed) / len(features)) * slope
+        if row not in removed:
             matrix += j.T @ (loss.hessian(scaled).numpy()[0] / temperature) @ j
     return np.linalg.solve(matrix, pull)
 
@@ -131,12 +141,10 @@ def plain_training(task, rows, seed, index, row_loss=functional.cross_entropy):
     model = task.new_model(seed, index).train()
     settings = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, **settings)
-    steps = recipe.epochs * math.ceil(len(rows) / recipe.batch_size)
-    step = 0
+    parts = math.ceil(len(rows) / recipe.batch_size)
+    steps, step = recipe.epochs * parts, 0
     for epoch in range(recipe.epochs):
-        order = random.permutation(rows)
-        for start in range(0, len(rows), recipe.batch_size):
-            chosen = order[start : start + recipe.batch_size]
+        for chosen in np.array_split(random.permutation(rows), parts):
             inputs, labels = task.rows("train", chosen)
             if recipe.augment is not None:
                 own_seed = derive_seed(seed, "augment", index)
@@ -155,11 +163,11 @@ def _flat(tensors):
 
 def _recipe_batches(task, rows, seed, index):
     """Epoch and rows of each step of the recipe."""
-    random, size = generator(seed, "order", index), task.recipe.batch_size
+    random = generator(seed, "order", index)
+    parts = math.ceil(len(rows) / task.recipe.batch_size)
     for epoch in range(task.recipe.epochs):
-        order = random.permutation(rows)
-        for start in range(0, len(rows), size):
-            yield epoch, order[start : start + size]
+        for chosen in np.array_split(random.permutation(rows), parts):
+            yield epoch, chosen
 
 
 def in_run_displacements(task, rows, seed, index):

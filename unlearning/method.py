@@ -197,7 +197,7 @@ def epochs_order(
     request: Request,
     purpose: str = "unlearning order",
 ) -> Rows:
-    """Rows of every step of every model: whole passes, the last batch of each padded with -1.
+    """Rows of every step of every model: whole passes in even batches, padded with -1.
 
     Args:
         rows: number of rows.

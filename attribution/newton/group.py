@@ -28,15 +28,18 @@ class GroupNewton(Counterfactual):
     with respect to the outputs, and H = sum_i J_i^T R_i J_i over all training rows, the first
     Newton step takes the forget set's own curvature out of H:
 
-        d = (H - H_F + lambda I)^-1 sum_{i in F} J_i^T g_i,    change of the outputs of x = J(x) d.
+        d = (H - H_F + lambda I)^-1 (sum_{i in F} J_i^T g_i - |F| / n sum_i J_i^T g_i),
+        change of the outputs of x = J(x) d.
 
-    Further steps take R at the new outputs, until the linearised problem is solved. Targets need
-    not be known in advance.
+    The second sum is over all n training rows: training minimises the mean of the losses, of which
+    each row that stays is a larger part when some go, against the same weight decay. Further steps
+    take R at the new outputs, until the linearised problem is solved. Targets need not be known in
+    advance.
 
     Args:
         task: whose rows are forgotten.
         features: projected gradients of its checkpoints.
-        damping: lambda, in units of the sum of the rows' losses; None: the calibrated one, or
+        damping: lambda, in units of the sum of the kept rows' losses; None: the calibrated one, or
             without calibration (number of rows kept) x the recipe's weight decay.
         temperature: T that outputs are divided by before the loss; None: the calibrated one, or 1.
         steps: Newton steps at most; 1 is the formula above. None: the calibrated number, or 3.
@@ -177,13 +180,17 @@ class GroupNewton(Counterfactual):
         j = torch.from_numpy(self.features.gather(checkpoint, forget.rows))
         problem = self._problem(checkpoint, j.dtype)
         outputs = problem.outputs[rows]
-        pull = (before - after) * (j.flatten(0, 1).T @ problem.gradients(outputs, rows).flatten())
+        # The share of all weight that goes, which the mean of the losses gives to what stays.
+        share = (before - after) * len(forget) / (n - (1 - before) * len(forget))
+        own = j.flatten(0, 1).T @ problem.gradients(outputs, rows).flatten()
+        every = self._gradient(checkpoint, problem) - (1 - before) * own
+        pull = (before - after) * own - share * every
         root = _root((1 - after) * problem.hessians(outputs))
         removed = torch.einsum("rab,rbk->rak", root, j).flatten(0, 1)
         damping = self._damping(forget)
         inverse = without(self._factor(checkpoint, damping), removed)
         mask = torch.from_numpy(forget.mask).to(j)
-        weights = 1 - (1 - before) * mask, 1 - (1 - after) * mask
+        weights = (1 - share) * (1 - (1 - before) * mask), 1 - (1 - after) * mask
         return retrain(problem, weights, damping, pull, inverse, steps=self.most_steps)
 
     @property
@@ -218,6 +225,16 @@ class GroupNewton(Counterfactual):
             known = factorise(torch.from_numpy(curvature), damping)
             self._kept_factors[checkpoint] = known
         return known
+
+    @cached_property
+    def _kept_gradients(self) -> dict[int, Tensor]:
+        return {}
+
+    def _gradient(self, checkpoint: int, problem: Linearised) -> Tensor:
+        """sum_i J_i^T g_i over all training rows, [feature]."""
+        if checkpoint not in self._kept_gradients:
+            self._kept_gradients[checkpoint] = problem.gradient()
+        return self._kept_gradients[checkpoint]
 
     def _problem(self, checkpoint: int, dtype: torch.dtype) -> Linearised:
         rows = np.arange(len(self.task.train_ids))

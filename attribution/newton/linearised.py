@@ -54,6 +54,14 @@ class Linearised:
         """Second derivatives R of T times the loss at these outputs, [row, output, output]."""
         return self.loss.hessian(outputs / self.temperature) / self.temperature
 
+    def gradient(self) -> Tensor:
+        """sum_i J_i^T g_i over all rows at their outputs, [feature]."""
+        parts = [
+            j.flatten(0, 1).T @ self.gradients(self.outputs[span], span).flatten()
+            for span, j in self.blocks()
+        ]
+        return torch.stack(parts).sum(0)
+
     def residual(self, weights: Weights, damping: float, step: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient of the problem that `retrain` solves, and R of every row, after a step.
 
@@ -96,7 +104,8 @@ def retrain(
 
     Args:
         problem: the linearised model.
-        weights: of each training row before and after, each [train]; 0 where it is removed.
+        weights: of each training row before and after, each [train]; 0 where it is removed. For a
+            mean of losses the weights before are scaled to the sum of those after.
         damping: lambda, in units of the sum of the rows' losses.
         pull: sum_i (before_i - after_i) J_i^T g_i, [feature].
         inverse: applies (sum_i after_i J_i^T R_i J_i + lambda I)^-1, R at the checkpoint.

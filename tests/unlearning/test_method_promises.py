@@ -101,8 +101,8 @@ def test_batchnorm_statistics_move_in_the_new_model_alone_and_only_if_asked(
 
 
 def test_a_single_row_that_batchnorm_cannot_take_is_refused_with_the_cure(normalised_ground):
-    """Five rows in steps of two leave one over."""
+    """Five rows in steps of two leave steps of one."""
     ground = normalised_ground
     method = GradientAscent(batch_size=2, batchnorm="update")
-    with pytest.raises(ValueError, match=r"a step has one row only, .* that leaves no single row"):
+    with pytest.raises(ValueError, match=r"a step has one row only, .* choose a larger batch size"):
         method(ground.full.model(1), ground.task, ground.forget)
