@@ -332,7 +332,9 @@ def _steps(
     places = torch.where(order < 0, len(inputs) - 1, order)
     nothing = torch.zeros(*order.shape[1:], 0, device=inputs.device)
     per_epoch = len(order) // recipe.epochs
-    for step, (width, rate) in enumerate(zip(_widths(order), recipe.rates(len(order)), strict=True)):
+    for step, (width, rate) in enumerate(
+        zip(_widths(order), recipe.rates(len(order)), strict=True)
+    ):
         x = _augmented(recipe, _rows(inputs, places[step]), order[step], seeds, step // per_epoch)
         if order.ndim == 2:
             x = x[:width]

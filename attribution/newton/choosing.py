@@ -23,7 +23,7 @@ STEPS_TO_CHOOSE = 2
 LARGE = 1e300  # a store takes no infinity
 APART = 4.0  # a candidate beyond the last one is so many times as large, or as small
 MOST_BEYOND = 5
-NEAR = 0.01  # an error that is larger by this share than the smallest is as good
+NEAR = 0.01  # what explains all but this share of what the best explains is as good
 
 
 def choose(
@@ -41,7 +41,8 @@ def choose(
     As long as the best damping is the smallest or the largest that was tried, one beyond it is
     tried as well, 4 times as small or as large, at most five times: with few epochs the training
     itself holds parameters near their start, much more than its weight decay does. Of numbers of
-    steps the fewest is taken whose error is within 1 % of the smallest.
+    steps the fewest is taken that explains all but 1 % of what the best explains: of the distance
+    of its error from 1, the error of predicting no change.
 
     Args:
         newton: gives the features, and the number of steps where it has one.
@@ -98,7 +99,7 @@ def _beyond(best: float, tried: Sequence[float]) -> float | None:
 def _fewest_steps(search: "_Search", pair: Pair) -> int:
     numbers = range(1, STEPS + 1)
     errors = search.errors("steps", [search.candidate(pair, steps) for steps in numbers])
-    near = errors.min() + NEAR * abs(errors.min())
+    near = errors.min() + NEAR * abs(1 - errors.min())
     return next(n for n, error in zip(numbers, errors, strict=True) if error <= near)
 
 

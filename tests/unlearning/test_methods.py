@@ -35,7 +35,13 @@ SETTINGS = {
     "om_absolute": MATCHING,
     "match_reference": MATCHING | TAUGHT,
     "match_untrained": MATCHING | TAUGHT,
-    "pgu": {"epochs": "90", "rate": "0.01", "last_rate": "0.01", "batch_size": "2"},
+    "pgu": {
+        "epochs": "90",
+        "rate": "0.01",
+        "last_rate": "0.01",
+        "batch_size": "2",
+        "reference": "0.5",
+    },
     "dmm_pgu": MATCHING,
     "gradient_ascent": {"epochs": "5", "rate": "0.01", "batch_size": "2"},
     "fine_tune": {"epochs": "4", "rate": "0.01", "batch_size": "8"},
@@ -49,7 +55,7 @@ SETTINGS = {
         "temperature": "2",
         "forget_batch_size": "1",
     },
-    "ssd": {"selection": "1.5"},
+    "ssd": {"selection": "1.2"},
     "salun": {"epochs": "2", "rate": "0.03", "batch_size": "8", "forget_batch_size": "3"},
     "bad_teacher": {"epochs": "8", "rate": "0.03", "batch_size": "8"},
 }

@@ -34,7 +34,7 @@ def stream(rows, purpose, steps, size):
 def epochs_of(rows, purpose, epochs, size):
     random = generator(0, purpose, 0)
     orders = [random.permutation(rows) for _ in range(epochs)]
-    return [[o[start : start + size] for start in range(0, len(o), size)] for o in orders]
+    return [np.array_split(order, -(-len(rows) // size)) for order in orders]
 
 
 def beside(forget, epochs, sizes):

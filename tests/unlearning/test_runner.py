@@ -107,8 +107,8 @@ def plain_loop(task, model, rows, *, sign, epochs, rate, batch_size, batchnorm):
     random = generator(0, "unlearning order", 0)
     for _ in range(epochs):
         order = random.permutation(len(rows))
-        for start in range(0, len(rows), batch_size):
-            inputs, labels = task.rows("train", rows[order[start : start + batch_size]])
+        for chosen in np.array_split(order, -(-len(rows) // batch_size)):
+            inputs, labels = task.rows("train", rows[chosen])
             loss = sign * functional.cross_entropy(module(inputs), labels)
             gradients = torch.autograd.grad(loss, list(module.parameters()))
             with torch.no_grad():
