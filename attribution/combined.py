@@ -47,7 +47,7 @@ class Combined(Counterfactual):
     path of training does, gradients what the curvature at its end does.
 
     Args:
-        first: a predictor, usually group Newton.
+        first: a predictor, usually group Newton, or a sum of it and what it lacks.
         second: another, usually a linear datamodel.
         weights: by kind of row (forget, retain, test); see `weigh`.
     """

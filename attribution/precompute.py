@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from attribution.calibration_bank import calibration_bank, cases_of, common_share
-from attribution.combined import weigh
+from attribution.combined import Weights, weigh, weighed_sum
 from attribution.counterfactual import Change
 from attribution.datamodels import REGRESSIONS, fit_datamodels
 from attribution.deviations import held_out_error
@@ -224,14 +224,20 @@ def calibrate_run(
         for case, change in zip(cases, raw, strict=True)
     ]
     linear = [run.datamodel.change(case.forget) for case in cases]
-    sources: dict[str, list[Sequence[Change]]] = {"newton": [raw], "combined": [raw, linear]}
-    weights, residual = weigh(cases, list(zip(first, linear, strict=True))), {}
+    sources: dict[str, list[Sequence[Change]]] = {"newton": [raw]}
+    residual: dict[str, Weights] = {}
     missed = _fit_residual(run, chosen, **at)
     if missed is not None:
         lacking = [missed.change(case.forget) for case in cases]
         sources["residual"] = [raw, lacking]
         # Few models leave the posterior of a row's effect on itself wide open; the prior does not.
         residual = weigh(cases, list(zip(first, lacking, strict=True)), trusted=False)
+        first = [
+            weighed_sum(residual, one, two, case.kind_numbers)
+            for case, one, two in zip(cases, first, lacking, strict=True)
+        ]
+    weights = weigh(cases, list(zip(first, linear, strict=True)))
+    sources["combined"] = [*sources.get("residual", [raw]), linear]
     own = [case.error(change.mean) for case, change in zip(cases, linear, strict=True)]
     # A predictor with more factors must not look nearer for them alone.
     errors = {"datamodel": float(np.mean(own))} | {

@@ -15,6 +15,7 @@ from attribution.calibration_bank import KINDS
 from attribution.ensemble import Ensemble
 from attribution.forget import ForgetSet, Mask
 from attribution.newton import GroupNewton
+from attribution.newton.group import OBJECTIVE
 from attribution.outputs import Array
 from attribution.seeds import generator
 from attribution.task import Rows
@@ -119,6 +120,7 @@ def residual_models(
         "features": [dict(store.provenance.settings) for store in plain.features.stores],
         "damping": plain.damping,
         "temperature": plain.temperature,
+        "objective": OBJECTIVE,
     }
     for checkpoint in range(few):  # here and not in several workers at the same time
         newton.features.curvature(checkpoint, plain.temperature or 1.0)

@@ -170,10 +170,11 @@ class Run:
 
     @cached_property
     def combined(self) -> Combined:
-        """Group Newton and the datamodel, weighed against each other."""
+        """The residual predictor, or group Newton where there is none, and the datamodel."""
         if self.calibration is None or not self.calibration.weights:
             raise ValueError(f"{self.path} has no calibration bank: use another predictor")
-        return Combined(self.newton, self.datamodel, self.calibration.weights)
+        first = self.residual if self.calibration.residual else self.newton
+        return Combined(first, self.datamodel, self.calibration.weights)
 
     @cached_property
     def residual(self) -> Combined:

@@ -8,7 +8,7 @@ from attribution.combined import Weights
 from attribution.newton import Calibration
 from stores import Where, read_file, write_file
 
-SCHEMA = 1
+SCHEMA = 2  # in 1 the weights of the datamodel were beside group Newton alone
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class RunCalibration:
 
     Args:
         newton: of group Newton.
-        weights: of group Newton and the datamodel, by kind of row; empty without a datamodel.
+        weights: of the residual predictor, or of group Newton where there is none, and of the
+            datamodel, by kind of row; empty without a datamodel.
         errors: each predictor's squared error over the squared change, averaged over forget sets,
             outputs and margins, and kinds of row; the noise of the retrained models is in it, alike
             for all. Factors of a predictor's mean are fitted to the other forget sets each time.
@@ -66,10 +67,9 @@ class RunCalibration:
             told = json.loads(read_file(path))
             if told["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {told['schema']}, this version reads {SCHEMA}")
-            # Runs made before there was a residual have no weights for it.
             weights, residual = (
-                {kind: Weights(**values) for kind, values in table.items()}
-                for table in (told["weights"], told.get("residual", {}))
+                {kind: Weights(**values) for kind, values in told[name].items()}
+                for name in ("weights", "residual")
             )
             return cls(Calibration(**told["newton"]), weights, dict(told["errors"]), residual)
         except ConnectionError:

@@ -86,9 +86,9 @@ class Recipe:
         return np.asarray(np.interp(np.arange(steps) + 0.5, ends, [0, self.peak_rate, 0]))
 
     def settings(self) -> dict[str, Any]:
-        """The fields as plain values, for provenance."""
+        """The fields, and how epochs are cut into batches, as plain values for provenance."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"augment": self.augment is not None}
+        return values | {"augment": self.augment is not None, "batches": "even"}
 
 
 def source_digest(function: Callable[..., Any] | None) -> str:

@@ -119,6 +119,9 @@ class _Search:
 
     def errors(self, name: str, candidates: Sequence[GroupNewton]) -> Numbers:
         """Mean error of each candidate over the bank's sets, kept in a store, [candidate]."""
+        # Two checkpoints, the same for all, so that what is read of them is read once.
+        few = self.newton.features.first(2)
+        candidates = [replace(candidate, features=few) for candidate in candidates]
         shape = (len(self.cases), len(candidates))
         arrays = {"errors": ArraySpec(("model", None), shape, "float64")}
         grid = [[c.temperature, c.damping, c.steps] for c in candidates]
@@ -144,9 +147,8 @@ class _Errors:
 
 
 def _error(newton: GroupNewton, case: Case) -> float:
-    few = replace(newton, features=newton.features.first(2))
     try:
-        first, second = few.changes(case.forget, case.targets)
+        first, second = newton.changes(case.forget, case.targets)
     except TooLittleDamping:
         return LARGE
     # Of the mean over two of them; what more checkpoints leave of its variance is alike for all.

@@ -19,6 +19,8 @@ from attribution.newton.linearised import Linearised, retrain
 from attribution.outputs import Array
 from attribution.task import Rows, Task
 
+OBJECTIVE = "mean of losses"  # that training is taken to minimise, for provenance
+
 
 @dataclass(frozen=True)
 class GroupNewton(Counterfactual):

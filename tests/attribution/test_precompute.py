@@ -1,13 +1,13 @@
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import nnls
 
 from attribution import ForgetSet, GroupNewton, Model, precompute, precompute_checkpoints
-from attribution.calibration_bank import KINDS, cases_of
-from attribution.combined import weigh, weighed_sum
+from attribution.calibration_bank import KINDS, cases_of, row_kinds
+from attribution.combined import weighed_sum
 from attribution.linear_datamodel import LinearDatamodel
 from attribution.run import Run, RunSettings, read_settings
 from attribution.run_calibration import RunCalibration
@@ -31,6 +31,22 @@ NORMALISED = TASK.replace(
 )
 UNDECAYED = TASK.replace("peak_rate=0.2", "peak_rate=0.2, weight_decay=0")
 OWN = TASK.replace("mlp, recipe)", "mlp)")
+
+
+def weighed_without(left, cases, means):
+    """The sum of some predictions of one set, its weights fitted to all other sets."""
+    found = np.zeros(means[0][left].shape)
+    for kind in range(len(KINDS)):
+        columns, wanted = [], []
+        for number, case in enumerate(cases):
+            rows, root = case.kinds[kind], np.sqrt(case.weight(kind))
+            if number != left:
+                columns.append(root * np.stack([mean[number][rows].ravel() for mean in means], 1))
+                wanted.append(root * case.change[rows].ravel())
+        weights = nnls(np.concatenate(columns), np.concatenate(wanted))[0]
+        rows = cases[left].kinds[kind]
+        found[rows] = sum(w * mean[left][rows] for w, mean in zip(weights, means, strict=True))
+    return found
 
 
 @pytest.fixture
@@ -117,25 +133,41 @@ class TestNewton:
         assert set(told.weights) == set(told.newton.scale) == set(KINDS)
         bank = type(run.full).open(run.path / "calibration" / "bank", run.task)
         cases = cases_of(bank, run.full.outputs.mean(0))
-        newton = [run.newton.change(case.forget) for case in cases]
-        linear = [run.datamodel.change(case.forget) for case in cases]
-        missed = LinearDatamodel.open(run.residual_path)
-        seconds = {
-            "newton": [replace(change, mean=0 * change.mean) for change in newton],
-            "combined": linear,
-            "residual": [missed.change(case.forget) for case in cases],
+        newton, linear, lacking = (
+            [predictor.change(case.forget).mean for case in cases]
+            for predictor in (
+                run.newton,
+                run.datamodel,
+                LinearDatamodel.open(run.residual_path),
+            )
+        )
+        sources = {
+            "newton": [newton],
+            "residual": [newton, lacking],
+            "combined": [newton, lacking, linear],
         }
-        assert set(told.errors) == {"datamodel", *seconds}
-        each = [case.error(change.mean) for case, change in zip(cases, linear, strict=True)]
+        assert set(told.errors) == {"datamodel", *sources}
+        each = [case.error(mean) for case, mean in zip(cases, linear, strict=True)]
         assert told.errors["datamodel"] == pytest.approx(np.mean(each), rel=1e-5)
-        for name, second in seconds.items():
-            pairs, errors = list(zip(newton, second, strict=True)), []
-            for left, case in enumerate(cases):
-                others = [number for number in range(len(cases)) if number != left]
-                weights = weigh([cases[i] for i in others], [pairs[i] for i in others])
-                found = weighed_sum(weights, *pairs[left], case.kind_numbers)
-                errors.append(case.error(found.mean))
+        for name, means in sources.items():
+            errors = [
+                case.error(weighed_without(left, cases, means)) for left, case in enumerate(cases)
+            ]
             assert told.errors[name] == pytest.approx(np.mean(errors), rel=1e-4)
+
+    def test_the_combination_is_of_the_residual_and_the_datamodel(self, run):
+        forget = ForgetSet.at(run.task, [3, 5, 8])
+        told, kinds = run.calibration, row_kinds(forget, np.arange(48))
+        first = weighed_sum(
+            told.residual,
+            run.newton.change(forget),
+            LinearDatamodel.open(run.residual_path).change(forget),
+            kinds,
+        )
+        expected = weighed_sum(told.weights, first, run.datamodel.change(forget), kinds)
+        found = run.combined.change(forget)
+        for name in ("mean", "std", "noise"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
     def test_a_lost_calibration_is_made_again_from_what_is_there(self, run, tmp_path):
         copy = copied(run.path, tmp_path)

@@ -217,6 +217,7 @@ def test_settings_tell_recipes_from_own_training():
     with_recipe, own = blobs().settings(), ridge_task().settings()
     assert with_recipe["recipe"]["epochs"] == 3
     assert with_recipe["recipe"]["augment"] is False
+    assert with_recipe["recipe"]["batches"] == "even"
     assert with_recipe["loss"] == CrossEntropy.__name__
     assert own["recipe"] == {"version": "1", "own": True}
 

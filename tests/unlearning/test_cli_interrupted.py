@@ -14,6 +14,7 @@ from unlearning.cli import main
 ROOT = Path(__file__).parents[2]
 MODELS, SUBSETS, PATIENCE = 8, 10, 120
 SIZES = ["--full-models", str(MODELS), "--subset-models", str(SUBSETS)]
+ENSEMBLES = [*SIZES, "--newton-checkpoints", "0"]  # no gradients, which come after what is killed
 
 SLOW = (
     TASK
@@ -91,13 +92,13 @@ def wait_for_blocks(run, count, process):
 
 def without_interruption(slow, folder):
     """What the same command makes in one go."""
-    assert main(["precompute", slow, "--run", str(folder), *SIZES, "--workers", "0"]) == 0
+    assert main(["precompute", slow, "--run", str(folder), *ENSEMBLES, "--workers", "0"]) == 0
     return arrays(folder)
 
 
 def test_ctrl_c_stops_at_once_in_one_line_and_the_same_command_finishes(slow, tmp_path, capsys):
     run = tmp_path / "run"
-    words = ["precompute", slow, "--run", str(run), *SIZES, "--workers", "0"]
+    words = ["precompute", slow, "--run", str(run), *ENSEMBLES, "--workers", "0"]
     with started(*words) as process:
         wait_for_blocks(run, 2, process)
         process.send_signal(signal.SIGINT)
@@ -117,7 +118,7 @@ def test_ctrl_c_stops_at_once_in_one_line_and_the_same_command_finishes(slow, tm
 
 def test_a_killed_run_resumes_to_the_same_bits_and_repeats_no_block(slow, tmp_path):
     run = tmp_path / "run"
-    words = ["precompute", slow, "--run", str(run), *SIZES]
+    words = ["precompute", slow, "--run", str(run), *ENSEMBLES]
     with started(*words, "--workers", "2") as process:
         wait_for_blocks(run, 4, process)
         process.kill()

@@ -86,8 +86,8 @@ def test_group_newton_predicts_as_if_its_features_had_never_held_the_rows(whole,
 def test_predictions_with_a_part_of_group_newton_move_little(whole, left, name):
     before, after = (change(run, name).mean for run in (whole, left))
     moved = np.abs(after - before[TARGETS_LEFT])
-    assert 0 < moved.mean() < 0.25 * np.abs(before[TARGETS_LEFT]).mean()
-    assert moved.max() < 0.3 * np.abs(before).max()
+    assert 0 < moved.mean() < 0.33 * np.abs(before[TARGETS_LEFT]).mean()
+    assert moved.max() < 0.33 * np.abs(before).max()
 
 
 def test_the_calibration_stays(whole, left):
