@@ -87,7 +87,7 @@ def test_predictions_with_a_part_of_group_newton_move_little(whole, left, name):
     before, after = (change(run, name).mean for run in (whole, left))
     moved = np.abs(after - before[TARGETS_LEFT])
     assert 0 < moved.mean() < 0.33 * np.abs(before[TARGETS_LEFT]).mean()
-    assert moved.max() < 0.33 * np.abs(before).max()
+    assert moved.max() < 0.4 * np.abs(before).max()
 
 
 def test_the_calibration_stays(whole, left):
