@@ -157,7 +157,9 @@ def mean_squares(cases: Sequence[Case], kind: int, *means: Sequence[Numbers]) ->
     return np.stack(grams), np.stack(rights)
 
 
-def held_out_error(cases: Sequence[Case], *means: Sequence[Numbers]) -> float:
+def held_out_error(
+    cases: Sequence[Case], *means: Sequence[Numbers], added: Sequence[Numbers] | None = None
+) -> float:
     """Error of a weighed sum of predictions on forget sets that its weights were not fitted to.
 
     For each set the weights of each kind of row are fitted to all other sets; see `Case.error`.
@@ -165,6 +167,7 @@ def held_out_error(cases: Sequence[Case], *means: Sequence[Numbers]) -> float:
     Args:
         cases: the forget sets, two or more.
         means: of one or more predictors, for each set [target, output].
+        added: of one more, which is weighed against the weighed sum of the others.
 
     Returns:
         The mean error over the sets.
@@ -178,7 +181,11 @@ def held_out_error(cases: Sequence[Case], *means: Sequence[Numbers]) -> float:
         >>> round(held_out_error(cases, [one, one]), 6)
         0.0
     """
-    weights = np.stack([_weights_without(cases, kind, *means) for kind in range(len(KINDS))], 1)
+    if added is None:
+        weights = np.stack([_weights_without(cases, k, *means) for k in range(len(KINDS))], 1)
+    else:
+        means = (*means, added)
+        weights = np.stack([_in_turn_without(cases, k, *means) for k in range(len(KINDS))], 1)
     told = zip(cases, weights, zip(*means, strict=True), strict=True)
     return float(np.mean([case.error(_summed(own, case, each)) for case, own, each in told]))
 
@@ -193,3 +200,15 @@ def _weights_without(cases: Sequence[Case], kind: int, *means: Sequence[Numbers]
     gram, right = mean_squares(cases, kind, *means)
     left = zip(gram.sum(0) - gram, right.sum(0) - right, strict=True)
     return np.stack([nonnegative_squares(*one) for one in left])
+
+
+def _in_turn_without(cases: Sequence[Case], kind: int, *means: Sequence[Numbers]) -> Numbers:
+    """The same, the last predictor weighed against the weighed sum of the others."""
+    gram, right = mean_squares(cases, kind, *means)
+    found = []
+    for g, r in zip(gram.sum(0) - gram, right.sum(0) - right, strict=True):
+        first = nonnegative_squares(g[:-1, :-1], r[:-1])
+        both = np.zeros((2, len(r)))
+        both[0, :-1], both[1, -1] = first, 1
+        found.append(nonnegative_squares(both @ g @ both.T, both @ r) @ both)
+    return np.stack(found)

@@ -15,7 +15,6 @@ from attribution.calibration_bank import KINDS
 from attribution.ensemble import Ensemble
 from attribution.forget import ForgetSet, Mask
 from attribution.newton import GroupNewton
-from attribution.newton.group import OBJECTIVE
 from attribution.outputs import Array
 from attribution.seeds import generator
 from attribution.task import Rows
@@ -120,7 +119,7 @@ def residual_models(
         "features": [dict(store.provenance.settings) for store in plain.features.stores],
         "damping": plain.damping,
         "temperature": plain.temperature,
-        "objective": OBJECTIVE,
+        "objective": plain.task.objective,
     }
     for checkpoint in range(few):  # here and not in several workers at the same time
         newton.features.curvature(checkpoint, plain.temperature or 1.0)

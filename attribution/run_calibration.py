@@ -8,7 +8,7 @@ from attribution.combined import Weights
 from attribution.newton import Calibration
 from stores import Where, read_file, write_file
 
-SCHEMA = 2  # in 1 the weights of the datamodel were beside group Newton alone
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class RunCalibration:
             The calibration.
 
         Raises:
-            ValueError: it cannot be read, or is of a later schema.
+            ValueError: it cannot be read, or is of another schema.
         """
         try:
             told = json.loads(read_file(path))

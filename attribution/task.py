@@ -24,6 +24,9 @@ TrainFunction = Callable[[Rows, int, torch.device], Mapping[str, Tensor]]
 AugmentFunction = Callable[[Tensor, int, int, Tensor], Tensor]
 
 
+OBJECTIVES = ("mean", "sum")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """SGD with momentum and a triangular learning rate: the built-in training.
@@ -127,9 +130,13 @@ class Task:
         train_ids: stable ids of the training rows; train-0, train-1, ... if none are given.
         test_ids: likewise; test-0, test-1, ... if none are given.
         embed: maps inputs [row, ...] to vectors [row, feature] for nearest-row forget sets.
+        objective: what training weighs against its weight decay: the "mean" of the rows' losses, as
+            loops over batches do, or their "sum". A row that stays counts for more of a mean when
+            others go.
 
     Raises:
-        ValueError: ids that repeat or do not fit the data, no rows, two ways to train.
+        ValueError: ids that repeat or do not fit the data, no rows, two ways to train, or another
+            objective than these; a recipe's is the mean.
         TypeError: an id is no text.
 
     Example:
@@ -151,8 +158,19 @@ class Task:
     train_ids: Sequence[str] = ()
     test_ids: Sequence[str] = ()
     embed: Callable[[Tensor], Tensor] | None = None
+    objective: str = "mean"
 
     def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"task {self.name!r}: objective must be {' or '.join(map(repr, OBJECTIVES))}, got"
+                f" {self.objective!r}"
+            )
+        if self.recipe is not None and self.objective != "mean":
+            raise ValueError(
+                f"task {self.name!r} has a recipe, which minimises the mean of the losses, and the"
+                f" objective {self.objective!r}: give it a train function or leave the objective"
+            )
         if self.recipe is not None and self.train is not None:
             raise ValueError(f"task {self.name!r} has a recipe and a train function: give one")
         for split in ("train", "test"):

@@ -257,7 +257,7 @@ class Step:
     """One step of the recipe; with many models at once, tensors have a leading model axis.
 
     Args:
-        rows: positions of the batch's rows, [row]; padding is -1.
+        rows: positions of the batch's rows, [row]; of many models padded with -1.
         batch: what they hold, augmented.
         rate: learning rate.
     """
@@ -335,6 +335,7 @@ def _steps(
     for step, (width, rate) in enumerate(
         zip(_widths(order), recipe.rates(len(order)), strict=True)
     ):
+        # Padding too, so that a model gets the same of `augment` alone as among many.
         x = _augmented(recipe, _rows(inputs, places[step]), order[step], seeds, step // per_epoch)
         if order.ndim == 2:
             x = x[:width]

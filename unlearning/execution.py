@@ -153,8 +153,8 @@ def _step(descent: Descent, batch: Batch, rate: float, *, alone: bool) -> None:
         if not alone:
             raise
         raise ValueError(
-            "a step has one row only, from which BatchNorm can take no statistics: choose a larger"
-            " batch size, forget more rows at once, or take batchnorm 'frozen'"
+            "a step has one row only, from which BatchNorm can take no statistics: choose a batch"
+            " size of 3 or more, or batchnorm 'frozen', which alone helps where there is one row"
         ) from error
 
 

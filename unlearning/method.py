@@ -202,7 +202,7 @@ def epochs_order(
     Args:
         rows: number of rows.
         epochs: passes over them.
-        batch_size: rows a step.
+        batch_size: rows a step at most.
         request: gives the models' numbers and the seed.
         purpose: names the draw; another name gives an independent one.
 

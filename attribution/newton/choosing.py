@@ -119,7 +119,7 @@ class _Search:
 
     def errors(self, name: str, candidates: Sequence[GroupNewton]) -> Numbers:
         """Mean error of each candidate over the bank's sets, kept in a store, [candidate]."""
-        # Two checkpoints, the same for all, so that what is read of them is read once.
+        # Two checkpoints, the same object for all, so that their curvature is read once.
         few = self.newton.features.first(2)
         candidates = [replace(candidate, features=few) for candidate in candidates]
         shape = (len(self.cases), len(candidates))
@@ -142,7 +142,10 @@ class _Errors:
 
     def __call__(self, block: int) -> None:
         with threads(1):
-            errors = [_error(candidate, self.cases[block]) for candidate in self.candidates]
+            # Each anew: factors of all of them at once would fill the memory.
+            errors = [
+                _error(replace(candidate), self.cases[block]) for candidate in self.candidates
+            ]
         Store.open(self.path).write_block(block, {"errors": np.array([errors])})
 
 

@@ -18,7 +18,7 @@ from attribution.ensemble import Ensemble
 from attribution.gradients import Features
 from attribution.newton.calibration import Calibration
 from attribution.newton.choosing import choose
-from attribution.newton.group import OBJECTIVE, GroupNewton
+from attribution.newton.group import GroupNewton
 from attribution.outputs import Array
 from attribution.training import threads
 from stores import (
@@ -162,7 +162,7 @@ def _settings(newton: GroupNewton, bank: Ensemble) -> dict[str, Any]:
         "steps": newton.steps,
         "damping": newton.damping,
         "temperature": newton.temperature,
-        "objective": OBJECTIVE,
+        "objective": newton.task.objective,
     }
 
 

@@ -19,8 +19,6 @@ from attribution.newton.linearised import Linearised, retrain
 from attribution.outputs import Array
 from attribution.task import Rows, Task
 
-OBJECTIVE = "mean of losses"  # that training is taken to minimise, for provenance
-
 
 @dataclass(frozen=True)
 class GroupNewton(Counterfactual):
@@ -34,15 +32,16 @@ class GroupNewton(Counterfactual):
         change of the outputs of x = J(x) d.
 
     The second sum is over all n training rows: training minimises the mean of the losses, of which
-    each row that stays is a larger part when some go, against the same weight decay. Further steps
-    take R at the new outputs, until the linearised problem is solved. Targets need not be known in
-    advance.
+    each row that stays is a larger part when some go, against the same weight decay. It is left out
+    where the task's objective is the sum of the losses. Further steps take R at the new outputs,
+    until the linearised problem is solved. Targets need not be known in advance.
 
     Args:
         task: whose rows are forgotten.
         features: projected gradients of its checkpoints.
-        damping: lambda, in units of the sum of the kept rows' losses; None: the calibrated one, or
-            without calibration (number of rows kept) x the recipe's weight decay.
+        damping: lambda, in units of the sum of the kept rows' losses, alike for all forget sets;
+            None: the calibrated one, or without calibration (number of rows kept) x the recipe's
+            weight decay.
         temperature: T that outputs are divided by before the loss; None: the calibrated one, or 1.
         steps: Newton steps at most; 1 is the formula above. None: the calibrated number, or 3.
         calibration: fitted on models really retrained; None: std is the plain spread over the
@@ -184,12 +183,14 @@ class GroupNewton(Counterfactual):
         outputs = problem.outputs[rows]
         # The share of all weight that goes, which the mean of the losses gives to what stays.
         share = (before - after) * len(forget) / (n - (1 - before) * len(forget))
+        share = share if self.task.objective == "mean" else 0.0
         own = j.flatten(0, 1).T @ problem.gradients(outputs, rows).flatten()
-        every = self._gradient(checkpoint, problem) - (1 - before) * own
-        pull = (before - after) * own - share * every
+        pull = (before - after) * own
+        if share:
+            pull = pull - share * (self._gradient(checkpoint, problem) - (1 - before) * own)
         root = _root((1 - after) * problem.hessians(outputs))
         removed = torch.einsum("rab,rbk->rak", root, j).flatten(0, 1)
-        damping = self._damping(forget)
+        damping = self._damping(n - (1 - after) * len(forget))
         inverse = without(self._factor(checkpoint, damping), removed)
         mask = torch.from_numpy(forget.mask).to(j)
         weights = (1 - share) * (1 - (1 - before) * mask), 1 - (1 - after) * mask
@@ -208,13 +209,13 @@ class GroupNewton(Counterfactual):
             return self.steps
         return self.calibration.steps if self.calibration else STEPS
 
-    def _damping(self, forget: ForgetSet) -> float:
+    def _damping(self, kept: float) -> float:
         if self.damping is not None:
             return self.damping
         if self.calibration is not None:
             return self.calibration.damping
         assert self.task.recipe is not None
-        return (forget.total - len(forget)) * self.task.recipe.weight_decay
+        return kept * self.task.recipe.weight_decay
 
     @cached_property
     def _kept_factors(self) -> dict[int, Factor]:

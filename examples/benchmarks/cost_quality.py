@@ -9,7 +9,7 @@ retraining: its gradients, its seconds, and how many of these are prediction. It
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,7 @@ from newton_quality import EPOCHS, Group, coherent_sets, compare
 from attribution import Counterfactual, GroupNewton, Run, precompute
 from attribution.training import threads
 from examples.pages import machine, made_by, table
-from unlearning import DoNothing, Matching, klom, margins, unlearn_models
+from unlearning import DoNothing, Matching, UnlearningMethod, klom, margins, unlearn_models
 from unlearning.audit import Audit
 from unlearning.cost import measure_request, measure_retraining
 
@@ -38,24 +38,32 @@ def few(newton: GroupNewton, checkpoints: int) -> GroupNewton:
 
 def predictors(run: Run) -> dict[str, Counterfactual]:
     """From dear to cheap, by name."""
+    found: dict[str, Counterfactual] = {}
     newtons = {count: few(run.newton, count) for count in CHECKPOINTS}
-    residuals = {f"residual, {n}": replace(run.residual, first=o) for n, o in newtons.items()}
+    for count, newton in newtons.items():
+        residual = replace(run.residual, first=newton)
+        found[f"combined, {count}"] = replace(run.combined, first=residual)
     return (
-        residuals | {f"newton, {n}": o for n, o in newtons.items()} | {"datamodel": run.datamodel}
+        found | {f"newton, {n}": one for n, one in newtons.items()} | {"datamodel": run.datamodel}
     )
 
 
-def distances(predictor: Counterfactual, audits: Sequence[Audit], share: float) -> dict[str, Any]:
+def distances(audits: Sequence[Audit], outcome: Callable[[Audit], Any]) -> dict[str, Any]:
     """Mean KLOM of each split over the sets, and the largest on forget rows."""
-    method = Matching(predictor, passes=share * EPOCHS) if share else DoNothing()
     found: dict[str, list[float]] = {}
     for audit in audits:
-        after = unlearn_models(method, audit.full, audit.task, audit.forget)
-        distance = klom(margins(after, audit.task), audit.oracles.margins)
+        distance = klom(outcome(audit), audit.oracles.margins)
         for split, rows in audit.splits.items():
             found.setdefault(split, []).append(float(distance[rows].mean()))
     told: dict[str, Any] = {split: float(np.mean(each)) for split, each in found.items()}
     return told | {"worst": max(found["forget"])}
+
+
+def outcome(method: UnlearningMethod) -> Callable[[Audit], Any]:
+    """Margins of an audit's models after a method."""
+    return lambda audit: margins(
+        unlearn_models(method, audit.full, audit.task, audit.forget), audit.task
+    )
 
 
 def seconds_of_prediction(predictor: Counterfactual, audit: Audit) -> float:
@@ -70,10 +78,8 @@ def seconds_of_prediction(predictor: Counterfactual, audit: Audit) -> float:
     return median(taken)
 
 
-def costs(predictor: Counterfactual, audit: Audit, share: float) -> dict[str, float]:
+def costs(method: UnlearningMethod, audit: Audit, retraining: dict[str, Any]) -> dict[str, float]:
     """One request over one retraining, in gradients and in seconds."""
-    retraining = measure_retraining(audit.task, audit.forget)
-    method = Matching(predictor, passes=share * EPOCHS)
     request = measure_request(method, audit.full.model(0), audit.forget)
     names = {"gradients": "gradient_evaluations", "seconds": "seconds"}
     return {name: request[key] / retraining[key] for name, key in names.items()}
@@ -93,33 +99,28 @@ def main() -> None:
     ]
     group = Group("coherent60", audits)
     rows = [
-        ["two banks", "", "", "", *_cells(_null(audits)), "", "", ""],
-        ["do nothing", "", "", "", *_cells(distances(run.datamodel, audits, 0)), "", "", ""],
+        [name, "", "", "", *_cells(distances(audits, found)), "", "", ""]
+        for name, found in (
+            ("two banks", lambda audit: audit.targets.margins),
+            ("do nothing", outcome(DoNothing())),
+        )
     ]
+    retraining = measure_retraining(audits[0].task, audits[0].forget)
     for name, predictor in predictors(run).items():
         agreement = compare(predictor, group)
         shares = [f"{agreement[kind]['of_ceiling']:.2f}" for kind in ("margins", "logits")]
         query = f"{seconds_of_prediction(predictor, audits[0]):.2f} s"
         for share in SHARES:
-            cost = costs(predictor, audits[0], share)
+            method = Matching(predictor, passes=share * EPOCHS)
+            cost = costs(method, audits[0], retraining)
             spent = [f"{cost['gradients']:.1%}", f"{cost['seconds']:.0%}", query]
-            told = distances(predictor, audits, share)
+            told = distances(audits, outcome(method))
             rows.append([name, f"{share:.0%}", *shares, *_cells(told), *spent])
             print(" | ".join(rows[-1]), flush=True)
-    page = _page(audits, options.models, rows)
+    page = _page(audits, options.models, retraining["seconds"], rows)
     print(page)
     if options.out:
         Path(options.out).write_text(page)
-
-
-def _null(audits: Sequence[Audit]) -> dict[str, Any]:
-    found: dict[str, list[float]] = {}
-    for audit in audits:
-        distance = klom(audit.targets.margins, audit.oracles.margins)
-        for split, rows in audit.splits.items():
-            found.setdefault(split, []).append(float(distance[rows].mean()))
-    told: dict[str, Any] = {split: float(np.mean(each)) for split, each in found.items()}
-    return told | {"worst": max(found["forget"])}
 
 
 def _cells(told: dict[str, Any]) -> list[str]:
@@ -142,8 +143,9 @@ HEADER = [
 ]
 
 
-def _page(audits: Sequence[Audit], models: int, rows: Sequence[Sequence[str]]) -> str:
-    seconds = measure_retraining(audits[0].task, audits[0].forget)["seconds"]
+def _page(
+    audits: Sequence[Audit], models: int, seconds: float, rows: Sequence[Sequence[str]]
+) -> str:
     text = f"""# Quality against cost on coherent sets of digits
 
 {machine()}
@@ -154,7 +156,7 @@ Means over {len(audits)} coherent sets of 60 rows, one of each class that has on
 each. Costs are of one request for one model, prediction and matching together, over one retraining
 without the rows ({seconds:.2f} s), on one thread, on the first set. Matching takes the share of a
 retraining's gradients in the second column. Predictions read what was stored before the request,
-so that they add seconds and no gradients.
+so that they add seconds and no gradients; they are warm, that is, not the first of their process.
 """
     return text + "\n" + table(HEADER, rows) + "\n"
 

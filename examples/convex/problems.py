@@ -126,6 +126,7 @@ class Problem:
             train=train,
             version="1",
             loss=SquaredError(),
+            objective="sum",
         )
 
     @cached_property

@@ -121,13 +121,13 @@ def test_the_model_is_the_one_that_training_makes(make):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def four_rows(peak_rate, momentum):
-    """Four rows in batches of three, the last of one."""
+def five_rows(peak_rate, momentum):
+    """Five rows in batches of three and of two."""
     recipe = Recipe(
         epochs=2, batch_size=3, peak_rate=peak_rate, momentum=momentum, weight_decay=0.02
     )
-    data, test = blob_data(4, 1), blob_data(3, 2)
-    return in_double(Task("four", data, test, lambda: smooth(width=3), recipe))
+    data, test = blob_data(5, 1), blob_data(3, 2)
+    return in_double(Task("five", data, test, lambda: smooth(width=3), recipe))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -135,7 +135,7 @@ def four_rows(peak_rate, momentum):
 def test_the_error_against_exact_shapley_values_falls_with_the_rate(order, momentum):
     errors = []
     for rate in (0.04, 0.02, 0.01):
-        task, rows, targets = four_rows(rate, momentum), np.arange(4), np.array([4, 5, 6])
+        task, rows, targets = five_rows(rate, momentum), np.arange(4), np.array([4, 5, 6])
         exact = in_run_shapley(task, rows, targets, seed=SEED, index=INDEX)
         found = values_of(task, rows, targets, order=order).scores[:, 0]
         errors.append(np.abs(found - exact).max())

@@ -33,19 +33,20 @@ UNDECAYED = TASK.replace("peak_rate=0.2", "peak_rate=0.2, weight_decay=0")
 OWN = TASK.replace("mlp, recipe)", "mlp)")
 
 
-def weighed_without(left, cases, means):
-    """The sum of some predictions of one set, its weights fitted to all other sets."""
-    found = np.zeros(means[0][left].shape)
+def weighed_by(chosen, cases, means):
+    """The sum of some predictions of each set, with weights fitted to some of the sets."""
+    found = [np.zeros(mean.shape) for mean in means[0]]
     for kind in range(len(KINDS)):
         columns, wanted = [], []
-        for number, case in enumerate(cases):
+        for number in chosen:
+            case = cases[number]
             rows, root = case.kinds[kind], np.sqrt(case.weight(kind))
-            if number != left:
-                columns.append(root * np.stack([mean[number][rows].ravel() for mean in means], 1))
-                wanted.append(root * case.change[rows].ravel())
+            columns.append(root * np.stack([mean[number][rows].ravel() for mean in means], 1))
+            wanted.append(root * case.change[rows].ravel())
         weights = nnls(np.concatenate(columns), np.concatenate(wanted))[0]
-        rows = cases[left].kinds[kind]
-        found[rows] = sum(w * mean[left][rows] for w, mean in zip(weights, means, strict=True))
+        for number, case in enumerate(cases):
+            rows, each = case.kinds[kind], [mean[number] for mean in means]
+            found[number][rows] = sum(w * mean[rows] for w, mean in zip(weights, each, strict=True))
     return found
 
 
@@ -141,19 +142,22 @@ class TestNewton:
                 LinearDatamodel.open(run.residual_path),
             )
         )
-        sources = {
-            "newton": [newton],
-            "residual": [newton, lacking],
-            "combined": [newton, lacking, linear],
-        }
-        assert set(told.errors) == {"datamodel", *sources}
+        sources = {"newton": [newton], "residual": [newton, lacking]}
+        assert set(told.errors) == {"datamodel", "combined", *sources}
         each = [case.error(mean) for case, mean in zip(cases, linear, strict=True)]
         assert told.errors["datamodel"] == pytest.approx(np.mean(each), rel=1e-5)
         for name, means in sources.items():
-            errors = [
-                case.error(weighed_without(left, cases, means)) for left, case in enumerate(cases)
-            ]
+            errors = []
+            for left, case in enumerate(cases):
+                others = [number for number in range(len(cases)) if number != left]
+                errors.append(case.error(weighed_by(others, cases, means)[left]))
             assert told.errors[name] == pytest.approx(np.mean(errors), rel=1e-4)
+        errors = []
+        for left, case in enumerate(cases):
+            others = [number for number in range(len(cases)) if number != left]
+            first = weighed_by(others, cases, [newton, lacking])
+            errors.append(case.error(weighed_by(others, cases, [first, linear])[left]))
+        assert told.errors["combined"] == pytest.approx(np.mean(errors), rel=1e-4)
 
     def test_the_combination_is_of_the_residual_and_the_datamodel(self, run):
         forget = ForgetSet.at(run.task, [3, 5, 8])

@@ -73,6 +73,8 @@ def test_given_ids_are_kept_in_order():
         ({"train_ids": ["a", "b", "test-1"]}, "id 'test-1' is a train and a test row"),
         ({"rows": 0}, "task 'blobs' has no training rows"),
         ({"train": lambda *_: {}}, "has a recipe and a train function: give one"),
+        ({"objective": "sum"}, "has a recipe, which minimises the mean of the losses, and the"),
+        ({"objective": "max"}, "objective must be 'mean' or 'sum', got 'max'"),
     ],
 )
 def test_unusable_tasks_are_refused(changes, message):

@@ -104,5 +104,5 @@ def test_a_single_row_that_batchnorm_cannot_take_is_refused_with_the_cure(normal
     """Five rows in steps of two leave steps of one."""
     ground = normalised_ground
     method = GradientAscent(batch_size=2, batchnorm="update")
-    with pytest.raises(ValueError, match=r"a step has one row only, .* choose a larger batch size"):
+    with pytest.raises(ValueError, match=r"a step has one row only, .* choose a batch size of 3"):
         method(ground.full.model(1), ground.task, ground.forget)

@@ -19,26 +19,32 @@ from attribution import (
 from attribution.losses import SquaredError
 from attribution.newton import linearised
 from attribution.newton.group import spread_over_checkpoints
+from attribution.task import OBJECTIVES
 from tests.attribution.newton.cases import EXACT, SMALL, TASKS, checkpoints, newton_of
 from tests.references import group_newton_step, leave_set_out_ridge, penalised_logistic, ridge
 from tests.tasks import blobs, diabetes, line, ridge_task
 
-PENALTY = 2.0  # of all rows; per row it is the same with fewer
+PENALTY = 2.0  # of all rows
 # Of a layer with 5 features: few rows by Woodbury's identity, many by a new factor.
 FEW, MANY = [3, 7], [0, 3, 7, 11, 12, 13, 20, 29]
 
 
+def penalty_of(task, share):
+    """The penalty where so large a share of the rows is left: against a mean it is one per row."""
+    return PENALTY * share if task.objective == "mean" else PENALTY
+
+
 def ridge_model(task, weights=None):
     inputs, labels = (tensor.numpy() for tensor in task.train_data.tensors)
-    penalty = PENALTY if weights is None else PENALTY * weights.mean()
+    penalty = PENALTY if weights is None else penalty_of(task, weights.mean())
     slopes, intercept = ridge(inputs, labels, penalty, weights=weights, free_intercept=False)
     state = {"weight": torch.tensor(slopes[None]), "bias": torch.tensor([intercept])}
     return Model(task, state)
 
 
-@pytest.fixture(scope="module")
-def linear():
-    return ridge_task()
+@pytest.fixture(scope="module", params=OBJECTIVES)
+def linear(request):
+    return replace(ridge_task(), objective=request.param)
 
 
 class TestRidge:
@@ -51,12 +57,12 @@ class TestRidge:
         features = featurize(
             linear, [ridge_model(linear)], tmp_path / "f", projection=EXACT, dtype=dtype
         )
-        left = PENALTY * (1 - len(rows) / 31)
+        left = penalty_of(linear, 1 - len(rows) / 31)
         newton = GroupNewton(linear, features, damping=left, steps=steps)
         found = newton.change(ForgetSet.at(linear, rows)).mean
         data = (tensor.numpy() for tensor in linear.train_data.tensors)
         queries = linear.targets()[0].numpy()
-        given = {"free_intercept": False, "mean": True}
+        given = {"free_intercept": False, "mean": linear.objective == "mean"}
         expected = leave_set_out_ridge(*data, queries, rows, PENALTY, **given)
         tolerance = {"float16": 1e-3, "float32": 1e-5, "float64": 1e-12}[dtype]
         scale = np.abs(expected).max()
@@ -70,7 +76,7 @@ class TestRidge:
             weights[MANY] = weight
             ends.append(ridge_model(linear, weights))
         features = featurize(linear, ends[:1], tmp_path / "f", projection=EXACT, dtype="float64")
-        newton = GroupNewton(linear, features, damping=PENALTY * weights.mean())
+        newton = GroupNewton(linear, features, damping=penalty_of(linear, weights.mean()))
         step = newton.step(0, ForgetSet.at(linear, MANY), before, after)
         moved = features.projector(0).adjoint(step)
         for name, value in moved.items():
@@ -86,10 +92,11 @@ class TestRidge:
         )
 
 
-@pytest.fixture(scope="module")
-def logistic():
+@pytest.fixture(scope="module", params=OBJECTIVES)
+def logistic(request):
     """A linear model with softmax, in float64."""
-    task = blobs(rows=60, model=lambda: nn.Linear(3, 2, dtype=torch.float64))
+    made = {"objective": request.param, "recipe": None}
+    task = blobs(rows=60, model=lambda: nn.Linear(3, 2, dtype=torch.float64), **made)
     data = [
         TensorDataset(part.tensors[0].double(), part.tensors[1])
         for part in (task.train_data, task.test_data)
@@ -99,7 +106,7 @@ def logistic():
 
 def optimum(task, rows):
     inputs, labels = task.rows("train", rows)
-    weights = penalised_logistic(inputs, labels, PENALTY * len(rows) / 60, 2)
+    weights = penalised_logistic(inputs, labels, penalty_of(task, len(rows) / 60), 2)
     return Model(task, {"weight": weights[:, :3].clone(), "bias": weights[:, 3].clone()})
 
 
@@ -110,7 +117,7 @@ def test_steps_end_where_retraining_does(logistic, tmp_path, rows, monkeypatch):
     features = featurize(logistic, [before], tmp_path / "f", projection=EXACT)
 
     def off(steps):
-        left = PENALTY * (1 - len(rows) / 60)
+        left = penalty_of(logistic, 1 - len(rows) / 60)
         newton = GroupNewton(logistic, features, damping=left, steps=steps)
         found = newton.predict(before, ForgetSet.at(logistic, rows)).mean
         return np.linalg.norm(found - after) / np.linalg.norm(after)
