@@ -207,7 +207,6 @@ def calibrate_run(
     """
     at: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
     seed, to = run.settings.seed + 4, run.path / "calibration"
-    _refuse_another_objective(run)
     bank = calibration_bank(run.task, to / "bank", seed=seed, device=device, **at)
     plain = GroupNewton(run.task, run.features, damping=1.0)
     folder = to / f"newton-{len(run.features)}"
@@ -250,23 +249,6 @@ def calibrate_run(
     found = RunCalibration(newton, weights, errors, residual)
     found.save(run.path / CALIBRATION)
     return found
-
-
-def _refuse_another_objective(run: Run) -> None:
-    """Refuses what was calibrated for another objective, or before objectives were known."""
-    folder = run.path / "calibration" / f"newton-{len(run.features)}"
-    residual = run.path / "calibration" / "residual"
-    made = [folder / name for name in store_places(folder)]
-    told = [Store.open(where).provenance.settings for where in made]
-    if run.residual_path.taken():
-        told.append(dict(Store.open(run.residual_path).provenance.settings["ensemble"]))
-    if any(settings.get("objective") != run.task.objective for settings in told):
-        whole = [run.path / CALIBRATION, folder, residual, run.residual_path]
-        raise ValueError(
-            f"{run.path} was calibrated for another objective of training than"
-            f" {run.task.objective!r}, or by a version that knew of none: remove"
-            f" {', '.join(map(str, whole))}, and the same command makes all of it anew"
-        )
 
 
 def _calibrated_before(run: Run) -> bool:

@@ -119,7 +119,6 @@ def residual_models(
         "features": [dict(store.provenance.settings) for store in plain.features.stores],
         "damping": plain.damping,
         "temperature": plain.temperature,
-        "objective": plain.task.objective,
     }
     for checkpoint in range(few):  # here and not in several workers at the same time
         newton.features.curvature(checkpoint, plain.temperature or 1.0)

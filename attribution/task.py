@@ -303,6 +303,7 @@ class Task:
             "data": self.digests,
             "model": self._structure(),
             "loss": type(self.loss).__name__,
+            "objective": self.objective,
             "recipe": self.recipe.settings() if self.recipe else own,
         }
 

@@ -162,7 +162,6 @@ def _settings(newton: GroupNewton, bank: Ensemble) -> dict[str, Any]:
         "steps": newton.steps,
         "damping": newton.damping,
         "temperature": newton.temperature,
-        "objective": newton.task.objective,
     }
 
 

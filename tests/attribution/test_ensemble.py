@@ -190,6 +190,25 @@ def test_another_version_of_own_training_is_refused(tmp_path):
         bank(ridge_task(version="2"), tmp_path / "own", models=2)
 
 
+def test_another_objective_of_own_training_is_refused(tmp_path):
+    bank(ridge_task(), tmp_path / "own", models=2)
+    with pytest.raises(ValueError, match="objective: stored 'mean', wanted 'sum'"):
+        bank(ridge_task(objective="sum"), tmp_path / "own", models=2)
+
+
+def test_models_of_batches_that_were_cut_otherwise_are_refused(task, tmp_path, monkeypatch):
+    settings = Recipe.settings
+
+    def of_before(self):
+        return {name: value for name, value in settings(self).items() if name != "batches"}
+
+    with monkeypatch.context() as before:
+        before.setattr(Recipe, "settings", of_before)
+        bank(task, tmp_path / "half")
+    with pytest.raises(ValueError, match=r"recipe\.batches: stored nothing, wanted 'even'"):
+        bank(task, tmp_path / "half")
+
+
 def test_another_source_of_own_training_is_only_warned_about(tmp_path):
     task = ridge_task()
     first = bank(task, tmp_path / "own", models=2)

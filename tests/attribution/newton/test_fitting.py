@@ -1,6 +1,7 @@
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,6 +184,21 @@ class TestChoice:
         candidates = {"temperatures": (1.0,), "dampings": (4.0,)}
         free = replace(twins, steps=None)
         assert calibrate(free, bank, tmp_path / "c", **candidates).steps == steps
+
+    @pytest.mark.parametrize(
+        ("errors", "steps"),
+        [
+            ([0.9, 0.8, 0.797], 3),  # 1.5 % of what the third step explains
+            ([0.9, 0.8, 0.799], 2),
+            ([1.2, 1.1, 1.1], 2),
+            ([0.5, 0.6, 0.7], 1),
+        ],
+    )
+    def test_what_a_step_gains_is_held_against_what_the_best_explains(self, errors, steps):
+        search = SimpleNamespace(
+            candidate=lambda pair, number: number, errors=lambda name, tried: np.array(errors)
+        )
+        assert choosing._fewest_steps(search, (1.0, 1.0)) == steps
 
     @pytest.mark.parametrize(("times", "warns"), [(300.0, True), (0.01, False)])
     def test_a_search_that_ends_at_its_largest_damping_warns(
