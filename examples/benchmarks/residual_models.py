@@ -87,7 +87,7 @@ def predictors(bench: Bench, models: int, seed: int) -> Iterator[tuple[str, Coun
     ensemble = train_models(run.task, subsets, folder / "ensemble")
     plain = fit_datamodels(ensemble, anchor=run.full, to=folder / "plain", workers=None)
     yield "datamodel", plain
-    yield "combined", bench.weighed(plain)
+    yield "newton + datamodel", bench.weighed(plain)
     chosen = models_like_requests(ensemble, RESIDUAL_MODELS, seed)
     left = residual_models(
         ensemble, run.newton, folder, anchor=run.full, models=chosen, workers=None
