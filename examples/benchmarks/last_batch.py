@@ -4,7 +4,7 @@ python examples/benchmarks/last_batch.py trains models of the digits by a plain 
 epochs in two ways: `split(32)` leaves a last batch of what is over, those of `tensor_split` are
 alike in size. Each way it trains on all rows and without 58 to 62 random rows, others for each
 model, and prints the root mean square of the change of the mean logits of test rows, less what the
-noise of so many models adds. Nothing about a row can differ between 59, 60 and 61 of them, but
+noise of so many models adds. Nothing about the rows differs between 59, 60 and 61 of them, but
 without 60 the last batch of `split` holds a single row. About four minutes on two cores.
 """
 

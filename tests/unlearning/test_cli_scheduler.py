@@ -7,7 +7,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from tests.small_runs import arrays, write_task
 from unlearning.cli import main
 
-SIZES = ("--full-models", "4", "--subset-models", "12")
+SIZES = ("--full-models", "4", "--subset-models", "12", "--newton-checkpoints", "0")
 
 
 class Noting(SchedulerPlugin):
