@@ -239,13 +239,14 @@ def calibrate_run(
     weights = weigh(cases, list(zip(first, linear, strict=True)))
     own = [case.error(change.mean) for case, change in zip(cases, linear, strict=True)]
     # A predictor with more factors must not look nearer for them alone.
+    means = {
+        name: [[change.mean for change in each] for each in changes]
+        for name, changes in sources.items()
+    }
     errors = {"datamodel": float(np.mean(own))}
-    for name, changes in sources.items():
-        means = [[change.mean for change in each] for each in changes]
-        errors[name] = held_out_error(cases, *means)
-    # The last are the means that the combination is made of.
-    added = [change.mean for change in linear]
-    errors["combined"] = held_out_error(cases, *means, added=added)
+    errors |= {name: held_out_error(cases, *parts) for name, parts in means.items()}
+    parts, added = means.get("residual", means["newton"]), [change.mean for change in linear]
+    errors["combined"] = held_out_error(cases, *parts, added=added)
     found = RunCalibration(newton, weights, errors, residual)
     found.save(run.path / CALIBRATION)
     return found

@@ -62,7 +62,7 @@ def epoch_order(rows: Rows, batch_size: int, random: np.random.Generator) -> Row
 
     A step follows the mean over its batch. Were the last batch of an epoch what is left, a single
     row of it could count as much as `batch_size` others, and the outputs of a retrained model would
-    depend on the number of rows modulo `batch_size` more than on which rows were removed.
+    depend on the number of rows modulo `batch_size`, see examples/benchmarks/last_batch.py.
 
     Args:
         rows: positions to visit once each.

@@ -48,11 +48,11 @@ def predictors(run: Run) -> dict[str, Counterfactual]:
     )
 
 
-def distances(audits: Sequence[Audit], outcome: Callable[[Audit], Any]) -> dict[str, Any]:
+def distances(audits: Sequence[Audit], told_of: Callable[[Audit], Any]) -> dict[str, Any]:
     """Mean KLOM of each split over the sets, and the largest on forget rows."""
     found: dict[str, list[float]] = {}
     for audit in audits:
-        distance = klom(outcome(audit), audit.oracles.margins)
+        distance = klom(told_of(audit), audit.oracles.margins)
         for split, rows in audit.splits.items():
             found.setdefault(split, []).append(float(distance[rows].mean()))
     told: dict[str, Any] = {split: float(np.mean(each)) for split, each in found.items()}

@@ -135,7 +135,7 @@ def five_rows(peak_rate, momentum):
 def test_the_error_against_exact_shapley_values_falls_with_the_rate(order, momentum):
     errors = []
     for rate in (0.04, 0.02, 0.01):
-        task, rows, targets = five_rows(rate, momentum), np.arange(4), np.array([4, 5, 6])
+        task, rows, targets = five_rows(rate, momentum), np.arange(5), np.array([5, 6, 7])
         exact = in_run_shapley(task, rows, targets, seed=SEED, index=INDEX)
         found = values_of(task, rows, targets, order=order).scores[:, 0]
         errors.append(np.abs(found - exact).max())
