@@ -26,6 +26,7 @@ from attribution.trak.curvature import (
     natural_damping,
     warn_if_ill_conditioned,
 )
+from attribution.trak.pulls import pulls
 from attribution.trak.score_blocks import ScoreBlock, margin_arrays, margins_differ
 from attribution.trak.scores import KIND, TrakScores
 from attribution.trak.tally import Tally
@@ -85,11 +86,13 @@ def fit_trak(
 
         score(i, x) = -J(x) (H + lambda I)^-1 J_i^T g_i,
 
-    and on its margin the margin's derivative at the checkpoint's outputs times that. It is in the
-    unit of the outputs. Interrupted at any moment, the same call computes the unfinished blocks
-    only and ends with the same bits, whatever the workers. How many targets make a block follows
-    from the layout (`score_block`), not from memory: a process holds 128 MiB of their features at
-    most, the rest in a temporary file, and scores of as many rows as a storage object holds.
+    and on its margin the margin's derivative at the checkpoint's outputs times that. Where the loss
+    l is a function of the margin m, as cross-entropy is, g_i is dl/dm times dm/dz, and dl/dm is
+    averaged over the checkpoints apart, before the rest is. Scores are in the unit of the outputs.
+    Interrupted at any moment, the same call computes the unfinished blocks only and ends with the
+    same bits, whatever the workers. How many targets make a block follows from the layout
+    (`score_block`), not from memory: a process holds 128 MiB of their features at most, the rest in
+    a temporary file, and scores of as many rows as a storage object holds.
 
     Args:
         features: projected gradients of the checkpoints.
@@ -122,8 +125,8 @@ def fit_trak(
         >>> scores.effects(0).shape, scores.margins(0).shape
         ((1437, 10), (1437,))
 
-    Source: TRAK (arXiv 2303.14186), equation 14; for several outputs at once, with the
-        curvature's weights and the damping that make it a Newton step.
+    Source: TRAK (arXiv 2303.14186), section 3.2 and equation 14; for several outputs at once, with
+        the curvature's weights and the damping that make it a Newton step.
     """
     train = len(features.task.train_ids)
     chosen = _Settings(
@@ -196,11 +199,13 @@ def _damping(task: Task, weighting: bool) -> float:
     return natural_damping(task)
 
 
-def _provenance(features: Features, chosen: _Settings, checkpoints: range) -> Provenance:
-    settings = {
-        "features": [dict(features.stores[c].provenance.settings) for c in checkpoints],
+def _provenance(features: Features, chosen: _Settings, checkpoint: int | None = None) -> Provenance:
+    settings: dict[str, Any] = {} if checkpoint is None else {"checkpoint": checkpoint}
+    settings |= {
+        "features": [dict(store.provenance.settings) for store in features.stores],
         "damping": chosen.damping,
         "weighting": chosen.weighting,
+        "averaged": "apart",
         "dtype": chosen.dtype,
     }
     recorded = {
@@ -225,7 +230,7 @@ def _solved_rows(
     store = Store.open_or_create(
         path,
         StoreSpec(ROWS_KIND, "train", block, {"rows": array}),
-        _provenance(features, chosen, range(checkpoint, checkpoint + 1)),
+        _provenance(features, chosen, checkpoint),
         constants={} if factor is None else {"factor": factor},
     )
     work = _RowsBlock(features, checkpoint, store.path)
@@ -258,11 +263,8 @@ class _RowsBlock:
         store.write_block(block, {"rows": rows.astype(store.spec.array("rows").dtype)})
 
     def _solved(self, rows: Rows, factor: Numbers) -> Numbers:
-        task = self.features.task
-        outputs = torch.from_numpy(self.features.outputs(self.checkpoint, rows)).double()
-        gradients = task.loss.gradient(outputs, task.targets(rows)[1])
         j = torch.from_numpy(self.features.gather(self.checkpoint, rows)).double()
-        pull = torch.einsum("ro,rok->kr", gradients, j)
+        pull = torch.einsum("ro,rok->kr", pulls(self.features, self.checkpoint, rows), j)
         return torch.cholesky_solve(pull, torch.from_numpy(factor)).T.numpy()
 
 
@@ -288,6 +290,6 @@ def _score_store(features: Features, path: Place, chosen: _Settings) -> Store:
     return Store.open_or_create(
         path,
         StoreSpec(KIND, "target", block, arrays),
-        _provenance(features, chosen, range(len(features))),
+        _provenance(features, chosen),
         ids={"train": features.task.train_ids, "target": features.task.target_ids},
     )

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from attribution.gradients import Features, output_cotangents
+from attribution.gradients import Features
 from attribution.newton.inverse import factorise
 from attribution.outputs import Array
 from attribution.training import threads
@@ -13,13 +13,16 @@ from attribution.trak.curvature import (
     natural_damping,
     warn_if_ill_conditioned,
 )
+from attribution.trak.pulls import pulls
+from attribution.trak.score_blocks import margin_slopes
 
 
 def margin_effects(features: Features, target: int, *, damping: float | None = None) -> Array:
     """Effects of including each training row on one target's margin, as `fit_trak` computes them.
 
-    With m the margin's derivative with respect to the outputs, one vector v = (H + lambda I)^-1
-    J(x)^T m is solved for and the score of row i is -g_i^T J_i v, mean over the checkpoints.
+    With s the margin's derivative with respect to the outputs, one vector v = (H + lambda I)^-1
+    J(x)^T s is solved for and the score of row i is -g_i^T J_i v, mean over the checkpoints, with
+    g_i as `fit_trak` has it.
 
     Args:
         features: projected gradients of the checkpoints.
@@ -49,17 +52,13 @@ def margin_effects(features: Features, target: int, *, damping: float | None = N
 
 
 def _of_checkpoint(features: Features, checkpoint: int, target: int, damping: float) -> Array:
-    task, rows = features.task, np.arange(len(features.task.train_ids))
-    outputs = torch.from_numpy(features.outputs(checkpoint))
-    labels = task.targets()[1]
-    place = slice(target, target + 1)
-    slope = output_cotangents(task.loss, outputs[place], labels[place], "margin")[0, 0]
-    j = torch.from_numpy(features.gather(checkpoint, np.array([target])))[0]
+    rows, place = np.arange(len(features.task.train_ids)), np.array([target])
+    slope = margin_slopes(features, checkpoint, place)[0]
+    j = torch.from_numpy(features.gather(checkpoint, place))[0]
     with threads(1):
         curvature = gram_matrix(features, checkpoint, weighting=True, dtype="float32")
         lower = factorise(torch.from_numpy(curvature), damping).lower
         warn_if_ill_conditioned(condition_number(lower), damping, "float32", checkpoint)
         v = torch.cholesky_solve((slope @ j).double()[:, None], lower)[:, 0].numpy()
     pushed = torch.from_numpy(features.product(checkpoint, v, rows))
-    gradients = task.loss.gradient(outputs[: len(rows)], labels[: len(rows)])
-    return np.asarray(-(gradients * pushed).sum(1).numpy())
+    return np.asarray(-(pulls(features, checkpoint, rows) * pushed).sum(1).numpy())

@@ -21,11 +21,13 @@ from trak.score_computers import BasicScoreComputer
 
 from attribution import Ensemble, Task, draw_subsets, train_models
 from attribution.bootstrap import paired_difference
-from attribution.gradients import Features, featurize, output_cotangents
+from attribution.gradients import Features, featurize
 from attribution.lds import LDS, lds_bank, linear_datamodeling_score
 from attribution.task_file import load_task
 from attribution.trak import margin_effects
 from attribution.trak.curvature import gram_matrix
+from attribution.trak.pulls import pulls
+from attribution.trak.score_blocks import margin_slopes
 from attribution.trak.traker_results import TrakResults, open_trak_results
 from unlearning.cost import hardware
 
@@ -44,21 +46,20 @@ def our_scores(features: Features, weighting: bool) -> list[Scores]:
     for checkpoint in range(len(features)):
         gram = gram_matrix(features, checkpoint, weighting=weighting, dtype="float32")
         values, vectors = np.linalg.eigh(gram)
-        pulls = -contracted(features, checkpoint, train, "loss") @ vectors
-        margins = contracted(features, checkpoint, test, "margin") @ vectors
+        pulled = -contracted(features, checkpoint, train, pulls) @ vectors
+        margins = contracted(features, checkpoint, test, margin_slopes) @ vectors
         for index, factor in enumerate(GRID):
             damped = np.maximum(values, 0) + factor * values.mean()
-            found[index] = found[index] + (pulls / damped) @ margins.T / len(features)
+            found[index] = found[index] + (pulled / damped) @ margins.T / len(features)
     return found
 
 
-def contracted(features: Features, checkpoint: int, rows: Any, of: Any) -> Scores:
-    """Features of the rows' loss or margin, [row, k]."""
-    task, parts = features.task, []
+def contracted(features: Features, checkpoint: int, rows: Any, weights: Any) -> Scores:
+    """Features of the rows' outputs, weighted, [row, k]."""
+    parts = []
     for some in np.array_split(rows, -(-len(rows) // ROWS_AT_ONCE)):
-        outputs = torch.from_numpy(features.outputs(checkpoint, some))
-        slopes = output_cotangents(task.loss, outputs, task.targets(some)[1], of)
-        parts.append((slopes.numpy() @ features.gather(checkpoint, some))[:, 0])
+        weight = weights(features, checkpoint, some).numpy()[:, None]
+        parts.append((weight @ features.gather(checkpoint, some))[:, 0])
     return np.concatenate(parts).astype(np.float64)
 
 
@@ -151,7 +152,7 @@ def compare(task: Task, folder: Path, options: argparse.Namespace) -> None:
 
 
 def check(features: Features, scores: list[Scores]) -> None:
-    """The scores of one checkpoint and target are those that the library gives."""
+    """The scores of one target by one checkpoint are those that the library gives."""
     first = Features(features.task, features.stores[:1])
     place, index = len(features.task.train_ids), len(GRID) // 2
     damping = GRID[index] * float(np.diag(features.curvature(0)).mean())

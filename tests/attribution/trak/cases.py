@@ -7,20 +7,25 @@ from attribution import Model
 from attribution.gradients import featurize
 
 
-def checkpoints(task, count):
-    """Models that were trained on all rows, or fresh ones where the task tells no training."""
-    return [Model(task, task.new_model(seed).state_dict()) for seed in range(count)]
+def checkpoints(task, count, first=0):
+    """Fresh models."""
+    return [Model(task, task.new_model(seed).state_dict()) for seed in range(first, first + count)]
 
 
-def make_features(task, folder, count=3, **settings):
+def make_features(task, folder, count=3, first=0, **settings):
     """Features that are the gradients themselves: no side of these models is projected."""
-    return featurize(task, checkpoints(task, count), folder, block=7, **settings)
+    return featurize(task, checkpoints(task, count, first), folder, block=7, **settings)
 
 
 def dense_scores(task, models, damping, weighting=True):
-    """Effects [train, target, output] and margin effects [train, target], in float64."""
+    """Effects [train, target, output] and margin effects [train, target], in float64.
+
+    Effects of a pull of one unit of margin, mean over the models, times how the loss falls with it,
+    mean over the models.
+    """
     each = [_dense(task, model, damping, weighting) for model in models]
-    return tuple(sum(parts) / len(models) for parts in zip(*each, strict=True))
+    strength, effects, margins = (sum(parts) / len(models) for parts in zip(*each, strict=True))
+    return effects * strength[:, None, None], margins * strength[:, None]
 
 
 def _dense(task, model, damping, weighting):
@@ -41,7 +46,8 @@ def _dense(task, model, damping, weighting):
         for i in range(train)
     )
     gradients = task.loss.gradient(outputs, labels)[:train]
-    pull = torch.einsum("ro,rok->rk", gradients, j[:train])
-    solved = torch.linalg.solve(hessian + damping * torch.eye(len(hessian)).double(), pull.T)
+    strength = (gradients * slopes[:train]).sum(1) / slopes[:train].square().sum(1)
+    torch.testing.assert_close(gradients, strength[:, None] * slopes[:train])
+    solved = torch.linalg.solve(hessian + damping * torch.eye(len(hessian)).double(), phi[:train].T)
     effects = -torch.einsum("kr,tok->rto", solved, j)
-    return effects.numpy(), torch.einsum("rto,to->rt", effects, slopes).numpy()
+    return strength.numpy(), effects.numpy(), torch.einsum("rto,to->rt", effects, slopes).numpy()

@@ -2,15 +2,19 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
-from attribution import ForgetSet, LinearDatamodel, Model
+from attribution import ForgetSet, LinearDatamodel, Model, SquaredError, Task
 from attribution.gradients import Features, featurize
 from attribution.strongest import strongest
 from attribution.trak import TrakScores, fit_trak, fitting, margin_effects
 from attribution.trak.curvature import natural_damping, warn_if_ill_conditioned
+from attribution.trak.pulls import pulls
 from stores import Store
 from tests.attribution.trak.cases import checkpoints, dense_scores, make_features
-from tests.tasks import blobs, line, ridge_task
+from tests.tasks import RECIPE, blobs, line, line_data, ridge_task
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,25 @@ class TestScores:
         told = datamodel.change(forget).mean[:, 0]
         assert np.corrcoef(truth, told)[0, 1] > 0.99
         assert 0.9 < truth @ told / (told @ told) < 1.1
+
+    def test_one_checkpoint_pulls_by_its_own_gradients(self, task, features):
+        rows = np.arange(37)
+        outputs = torch.from_numpy(features.outputs(0, rows)).double()
+        own = task.loss.gradient(outputs, task.targets(rows)[1])
+        assert torch.allclose(pulls(features.first(1), 0, rows), own)
+        assert not torch.allclose(pulls(features, 0, rows), own, atol=0.01)
+
+    def test_several_numbers_a_row_are_averaged_with_the_rest(self, tmp_path):
+        inputs = line_data(37, 1).tensors[0]
+        data = TensorDataset(inputs, inputs[:, :2] + 1)
+        task = Task("pairs", data, data, lambda: nn.Linear(4, 2), RECIPE, loss=SquaredError())
+        found = fit_trak(make_features(task, tmp_path / "f", 2), tmp_path / "t")
+        each = [
+            fit_trak(make_features(task, tmp_path / f"f{c}", 1, first=c), tmp_path / f"t{c}")
+            for c in range(2)
+        ]
+        mean = (whole(each[0]) + whole(each[1])) / 2
+        np.testing.assert_allclose(whole(found), mean, rtol=0, atol=1e-5)
 
 
 class TestReading:
