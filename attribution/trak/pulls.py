@@ -1,14 +1,15 @@
-"""How hard each training row pulls on its own outputs: the middle factor of a TRAK score."""
+"""Where each training row pulls the parameters: the right-hand side of a TRAK score."""
 
 import torch
 from torch import Tensor
 
 from attribution.gradients import Features, output_cotangents
 from attribution.task import Rows
+from attribution.trak.curvature import row_pieces
 
 
-def pulls(features: Features, checkpoint: int, rows: Rows) -> Tensor:
-    """Derivatives of the rows' losses with respect to the outputs of a checkpoint.
+def output_pulls(features: Features, checkpoint: int, rows: Rows) -> Tensor:
+    """Derivatives g_i of the rows' losses with respect to the outputs of a checkpoint.
 
     Where the loss l is a function of the margin m, they are dl/dm, averaged over all checkpoints,
     times the checkpoint's own dm/dz: one model may be sure of a row that another gets wrong, and
@@ -31,6 +32,38 @@ def pulls(features: Features, checkpoint: int, rows: Rows) -> Tensor:
     if strength is None:
         return loss.gradient(outputs, labels)
     return strength[:, None] * output_cotangents(loss, outputs, labels, "margin")[:, 0]
+
+
+def pulls(features: Features, checkpoint: int, rows: Rows) -> Tensor:
+    """J_i^T g_i of some training rows.
+
+    Args:
+        features: of all checkpoints.
+        checkpoint: number of the checkpoint.
+        rows: positions of training rows.
+
+    Returns:
+        Pulls, float64, [row, k].
+    """
+    j = torch.from_numpy(features.gather(checkpoint, rows)).double()
+    return torch.einsum("ro,rok->rk", output_pulls(features, checkpoint, rows), j)
+
+
+def common_pull(features: Features, checkpoint: int) -> Tensor:
+    """What is taken off each pull: their mean where training minimises a mean, otherwise nothing.
+
+    Args:
+        features: of all checkpoints.
+        checkpoint: number of the checkpoint.
+
+    Returns:
+        float64, [k].
+    """
+    total, train = torch.zeros(features.width, dtype=torch.float64), len(features.task.train_ids)
+    if features.task.objective == "mean":
+        for rows in row_pieces(features, train):
+            total += pulls(features, checkpoint, rows).sum(0)
+    return total / train
 
 
 def _mean_margin_derivative(features: Features, rows: Rows, labels: Tensor) -> Tensor | None:

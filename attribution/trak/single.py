@@ -13,7 +13,7 @@ from attribution.trak.curvature import (
     natural_damping,
     warn_if_ill_conditioned,
 )
-from attribution.trak.pulls import pulls
+from attribution.trak.pulls import output_pulls
 from attribution.trak.score_blocks import margin_slopes
 
 
@@ -22,7 +22,7 @@ def margin_effects(features: Features, target: int, *, damping: float | None = N
 
     With s the margin's derivative with respect to the outputs, one vector v = (H + lambda I)^-1
     J(x)^T s is solved for and the score of row i is -g_i^T J_i v, mean over the checkpoints, with
-    g_i as `fit_trak` has it.
+    g_i as `fit_trak` has it, less the mean over the rows where training minimises a mean.
 
     Args:
         features: projected gradients of the checkpoints.
@@ -48,7 +48,9 @@ def margin_effects(features: Features, target: int, *, damping: float | None = N
     """
     known = natural_damping(features.task) if damping is None else damping
     each = [_of_checkpoint(features, c, target, known) for c in range(len(features))]
-    return np.asarray(np.mean(each, axis=0, dtype=np.float64), dtype=np.float32)
+    found = np.mean(each, axis=0, dtype=np.float64)
+    common = found.mean() if features.task.objective == "mean" else 0.0
+    return np.asarray(found - common, dtype=np.float32)
 
 
 def _of_checkpoint(features: Features, checkpoint: int, target: int, damping: float) -> Array:
@@ -61,4 +63,4 @@ def _of_checkpoint(features: Features, checkpoint: int, target: int, damping: fl
         warn_if_ill_conditioned(condition_number(lower), damping, "float32", checkpoint)
         v = torch.cholesky_solve((slope @ j).double()[:, None], lower)[:, 0].numpy()
     pushed = torch.from_numpy(features.product(checkpoint, v, rows))
-    return np.asarray(-(pulls(features, checkpoint, rows) * pushed).sum(1).numpy())
+    return np.asarray(-(output_pulls(features, checkpoint, rows) * pushed).sum(1).numpy())

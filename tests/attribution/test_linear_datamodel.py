@@ -7,7 +7,7 @@ import pytest
 
 from attribution import ForgetSet, LinearDatamodel, Model
 from attribution.trak import fit_trak
-from tests.attribution.trak.cases import checkpoints, dense_scores, make_features
+from tests.attribution.trak.cases import checkpoints, make_features, scores_by_model
 from tests.tasks import blobs, line
 
 DAMPING = 0.3
@@ -32,7 +32,7 @@ def datamodel(scores):
 @pytest.fixture(scope="module")
 def each(task):
     """Effects by checkpoint, [checkpoint, train, target, output]."""
-    return np.stack([dense_scores(task, [model], DAMPING)[0] for model in checkpoints(task, 3)])
+    return np.stack([found for found, _ in scores_by_model(task, checkpoints(task, 3), DAMPING)])
 
 
 @pytest.mark.parametrize("targets", [None, np.array([4, 47, 2])])

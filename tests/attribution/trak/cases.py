@@ -17,15 +17,23 @@ def make_features(task, folder, count=3, first=0, **settings):
     return featurize(task, checkpoints(task, count, first), folder, block=7, **settings)
 
 
-def dense_scores(task, models, damping, weighting=True):
-    """Effects [train, target, output] and margin effects [train, target], in float64.
+def dense_scores(task, models, damping, **settings):
+    """Effects [train, target, output] and margin effects [train, target], in float64."""
+    each = scores_by_model(task, models, damping, **settings)
+    return tuple(sum(parts) / len(models) for parts in zip(*each, strict=True))
 
-    Effects of a pull of one unit of margin, mean over the models, times how the loss falls with it,
-    mean over the models.
+
+def scores_by_model(task, models, damping, weighting=True, centred=True):
+    """What the scores are the means of.
+
+    Effects of a pull of one unit of margin, times how the loss falls with it in the mean over the
+    models; less the mean over the rows where training minimises a mean.
     """
     each = [_dense(task, model, damping, weighting) for model in models]
-    strength, effects, margins = (sum(parts) / len(models) for parts in zip(*each, strict=True))
-    return effects * strength[:, None, None], margins * strength[:, None]
+    strength = sum(strength for strength, *_ in each) / len(models)
+    share = float(centred and task.objective == "mean")
+    pairs = [(effects * strength[:, None, None], on * strength[:, None]) for _, effects, on in each]
+    return [tuple(part - share * part.mean(0) for part in pair) for pair in pairs]
 
 
 def _dense(task, model, damping, weighting):

@@ -11,7 +11,7 @@ from attribution.gradients import Features, featurize
 from attribution.strongest import strongest
 from attribution.trak import TrakScores, fit_trak, fitting, margin_effects
 from attribution.trak.curvature import natural_damping, warn_if_ill_conditioned
-from attribution.trak.pulls import pulls
+from attribution.trak.pulls import output_pulls
 from stores import Store
 from tests.attribution.trak.cases import checkpoints, dense_scores, make_features
 from tests.tasks import RECIPE, blobs, line, line_data, ridge_task
@@ -89,8 +89,8 @@ class TestScores:
         rows = np.arange(37)
         outputs = torch.from_numpy(features.outputs(0, rows)).double()
         own = task.loss.gradient(outputs, task.targets(rows)[1])
-        assert torch.allclose(pulls(features.first(1), 0, rows), own)
-        assert not torch.allclose(pulls(features, 0, rows), own, atol=0.01)
+        assert torch.allclose(output_pulls(features.first(1), 0, rows), own)
+        assert not torch.allclose(output_pulls(features, 0, rows), own, atol=0.01)
 
     def test_several_numbers_a_row_are_averaged_with_the_rest(self, tmp_path):
         inputs = line_data(37, 1).tensors[0]
