@@ -224,7 +224,9 @@ def calibrate_run(
         for case, change in zip(cases, raw, strict=True)
     ]
     linear = [run.datamodel.change(case.forget) for case in cases]
-    sources: dict[str, list[Sequence[Change]]] = {"newton": [raw]}
+    trak = run.fit_trak(run.damping_by(newton), **at)
+    scored = [trak.change(case.forget) for case in cases]
+    sources: dict[str, list[Sequence[Change]]] = {"newton": [raw], "linear": [linear, scored]}
     residual: dict[str, Weights] = {}
     missed = _fit_residual(run, chosen, **at)
     if missed is not None:
@@ -247,7 +249,8 @@ def calibrate_run(
     errors |= {name: held_out_error(cases, *parts) for name, parts in means.items()}
     parts, added = means.get("residual", means["newton"]), [change.mean for change in linear]
     errors["combined"] = held_out_error(cases, *parts, added=added)
-    found = RunCalibration(newton, weights, errors, residual)
+    sums = weigh(cases, list(zip(linear, scored, strict=True)))
+    found = RunCalibration(newton, weights, errors, residual, sums)
     found.save(run.path / CALIBRATION)
     return found
 

@@ -15,7 +15,7 @@ from attribution.gradients import Features
 from attribution.linear_datamodel import LinearDatamodel
 from attribution.model import Model
 from attribution.moments import Moments
-from attribution.newton import GroupNewton
+from attribution.newton import Calibration, GroupNewton
 from attribution.oracle import Oracle
 from attribution.purging.journal import refuse_unfinished
 from attribution.purging.tombstones import read_tombstones, task_left
@@ -29,7 +29,7 @@ from stores import ROOT, Place, Provenance, Store, Where, check_provenance, dige
 
 SCHEMA = 1
 SETTINGS, CALIBRATION = "run.json", "calibration.json"
-PREDICTORS = ("datamodel", "newton", "combined", "residual", "trak")
+PREDICTORS = ("datamodel", "newton", "combined", "residual", "linear", "trak")
 
 
 @dataclass(frozen=True)
@@ -145,24 +145,40 @@ class Run:
     @cached_property
     def trak(self) -> LinearDatamodel:
         """TRAK scores as a linear datamodel; computed from the features the first time."""
+        return self.fit_trak(self.trak_damping)
+
+    def fit_trak(self, damping: float | None, **at: Any) -> LinearDatamodel:
+        """TRAK scores as a linear datamodel; those that are there already are opened.
+
+        Args:
+            damping: lambda; see `trak_damping`.
+            at: where to compute, as `attribution.trak.fit_trak` takes it.
+
+        Returns:
+            The datamodel.
+        """
         with writers_turn(self.path):
             if taken_out(self.trak_path / "scores"):  # they were made before rows were purged
                 scores = resume_trak(self.features, self.trak_path)
             else:
-                scores = fit_trak(self.features, self.trak_path, damping=self.trak_damping)
+                scores = fit_trak(self.features, self.trak_path, damping=damping, **at)
         return LinearDatamodel.from_scores(scores)
 
     @property
     def trak_path(self) -> Place:
-        """Folder of the TRAK scores."""
-        return self.path / "trak"
+        """Folder of the TRAK scores from as many checkpoints as there are."""
+        return self.path / f"trak-{len(self.features)}"
 
     @property
     def trak_damping(self) -> float | None:
         """Lambda of TRAK: what was given, rows x weight decay (None), or group Newton's."""
+        return self.damping_by(self.calibration.newton if self.calibration else None)
+
+    def damping_by(self, newton: Calibration | None) -> float | None:
+        """The same with a calibration that the run does not have yet."""
         if self.settings.damping is not None or self._decays:
             return self.settings.damping
-        return self.calibration.newton.damping if self.calibration else None
+        return newton.damping if newton else None
 
     @property
     def _decays(self) -> bool:
@@ -184,6 +200,13 @@ class Run:
         lacking = LinearDatamodel.open(self.residual_path)
         return Combined(self.newton, lacking, self.calibration.residual)
 
+    @cached_property
+    def linear(self) -> Combined:
+        """The datamodel and TRAK scores, weighed: a query sums stored effects."""
+        if self.calibration is None or not self.calibration.linear:
+            raise ValueError(f"{self.path} has no calibration bank: use another predictor")
+        return Combined(self.datamodel, self.trak, self.calibration.linear)
+
     @property
     def residual_path(self) -> Place:
         """Folder of the effects that group Newton lacks."""
@@ -200,6 +223,7 @@ class Run:
             "newton": gradients,
             "combined": self.calibration is not None and bool(self.calibration.weights),
             "residual": self.calibration is not None and bool(self.calibration.residual),
+            "linear": self.calibration is not None and bool(self.calibration.linear),
             "trak": gradients,
         }
         return tuple(name for name in PREDICTORS if has.get(name))
@@ -220,6 +244,7 @@ class Run:
             "newton": lambda: self.newton,
             "combined": lambda: self.combined,
             "residual": lambda: self.residual,
+            "linear": lambda: self.linear,
             "trak": lambda: self.trak,
         }
         chosen = self.best if name is None else name

@@ -8,7 +8,7 @@ from attribution.combined import Weights
 from attribution.newton import Calibration
 from stores import Where, read_file, write_file
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class RunCalibration:
             for all. Factors of a predictor's mean are fitted to the other forget sets each time.
         residual: weights of group Newton and of the datamodel of what it misses, by kind of row;
             empty where there is none.
+        linear: weights of the datamodel and of TRAK scores, by kind of row; empty without them.
 
     Example:
         >>> import tempfile
@@ -40,6 +41,7 @@ class RunCalibration:
     weights: Mapping[str, Weights]
     errors: Mapping[str, float]
     residual: Mapping[str, Weights] = field(default_factory=dict)
+    linear: Mapping[str, Weights] = field(default_factory=dict)
 
     def save(self, path: Where) -> None:
         """Writes it as JSON.
@@ -67,11 +69,12 @@ class RunCalibration:
             told = json.loads(read_file(path))
             if told["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {told['schema']}, this version reads {SCHEMA}")
-            weights, residual = (
+            weights, residual, linear = (
                 {kind: Weights(**values) for kind, values in told[name].items()}
-                for name in ("weights", "residual")
+                for name in ("weights", "residual", "linear")
             )
-            return cls(Calibration(**told["newton"]), weights, dict(told["errors"]), residual)
+            newton, errors = Calibration(**told["newton"]), dict(told["errors"])
+            return cls(newton, weights, errors, residual, linear)
         except ConnectionError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

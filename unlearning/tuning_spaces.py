@@ -81,6 +81,7 @@ SPACES: Mapping[str, Space] = {
     "do_nothing": {},
     "dmm": MATCHING,
     "dmm_datamodel": MATCHING,
+    "dmm_linear": MATCHING,
     "dmm_newton": MATCHING,
     "om": MATCHING,
     "om_absolute": MATCHING,

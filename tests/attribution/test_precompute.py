@@ -134,15 +134,20 @@ class TestNewton:
         assert set(told.weights) == set(told.newton.scale) == set(KINDS)
         bank = type(run.full).open(run.path / "calibration" / "bank", run.task)
         cases = cases_of(bank, run.full.outputs.mean(0))
-        newton, linear, lacking = (
+        newton, linear, scored, lacking = (
             [predictor.change(case.forget).mean for case in cases]
             for predictor in (
                 run.newton,
                 run.datamodel,
+                run.trak,
                 LinearDatamodel.open(run.residual_path),
             )
         )
-        sources = {"newton": [newton], "residual": [newton, lacking]}
+        sources = {
+            "newton": [newton],
+            "residual": [newton, lacking],
+            "linear": [linear, scored],
+        }
         assert set(told.errors) == {"datamodel", "combined", *sources}
         each = [case.error(mean) for case, mean in zip(cases, linear, strict=True)]
         assert told.errors["datamodel"] == pytest.approx(np.mean(each), rel=1e-5)
@@ -173,6 +178,20 @@ class TestNewton:
         for name in ("mean", "std", "noise"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
+    def test_the_linear_predictor_is_of_the_datamodel_and_trak_scores(self, run):
+        forget = ForgetSet.at(run.task, [3, 5, 8])
+        told, kinds = run.calibration.linear, row_kinds(forget, np.arange(48))
+        changes = run.datamodel.change(forget), run.trak.change(forget)
+        expected, found = weighed_sum(told, *changes, kinds), run.linear.change(forget)
+        for name in ("mean", "std", "noise"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+        bank = type(run.full).open(run.path / "calibration" / "bank", run.task)
+        cases = cases_of(bank, run.full.outputs.mean(0))
+        means = [[one.change(c.forget).mean for c in cases] for one in (run.datamodel, run.trak)]
+        weighed = weighed_by(range(len(cases)), cases, means)
+        for case, mean in zip(cases, weighed, strict=True):
+            np.testing.assert_allclose(run.linear.change(case.forget).mean, mean, atol=1e-5)
+
     def test_a_lost_calibration_is_made_again_from_what_is_there(self, run, tmp_path):
         copy = copied(run.path, tmp_path)
         before = contents(copy)
@@ -184,7 +203,7 @@ class TestNewton:
         spec = write_task(tmp_path)
         whole = precompute(spec, tmp_path / "whole", **FEW)
         # Too few models lack few rows for a residual.
-        assert whole.predictors == ("datamodel", "newton", "combined", "trak")
+        assert whole.predictors == ("datamodel", "newton", "combined", "linear", "trak")
         # Of fewer models than there would be checkpoints, all are.
         assert (len(whole.features), read_settings(whole.path).checkpoints) == (3, 3)
         write = Store.write_block

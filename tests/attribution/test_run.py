@@ -84,7 +84,7 @@ def test_stores_are_listed_finished_or_not(run, tmp_path):
     (copy / "moments.0123.tmp" / "zarr.json").write_text("{}")
     listed = Run(place(copy), run.settings, run.task).stores()
     names = [store.path.removeprefix(f"{copy}/") for store in listed]
-    assert {name.split("/")[0] for name in names} - {"oracles", "trak"} == {
+    assert {name.split("/")[0] for name in names} - {"oracles"} == {
         "calibration",
         "datamodel-mixed-24",
         "ensemble-mixed-24",
@@ -92,6 +92,7 @@ def test_stores_are_listed_finished_or_not(run, tmp_path):
         "full",
         "moments",
         "residual-mixed-24",
+        "trak-8",
     }
     assert len(names) == len(set(names))
     assert [store.pending() for store in listed if store.path.endswith("/full")] == [[1]]
@@ -117,19 +118,19 @@ def test_a_run_made_from_other_data_does_not_open(run, tmp_path, field):
 
 
 class TestPredictors:
-    NAMES = ("datamodel", "newton", "combined", "residual", "trak")
+    NAMES = ("datamodel", "newton", "combined", "residual", "linear", "trak")
 
     def test_a_run_with_a_bank_has_all_of_them(self, run, few):
         assert run.predictors == self.NAMES
         changes = {name: run.predictor(name).change(few) for name in self.NAMES}
         assert {change.mean.shape for change in changes.values()} == {(48, 3)}
-        assert len({change.mean.tobytes() for change in changes.values()}) == 5
+        assert len({change.mean.tobytes() for change in changes.values()}) == 6
         assert run.newton.calibration == run.calibration.newton
         assert len(run.features) == 8
 
     def test_the_best_has_the_smallest_error_on_the_bank(self, run):
         errors = run.calibration.errors
-        assert set(errors) == {"datamodel", "newton", "combined", "residual"}
+        assert set(errors) == {"datamodel", "newton", "combined", "residual", "linear"}
         assert errors[run.best] == min(errors.values())
         assert run.predictor() is run.predictor(run.best)
 

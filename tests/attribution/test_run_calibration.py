@@ -27,7 +27,7 @@ def test_it_is_read_as_it_was_written(tmp_path, weights):
         (None, "No such file"),
         ("", "Expecting value"),
         ("[]", "list indices"),
-        ({"schema": 1}, "its schema is 1, this version reads 2"),
+        ({"schema": 2}, "its schema is 2, this version reads 3"),
         ({"newton": {"damping": 1}}, "missing"),
         ({"weights": {"forget": {"third": 1}}}, "third"),
         ({"weights": None}, "items"),

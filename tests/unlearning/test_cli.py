@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from attribution import ForgetSet, load_model
-from attribution.run import Run
+from attribution.run import PREDICTORS, Run
 from stores import Store
 from tests.small_runs import (
     FULL_MODELS,
@@ -45,11 +45,12 @@ class TestPrecompute:
             "ensemble-mixed-24",
             "datamodel-mixed-24",
             "residual-mixed-24",
+            "trak-8",
             "moments",
             "features",
             "calibration",
         }
-        assert found["predictors"] == ["datamodel", "newton", "combined", "residual", "trak"]
+        assert found["predictors"] == list(PREDICTORS)
         assert found["best"] in found["predictors"]
         before = contents(run)
         assert dmm("precompute", spec, "--run", run, *SIZES) == (

@@ -238,7 +238,14 @@ def test_the_next_call_finishes_it(half, call, words, tmp_path):
     code, out, err = call("purge", "--run", path, *words)
     assert (code, err) == (0, "")
     assert out.startswith(f"{path}: 4 rows purged by the purge that was interrupted; ")
-    assert opened(path).predictors == ("datamodel", "newton", "combined", "residual", "trak")
+    assert opened(path).predictors == (
+        "datamodel",
+        "newton",
+        "combined",
+        "residual",
+        "linear",
+        "trak",
+    )
 
 
 def test_killed_for_real_it_finishes_on_the_next_call(whole, purged, tmp_path):

@@ -69,6 +69,7 @@ METHODS: dict[str, Callable[[Evidence], UnlearningMethod]] = {
     "do_nothing": lambda _: DoNothing(),
     "dmm": lambda given: Matching(given.predictor(None)),
     "dmm_datamodel": lambda given: Matching(given.predictor("datamodel")),
+    "dmm_linear": lambda given: Matching(given.predictor("linear")),
     "dmm_newton": lambda given: Matching(given.predictor("newton")),
     "om": lambda given: Matching(_oracle_of_a_change(given)),
     "om_absolute": lambda given: Matching(replace(given.oracle(), absolute=True)),

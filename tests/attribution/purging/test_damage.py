@@ -43,26 +43,26 @@ def discarded(run, name, array, capsys):
 
 
 def test_trak_scores_are_made_again_from_the_rows_that_were_solved(run, capsys):
-    before = {n: Store.open(run / "trak/scores").numpy(n) for n in ("effects", "margins", "own")}
-    discarded(run, "trak/scores", "effects", capsys)
+    before = {n: Store.open(run / "trak-3/scores").numpy(n) for n in ("effects", "margins", "own")}
+    discarded(run, "trak-3/scores", "effects", capsys)
     words = ["predict", "--run", str(run), "--forget", "person-001", "--predictor", "trak"]
     assert main(words) == 0
-    after = Store.open(run / "trak/scores")
+    after = Store.open(run / "trak-3/scores")
     assert after.verify() == []
     for name, values in before.items():
         np.testing.assert_allclose(after.numpy(name), values, rtol=1e-5, atol=1e-6)
 
 
 def test_trak_scores_whose_solved_rows_are_gone_too_have_to_be_made_anew(run, capsys):
-    discarded(run, "trak/rows-1", "rows", capsys)
-    Store.open(run / "trak/scores").discard(0)
+    discarded(run, "trak-3/rows-1", "rows", capsys)
+    Store.open(run / "trak-3/scores").discard(0)
     words = ["predict", "--run", str(run), "--forget", "person-001", "--predictor", "trak"]
     assert main(words) == 2
-    told = f"block 0 of {run}/trak/scores cannot be computed again, as rows were purged: remove"
+    told = f"block 0 of {run}/trak-3/scores cannot be computed again, as rows were purged: remove"
     assert told in capsys.readouterr().err
-    shutil.rmtree(run / "trak")
+    shutil.rmtree(run / "trak-3")
     assert main(words) == 0
-    assert Store.open(run / "trak/scores").complete
+    assert Store.open(run / "trak-3/scores").complete
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_what_was_fitted_together_is_refused_and_made_anew(run, spec, capsys, na
     precompute(spec, run, **SIZES)
     left = opened(run)
     assert all(store.complete for store in left.stores())
-    assert left.predictors == ("datamodel", "newton", "combined", "residual", "trak")
+    assert left.predictors == ("datamodel", "newton", "combined", "residual", "linear", "trak")
 
 
 def test_a_datamodel_of_a_purged_run_is_not_fitted_in_part(run, capsys):

@@ -57,12 +57,12 @@ def test_more_checkpoints_join_a_purged_run(done, tmp_path):
 
 def test_a_run_that_is_not_finished_is_purged_and_then_finished(whole, tmp_path):
     path = copied(whole.path.url, tmp_path)
-    for name in ("ensemble-mixed-24", "moments", "datamodel-mixed-24", "trak/scores"):
+    for name in ("ensemble-mixed-24", "moments", "datamodel-mixed-24", "trak-3/scores"):
         Store.open(path / name).discard(0)
     for name in ("calibration.json",):
         (path / name).unlink()
     told = purge(path, SPEC)
-    gone = {"moments", "datamodel-mixed-24", "trak/scores", "trak/rows-1"}
+    gone = {"moments", "datamodel-mixed-24", "trak-3/scores", "trak-3/rows-1"}
     assert gone <= set(told.removed)
     with pytest.warns(UserWarning, match="4 rows"):
         run = precompute(f"{tmp_path}/small.py:task", path, **SIZES)

@@ -20,8 +20,8 @@ HELD = (
     "features/checkpoint-0/features",
     "few.zarr/mean",
     "in-run/scores",
-    "trak/rows-0/rows",
-    "trak/scores/margins",
+    "trak-3/rows-0/rows",
+    "trak-3/scores/margins",
 )
 NAMES = {f"person-{i:03d}" for i in GONE}
 
