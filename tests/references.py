@@ -378,8 +378,8 @@ def projected_gradients(projector, gradients):
         vectors = _block_vectors(block, gradients)
         if hasattr(block, "sides"):
             vectors = vectors @ _kronecker_matrix(block.sides).to(vectors).T
-        if hasattr(block, "sparse"):
-            vectors = vectors @ _sparse_matrix(block.sparse).to(vectors).T
+        sparse = block.sides.sparse if hasattr(block, "sides") else block.sparse
+        vectors = vectors @ _sparse_matrix(sparse).to(vectors).T
         found.append(vectors)
     for other in plan.others:
         vectors = gradients[other.name].flatten(0, 1).flatten(1)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attribution.gradients.layers import Block, Call, Sides
-from attribution.gradients.projection import SparseProjection
 from attribution.task import State
 
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -31,24 +30,22 @@ class ConvolutionBlock(Block):
         bias: name of the bias, if covered.
         shape: of the weight, [out, in / groups, ...].
         sides: the projections, one pair a group.
-        sparse: projection of the features of all groups, one behind the other.
     """
 
     weight: str | None
     bias: str | None
     shape: tuple[int, ...]
     sides: Sides
-    sparse: SparseProjection
 
     @property
     def size(self) -> int:
-        """Groups x k_out x k_in, or less where there are many groups."""
-        return self.sparse.size
+        """Groups x k_out x k_in, or less."""
+        return self.sides.size
 
     @property
     def matrices(self) -> Sequence[Tensor]:
-        """P_out and P_in, and the sparse projection's order and signs."""
-        return [*self.sides.matrices, *self.sparse.matrices]
+        """Those of the projections."""
+        return self.sides.matrices
 
     def captured_size(self, deltas: Tensor) -> int:
         """Groups x k_in x positions."""
@@ -69,13 +66,13 @@ class ConvolutionBlock(Block):
         return patches.reshape(len(inputs), groups, k_in, -1)
 
     def features(self, captured: Tensor, deltas: Tensor) -> Tensor:
-        """P_out (sum_t delta_t a_t^T) P_in^T of each row and group."""
+        """S vec(P_out (sum_t delta_t a_t^T) P_in^T) of each row, all groups together."""
         found = deltas.reshape(len(deltas), self.sides.groups, self.sides.out, -1)
-        return self.sparse.apply(self.sides.features(found, captured))
+        return self.sides.features(found, captured)
 
     def adjoint(self, features: Tensor) -> State:
         """Weight [out, in / groups, ...] and bias [out]."""
-        found = self.sides.adjoint(self.sparse.adjoint(features)).flatten(0, 1)
+        found = self.sides.adjoint(features).flatten(0, 1)
         width = self.sides.inner - (self.bias is not None)
         named: State = {}
         if self.weight is not None:

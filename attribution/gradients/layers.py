@@ -78,7 +78,7 @@ class Block(ABC):
 
 @dataclass(frozen=True)
 class Sides:
-    """The two sides of a factorised gradient [group, out, in] and their projections.
+    """A factorised gradient [group, out, in], the projections of its sides and that of the result.
 
     Args:
         groups: number of groups.
@@ -86,6 +86,7 @@ class Sides:
         inner: width of the side of the inputs, in one group, the bias's constant 1 included.
         outputs: P_out, [group, k_out, out]; None: the identity.
         inputs: P_in, [group, k_in, inner]; None: the identity.
+        sparse: S, of the products of all groups, one behind the other.
     """
 
     groups: int
@@ -93,6 +94,7 @@ class Sides:
     inner: int
     outputs: Tensor | None
     inputs: Tensor | None
+    sparse: SparseProjection
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -106,9 +108,15 @@ class Sides:
         return deltas.shape[1:].numel() // self.out * self.shape[2]
 
     @property
+    def size(self) -> int:
+        """Number of features: group x k_out x k_in, or less where that is more than S keeps."""
+        return self.sparse.size
+
+    @property
     def matrices(self) -> list[Tensor]:
-        """The matrices that are not the identity."""
-        return [matrix for matrix in (self.outputs, self.inputs) if matrix is not None]
+        """P_out and P_in where they are not the identity, and S's order and signs."""
+        sides = [matrix for matrix in (self.outputs, self.inputs) if matrix is not None]
+        return sides + self.sparse.matrices
 
     def input_matrices(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """P_in written out, the identity too, [group, k_in, inner]."""
@@ -117,7 +125,7 @@ class Sides:
         return torch.eye(self.inner, dtype=dtype, device=device).expand(self.groups, -1, -1)
 
     def features(self, deltas: Tensor, captured: Tensor) -> Tensor:
-        """P_out (sum_t delta_t z_t^T), [row, group * k_out * k_in], for projected inputs z.
+        """S vec(P_out (sum_t delta_t z_t^T)), [row, size], for projected inputs z.
 
         Args:
             deltas: gradients of the outputs, [row, group, out, position].
@@ -126,6 +134,9 @@ class Sides:
         Returns:
             Features of each row.
         """
+        return self.sparse.apply(self._products(deltas, captured))
+
+    def _products(self, deltas: Tensor, captured: Tensor) -> Tensor:
         if self.outputs is None:
             return _products(deltas, captured)
         outputs = self.outputs.to(deltas)
@@ -137,8 +148,8 @@ class Sides:
         return _products(outputs @ deltas, captured)
 
     def adjoint(self, features: Tensor) -> Tensor:
-        """P_out^T v P_in, [group, out, inner], of features [group * k_out * k_in]."""
-        found = features.reshape(self.shape)
+        """P_out^T S^T v P_in, [group, out, inner], of features [size]."""
+        found = self.sparse.adjoint(features).reshape(self.shape)
         if self.outputs is not None:
             found = self.outputs.to(found).mT @ found
         return found if self.inputs is None else found @ self.inputs.to(found)
@@ -161,12 +172,12 @@ class LinearBlock(Block):
 
     @property
     def size(self) -> int:
-        """k_out x k_in."""
-        return _product(self.sides.shape)
+        """k_out x k_in, or less."""
+        return self.sides.size
 
     @property
     def matrices(self) -> Sequence[Tensor]:
-        """P_out and P_in."""
+        """Those of the projections."""
         return self.sides.matrices
 
     def captured_size(self, deltas: Tensor) -> int:
@@ -184,7 +195,7 @@ class LinearBlock(Block):
         return _affine(rows, matrix, self.bias is not None)
 
     def features(self, captured: Tensor, deltas: Tensor) -> Tensor:
-        """P_out (sum_t delta_t a_t^T) P_in^T of each row."""
+        """S vec(P_out (sum_t delta_t a_t^T) P_in^T) of each row."""
         return _over_positions(self.sides, captured, deltas)
 
     def adjoint(self, features: Tensor) -> State:
@@ -213,12 +224,12 @@ class EmbeddingBlock(Block):
 
     @property
     def size(self) -> int:
-        """k_out x k_in."""
-        return _product(self.sides.shape)
+        """k_out x k_in, or less."""
+        return self.sides.size
 
     @property
     def matrices(self) -> Sequence[Tensor]:
-        """P_out and P_in."""
+        """Those of the projections."""
         return self.sides.matrices
 
     def captured_size(self, deltas: Tensor) -> int:
@@ -232,7 +243,7 @@ class EmbeddingBlock(Block):
         return self._without_padding(matrix.mT)[entries]
 
     def features(self, captured: Tensor, deltas: Tensor) -> Tensor:
-        """P_out (sum_t delta_t e_t^T) P_in^T of each row."""
+        """S vec(P_out (sum_t delta_t e_t^T) P_in^T) of each row."""
         return _over_positions(self.sides, captured, deltas)
 
     def adjoint(self, features: Tensor) -> State:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,7 +20,7 @@ from attribution.gradients.layers import (
 from attribution.gradients.projection import (
     Projection,
     SparseProjection,
-    normal_matrices,
+    orthogonal_matrices,
     sparse_projection,
 )
 from stores import digest
@@ -152,7 +152,7 @@ class _Draw:
 
     def other(self, name: str, parameter: Tensor) -> Other:
         shape = tuple(parameter.shape)
-        return Other(name, shape, self._sparse(name, self.projection.vectors, parameter.numel()))
+        return Other(name, shape, self._sparse(name, parameter.numel()))
 
     def _names(self, layer: nn.Module) -> tuple[str | None, str | None]:
         # Reparametrised weights are plain tensors: the parameters behind them stand alone.
@@ -164,29 +164,29 @@ class _Draw:
     ) -> Block:
         inner = layer.weight[0].numel() * bool(weight) + bool(bias)
         sides = self._sides(name, layer.groups, layer.out_channels // layer.groups, inner)
-        most = self.projection.inputs * self.projection.outputs
-        sparse = self._sparse(f"{name}.groups", most, torch.Size(sides.shape).numel())
-        return ConvolutionBlock(weight, bias, tuple(layer.weight.shape), sides, sparse)
+        return ConvolutionBlock(weight, bias, tuple(layer.weight.shape), sides)
 
     def _normalisation(
         self, name: str, layer: nn.Module, weight: str | None, bias: str | None
     ) -> Block:
         assert isinstance(layer.weight, Tensor)
         width = layer.weight.numel() * (bool(weight) + bool(bias))
-        sparse = self._sparse(f"{name}.vectors", self.projection.vectors, width)
+        sparse = self._sparse(f"{name}.vectors", width)
         trailing = isinstance(layer, nn.LayerNorm | nn.RMSNorm)
         return NormalisationBlock(weight, bias, tuple(layer.weight.shape), trailing, sparse)
 
     def _sides(self, name: str, groups: int, out: int, inner: int) -> Sides:
-        outputs = self._normal(f"{name}.outputs", groups, self.projection.outputs, out)
-        inputs = self._normal(f"{name}.inputs", groups, self.projection.inputs, inner)
-        return Sides(groups, out, inner, outputs, inputs)
+        k_out, k_in = self.projection.outputs, self.projection.inputs
+        outputs = orthogonal_matrices(self._random(f"{name}.outputs"), groups, k_out, out)
+        inputs = orthogonal_matrices(self._random(f"{name}.inputs"), groups, k_in, inner)
+        products = self._sparse(f"{name}.products", groups * min(k_out, out) * min(k_in, inner))
+        return Sides(groups, out, inner, outputs, inputs, products)
 
-    def _normal(self, name: str, groups: int, size: int, width: int) -> Tensor | None:
-        return normal_matrices(self.projection.random(self.checkpoint, name), groups, size, width)
+    def _sparse(self, name: str, width: int) -> SparseProjection:
+        return sparse_projection(self._random(name), self.projection.features, width)
 
-    def _sparse(self, name: str, size: int, width: int) -> SparseProjection:
-        return sparse_projection(self.projection.random(self.checkpoint, name), size, width)
+    def _random(self, name: str) -> np.random.Generator:
+        return self.projection.random(self.checkpoint, name)
 
 
 def _aliases(module: nn.Module) -> dict[str, tuple[str, ...]]:

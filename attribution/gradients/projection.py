@@ -10,20 +10,23 @@ from torch import Tensor
 
 from attribution.seeds import derive_seed
 
+GRID = 2.0**14  # entries of a projection are multiples of its inverse
+
 
 @dataclass(frozen=True)
 class Projection:
     """How per-example gradients are projected; settings only.
 
     The gradient of a layer with a factorised form, sum_t delta_t a_t^T over the positions t of
-    its output gradients delta and its inputs a, becomes P_out (sum_t delta_t a_t^T) P_in^T.
+    its output gradients delta and its inputs a, becomes S vec(P_out (sum_t delta_t a_t^T) P_in^T):
+    two projections that are small enough to be wide, so that they lose little, and a sparse one to
+    the size that is kept.
 
     Args:
         inputs: rows of P_in; a side that is not larger is kept as it is.
-        outputs: rows of P_out; likewise. A convolution with groups has a pair for each group,
-            and never more than `inputs` x `outputs` features.
-        vectors: size to which parameters without a factorised form are projected, for each
-            normalisation layer and each other parameter; smaller ones are kept as they are.
+        outputs: rows of P_out; likewise. A convolution with groups has a pair for each group.
+        features: size to which S projects, for each layer and each parameter without a factorised
+            form; smaller ones are kept as they are.
         seed: of all projections.
 
     Raises:
@@ -32,12 +35,12 @@ class Projection:
 
     Example:
         >>> Projection(inputs=16).settings()
-        {'inputs': 16, 'outputs': 16, 'vectors': 512, 'seed': 0}
+        {'inputs': 16, 'outputs': 32, 'features': 512, 'seed': 0}
     """
 
     inputs: int = 32
-    outputs: int = 16
-    vectors: int = 512
+    outputs: int = 32
+    features: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,8 +57,15 @@ class Projection:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Projection":
-        """The projection of such settings."""
-        return cls(**{field.name: settings[field.name] for field in fields(cls)})
+        """The projection of such settings, which are refused where another version made them."""
+        names = [field.name for field in fields(cls)]
+        if set(settings) != set(names):
+            raise ValueError(
+                f"expected the settings {', '.join(names)} of a projection, got"
+                f" {', '.join(settings)}: another version made them; remove the features and what"
+                " was computed from them, and make them anew"
+            )
+        return cls(**settings)
 
     def random(self, checkpoint: int, name: str) -> np.random.Generator:
         """The generator of one matrix: Philox, a counter-based one, keyed by its names.
@@ -72,13 +82,15 @@ class Projection:
         return np.random.Generator(np.random.Philox(sequence))
 
 
-def normal_matrices(
+def orthogonal_matrices(
     random: np.random.Generator, groups: int, size: int, width: int
 ) -> Tensor | None:
-    """Matrices P of independent normal entries with variance 1 / size, so that E[P^T P] = I.
+    """Matrices P with orthogonal rows in uniformly random directions, scaled so that E[P^T P] = I.
 
-    They are drawn on the CPU in float64 and rounded to float32, whatever device and dtype they
-    are used on, so the same bits are used everywhere.
+    Inner products of projected vectors scatter less than by independent normal entries, the more
+    so the less is projected away. The directions are drawn and made orthogonal on the CPU in
+    float64, and rounded to multiples of 2^-14, far above what machines differ by, so that the same
+    bits are used everywhere, whatever device and dtype they are used on.
 
     Args:
         random: the generator.
@@ -92,14 +104,17 @@ def normal_matrices(
 
     Example:
         >>> random = Projection().random(0, "layer.inputs")
-        >>> normal_matrices(random, 1, 2, 5).shape
+        >>> orthogonal_matrices(random, 1, 2, 5).shape
         torch.Size([1, 2, 5])
-        >>> normal_matrices(random, 1, 5, 5)
+        >>> orthogonal_matrices(random, 1, 5, 5)
     """
     if width <= size:
         return None
-    drawn = random.standard_normal((groups, size, width)) / np.sqrt(size)
-    return torch.from_numpy(drawn.astype(np.float32))
+    directions, upper = np.linalg.qr(random.standard_normal((groups, width, size)))
+    # Which sign a direction has is the library's choice otherwise.
+    signs = np.sign(np.diagonal(upper, axis1=1, axis2=2))
+    rows = (directions * signs[:, None]).swapaxes(1, 2) * np.sqrt(width / size)
+    return torch.from_numpy(np.ascontiguousarray(np.round(rows * GRID) / GRID, np.float32))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 python examples/benchmarks/gradient_features.py prints, from one run on this machine:
 
-- the cost of `features` (the gradient of each row's margin, 16 x 16 features a layer) over that of
-  a plain batched forward and backward pass on the cat/dog CNN, timed in turns;
+- the cost of `features` (the gradient of each row's margin, 256 features a layer, and as many as
+  there are by default) over that of a plain batched forward and backward pass on the cat/dog CNN,
+  timed in turns;
 - where the `trak` package is installed, the cost of its `featurize` (proj_dim 2,048, CPU, float32,
   at the fastest of a few batch sizes) over ours, a row;
 - the peak memory of `featurize` at two numbers of rows, each in a process of its own.
@@ -35,7 +36,7 @@ from stores import versions
 from unlearning.cost import hardware
 
 BATCH = 64  # rows a pass, of the plain one and of ours
-PROJECTION = Projection(inputs=16, outputs=16)
+SMALL = Projection(inputs=16, outputs=32, features=256)
 TRAK_WIDTH = 2048
 TRAK_BATCHES = (64, 256, 1024)  # rows
 OUR_REPEATS = 10  # passes of ours between two batches of trak's
@@ -67,10 +68,10 @@ def plain_pass(module: nn.Module) -> Callable[[], None]:
     return run
 
 
-def our_pass(module: nn.Module) -> Callable[[], Tensor]:
+def our_pass(module: nn.Module, projection: Projection = SMALL) -> Callable[[], Tensor]:
     """Features of the margin of each row of a batch, [row, 1, k]."""
     inputs, labels = images(BATCH)
-    projector, state = gradient_projector(module, PROJECTION), module.state_dict()
+    projector, state = gradient_projector(module, projection), module.state_dict()
     loss = CrossEntropy()
 
     def run() -> Tensor:
@@ -159,20 +160,24 @@ def main() -> None:
     weights = sum(parameter.numel() for parameter in module.parameters())
     print(f"{hardware()}; {versions('torch', 'traker')}; {options.threads} threads")
     with threads(options.threads):
-        features = our_pass(module)().shape[2]
-        plain, ours = in_turns(plain_pass(module), our_pass(module), repeats=options.repeats)
         print(
-            f"CNN of {weights} parameters, {features} features, batch {BATCH},"
-            f" {options.repeats} repeats in turns, median (range)"
+            f"CNN of {weights} parameters, batch {BATCH}, {options.repeats} repeats in turns,"
+            " median (range)"
         )
-        print(f"plain forward + backward: {_told([1e3 * s / BATCH for s in plain])} ms a row")
-        print(f"features of the margin:   {_told([1e3 * s / BATCH for s in ours])} ms a row")
-        print(f"features / plain: {_told([b / a for a, b in zip(plain, ours, strict=True)])}")
+        for projection in (SMALL, Projection()):
+            ours = our_pass(module, projection)
+            _compare_with_plain(ours, *in_turns(plain_pass(module), ours, repeats=options.repeats))
         _compare_with_trak(module, options.trak_repeats)
     peaks = [peak_memory(rows) for rows in MEMORY_ROWS]
     for rows, peak in zip(MEMORY_ROWS, peaks, strict=True):
         print(f"peak memory of featurize, {rows} rows of 10 outputs: {peak / 2**20:.0f} MiB")
     print(f"peak at {MEMORY_ROWS[1]} rows / at {MEMORY_ROWS[0]}: {peaks[1] / peaks[0]:.3f}")
+
+
+def _compare_with_plain(ours: Callable[[], Tensor], plain: list[float], taken: list[float]) -> None:
+    print(f"plain forward + backward: {_told([1e3 * s / BATCH for s in plain])} ms a row")
+    print(f"{ours().shape[2]} features of the margin: {_told([1e3 * s / BATCH for s in taken])}")
+    print(f"features / plain: {_told([b / a for a, b in zip(plain, taken, strict=True)])}")
 
 
 def _compare_with_trak(module: nn.Module, repeats: int) -> None:

@@ -42,7 +42,7 @@ from unlearning.cost import hardware
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETS = ("random:500:0", "cluster:500:0")
-SIZES = Projection(inputs=16, outputs=8, vectors=128)
+SIZES = Projection(inputs=16, outputs=8, features=128)
 Result = TypeVar("Result")
 Margins = np.ndarray[Any, Any]
 

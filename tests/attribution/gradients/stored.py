@@ -7,7 +7,7 @@ from attribution import ForgetSet, Model
 from attribution.gradients import Projection
 from tests.tasks import blobs
 
-SMALL = Projection(inputs=3, outputs=2, vectors=4, seed=5)
+SMALL = Projection(inputs=3, outputs=2, features=4, seed=5)
 TRAIN, ALL = 37, 48
 
 

@@ -7,7 +7,7 @@ from attribution.gradients import Projection, gradient_projector
 from tests.attribution.gradients.models import CASES, mlp
 from tests.references import gradients_of_rows, projected_gradients
 
-SMALL = Projection(inputs=5, outputs=3, vectors=4)
+SMALL = Projection(inputs=5, outputs=3, features=4)
 
 
 class Forward(nn.Module):

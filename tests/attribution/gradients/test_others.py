@@ -5,7 +5,7 @@ from torch import nn
 from attribution.gradients import Projection, gradient_projector, others
 from tests.attribution.gradients.models import CASES
 
-SMALL = Projection(inputs=5, outputs=3, vectors=4)
+SMALL = Projection(inputs=5, outputs=3, features=4)
 
 
 class Recurrent(nn.Module):

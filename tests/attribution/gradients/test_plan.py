@@ -6,7 +6,7 @@ from attribution.gradients import Projection, gradient_projector
 from attribution.gradients.layers import LinearBlock
 from tests.attribution.gradients.models import CASES, mlp
 
-SMALL = Projection(inputs=5, outputs=3, vectors=4)
+SMALL = Projection(inputs=5, outputs=3, features=4)
 
 
 def plan(module, projection=SMALL, checkpoint=0):
@@ -64,7 +64,7 @@ def test_the_digest_tells_matrices_apart():
     known = plan(mlp()).digest()
     assert plan(mlp()).digest() == known
     assert plan(mlp(), checkpoint=1).digest() != known
-    assert plan(mlp(), Projection(inputs=5, outputs=3, vectors=4, seed=1)).digest() != known
+    assert plan(mlp(), Projection(inputs=5, outputs=3, features=4, seed=1)).digest() != known
     raw = CASES["Embedding and a raw parameter"][0]
     assert plan(raw, checkpoint=1).digest() != plan(raw).digest()
 

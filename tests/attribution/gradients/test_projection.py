@@ -3,14 +3,14 @@ import pytest
 import torch
 
 from attribution.gradients import Projection
-from attribution.gradients.projection import normal_matrices, sparse_projection
+from attribution.gradients.projection import GRID, orthogonal_matrices, sparse_projection
 
-PHILOX = [-0.8530735373497009, -0.111833356320858, -0.2422485053539276]
+PHILOX = [-0.7947998046875, 0.56549072265625, -1.14483642578125]
 SIZES = {"dealt unevenly": (4, 11), "dealt evenly": (4, 12), "one row": (1, 5), "kept": (5, 5)}
 
 
 def drawn(seed=0, checkpoint=0, name="layer.inputs"):
-    return normal_matrices(Projection(seed=seed).random(checkpoint, name), 2, 3, 7)
+    return orthogonal_matrices(Projection(seed=seed).random(checkpoint, name), 2, 3, 7)
 
 
 def sparse(size, width, seed=0):
@@ -29,23 +29,33 @@ def test_names_in_which_only_the_order_differs_draw_other_matrices():
 
 def test_the_numbers_are_those_of_philox():
     # Stored features can only be used with the matrices that made them.
-    found = drawn()[0, 0, :3]
-    torch.testing.assert_close(found, torch.tensor(PHILOX), rtol=0, atol=0)
+    assert drawn()[0, 0, :3].tolist() == PHILOX
 
 
-def test_entries_are_normal_with_variance_one_over_the_size():
-    matrix = normal_matrices(Projection().random(0, "a"), 1, 50, 2000)[0]
-    assert matrix.dtype == torch.float32
-    scaled = matrix.double() * 50**0.5
-    assert abs(scaled.mean()) < 0.02
-    assert abs(scaled.var() - 1) < 0.02
-    assert abs(scaled.pow(4).mean() - 3) < 0.15
+def test_rows_are_orthogonal_and_scaled():
+    matrices = orthogonal_matrices(Projection().random(0, "a"), 2, 16, 40).double()
+    assert matrices.shape == (2, 16, 40)
+    expected = 40 / 16 * torch.eye(16, dtype=torch.float64).expand(2, -1, -1)
+    torch.testing.assert_close(matrices @ matrices.mT, expected, rtol=0, atol=1e-3)
+    assert not torch.allclose(matrices[0], matrices[1], atol=0.1)
+
+
+def test_entries_are_rounded_to_what_every_machine_gives():
+    scaled = GRID * orthogonal_matrices(Projection().random(0, "a"), 1, 5, 30)
+    assert torch.equal(scaled, scaled.round())
+
+
+def test_directions_are_uniform():
+    drawn = [orthogonal_matrices(Projection(seed=s).random(0, "a"), 1, 3, 7) for s in range(2000)]
+    mean = torch.cat(drawn).mT @ torch.cat(drawn)
+    torch.testing.assert_close(mean.mean(0), torch.eye(7), rtol=0, atol=0.07)
+    assert torch.cat(drawn).mean(0).abs().max() < 0.05  # neither sign is preferred
 
 
 def test_a_side_that_is_not_larger_is_kept():
     random = Projection().random(0, "a")
-    assert normal_matrices(random, 1, 7, 7) is None
-    assert normal_matrices(random, 1, 7, 8).shape == (1, 7, 8)
+    assert orthogonal_matrices(random, 1, 7, 7) is None
+    assert orthogonal_matrices(random, 1, 7, 8).shape == (1, 7, 8)
 
 
 @pytest.mark.parametrize(("size", "width"), SIZES.values(), ids=SIZES.keys())
@@ -82,11 +92,14 @@ def test_a_sparse_projection_keeps_inner_products_in_the_mean():
 
 
 def test_settings_come_back():
-    projection = Projection(inputs=3, outputs=4, vectors=5, seed=6)
+    projection = Projection(inputs=3, outputs=4, features=5, seed=6)
     assert Projection.of(projection.settings()) == projection
+    before = {"inputs": 3, "outputs": 4, "vectors": 5, "seed": 6}
+    with pytest.raises(ValueError, match=r"features, seed of a projection, got .*, vectors, seed:"):
+        Projection.of(before)
 
 
-@pytest.mark.parametrize("field", ["inputs", "outputs", "vectors"])
+@pytest.mark.parametrize("field", ["inputs", "outputs", "features"])
 def test_sizes_below_one_are_refused(field):
     with pytest.raises(ValueError, match=rf"projection\.{field} must be 1 or more, got 0"):
         Projection(**{field: 0})

@@ -9,9 +9,9 @@ from tests.attribution.gradients.models import CASES, Twice, mlp
 from tests.references import gradients_of_rows, projected_gradients
 
 PROJECTIONS = {
-    "small": Projection(inputs=5, outputs=3, vectors=4, seed=1),
-    "wide": Projection(inputs=8, outputs=2, vectors=7, seed=2),
-    "identity": Projection(inputs=1000, outputs=1000, vectors=10_000),
+    "small": Projection(inputs=5, outputs=3, features=4, seed=1),
+    "wide": Projection(inputs=8, outputs=2, features=7, seed=2),
+    "identity": Projection(inputs=1000, outputs=1000, features=10_000),
 }
 SMALL = PROJECTIONS["small"]
 
@@ -89,7 +89,7 @@ def test_the_projection_keeps_inner_products_in_the_mean():
     full = gradient_projector(module, whole).features(state, inputs, one)[:, 0]
     mean = torch.zeros(len(inputs), len(inputs), dtype=torch.float64)
     for seed in range(400):
-        projection = Projection(inputs=4, outputs=2, vectors=4, seed=seed)
+        projection = Projection(inputs=4, outputs=2, features=4, seed=seed)
         found = gradient_projector(module, projection).features(state, inputs, one)[:, 0]
         mean += found @ found.T / 400
     # Each product has a standard error of a few percent of the squared norms.
@@ -180,9 +180,10 @@ def test_sizes_are_those_of_the_sides():
     assert gradient_projector(mlp(), Projection()).size == 8 * 9 + 10 * 3
 
 
-def test_groups_never_have_more_features_than_one_layer():
+def test_no_layer_has_more_features_than_asked_for():
     many = nn.Sequential(nn.Conv2d(32, 64, 3, groups=32), nn.Flatten())
-    assert gradient_projector(many, Projection(inputs=8, outputs=8)).size == 64
+    assert gradient_projector(many, Projection(inputs=8, outputs=8, features=64)).size == 64
+    assert gradient_projector(mlp(), Projection(features=50)).size == 50 + 10 * 3
 
 
 @pytest.mark.parametrize("name", ["plain", "attention", "BatchNorm2d", "Linear over positions"])

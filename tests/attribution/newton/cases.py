@@ -13,8 +13,8 @@ TASKS = {
         model=lambda: nn.Sequential(nn.Linear(10, 6), nn.Tanh(), nn.Linear(6, 1))
     ),
 }
-EXACT = Projection(inputs=64, outputs=64, vectors=64)  # larger than any layer: no projection
-SMALL = Projection(inputs=3, outputs=2, vectors=4, seed=5)
+EXACT = Projection(inputs=64, outputs=64, features=4096)  # larger than any layer: no projection
+SMALL = Projection(inputs=3, outputs=2, features=6, seed=5)
 
 
 def checkpoints(task, count):
