@@ -21,6 +21,7 @@ Pair = tuple[float, float]  # T, and lambda in units of T^2 x (number of rows) x
 
 STEPS_TO_CHOOSE = 2
 LARGE = 1e300  # a store takes no infinity
+EXACT = 1e-9  # an error that is as good as none
 APART = 4.0  # a candidate beyond the last one is so many times as large, or as small
 MOST_BEYOND = 5
 NEAR = 0.01  # what explains all but this share of what the best explains is as good
@@ -37,6 +38,10 @@ def choose(
     where: dict[str, Any],
 ) -> GroupNewton:
     """Group Newton with the damping, temperature and number of steps that err least on a bank.
+
+    Errors are shares of each set's own squared change and compared by their geometric mean: a set
+    that hardly changes anything may be missed by several times its change, and must not decide
+    alone.
 
     As long as the best damping is the smallest or the largest that was tried, one beyond it is
     tried as well, 4 times as small or as large, at most five times: with few epochs the training
@@ -118,7 +123,7 @@ class _Search:
         return replace(self.newton, temperature=temperature, damping=lambda_, steps=steps)
 
     def errors(self, name: str, candidates: Sequence[GroupNewton]) -> Numbers:
-        """Mean error of each candidate over the bank's sets, kept in a store, [candidate]."""
+        """Geometric mean of each candidate's error over the sets, kept in a store, [candidate]."""
         # Two checkpoints, the same object for all, so that their curvature is read once.
         few = self.newton.features.first(2)
         candidates = [replace(candidate, features=few) for candidate in candidates]
@@ -131,7 +136,8 @@ class _Search:
         if store.pending():
             work = in_turns(_Errors(tuple(candidates), tuple(self.cases), store.path), store)
             run_blocks(work, store.pending(), title="calibration", **self.where)
-        return np.asarray(store.finalize().numpy("errors").mean(0))
+        found = np.maximum(store.finalize().numpy("errors"), EXACT)
+        return np.asarray(np.exp(np.log(found).mean(0)))
 
 
 @dataclass(frozen=True)

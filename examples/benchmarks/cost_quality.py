@@ -2,7 +2,7 @@
 
 python examples/benchmarks/cost_quality.py takes one coherent set of 60 digits of each class that
 has one and unlearns by `dmm`, with predictors from dear to cheap (combined and group Newton of 8,
-4, 2 and 1 checkpoints, the linear datamodel) and several budgets of matching. It prints the mean
+4, 2 and 1 checkpoints, the datamodel with TRAK scores and without) and several budgets of matching. It prints the mean
 KLOM over the sets, R2 of the predicted changes, and the cost of one request over one
 retraining: its gradients, its seconds, and how many of these are prediction. It uses the run of
 `make demo` and stores its banks there (about ten minutes on two cores, with nothing beside it).
@@ -43,9 +43,8 @@ def predictors(run: Run) -> dict[str, Counterfactual]:
     for count, newton in newtons.items():
         residual = replace(run.residual, first=newton)
         found[f"combined, {count}"] = replace(run.combined, first=residual)
-    return (
-        found | {f"newton, {n}": one for n, one in newtons.items()} | {"datamodel": run.datamodel}
-    )
+    found |= {f"newton, {n}": one for n, one in newtons.items()}
+    return found | {"linear": run.linear, "datamodel": run.datamodel}
 
 
 def distances(audits: Sequence[Audit], told_of: Callable[[Audit], Any]) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=100)
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument(
-        "--predictors", nargs="+", default=["one step", "newton", "combined", "residual"]
+        "--predictors", nargs="+", default=["one step", "newton", "combined", "residual", "linear"]
     )
     parser.add_argument("--out", help="also write the numbers as JSON")
     options = parser.parse_args()
@@ -168,6 +168,7 @@ def main() -> None:
         "datamodel": lambda: run.datamodel,
         "combined": lambda: run.combined,
         "residual": lambda: run.residual,
+        "linear": lambda: run.linear,
     }
     print(f"{hardware()}; {options.models} models a bank; {run.calibration}")
     told: dict[str, Any] = {}

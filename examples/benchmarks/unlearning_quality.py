@@ -39,6 +39,7 @@ def audit(run: Run, forget: ForgetSet, models: int) -> dict[str, dict[str, Any]]
     methods: dict[str, UnlearningMethod] = {
         "do_nothing": DoNothing(),
         "dmm": Matching(run.predictor()),
+        "dmm_linear": Matching(run.linear),
         "dmm_datamodel": Matching(run.datamodel),
         "dmm_pgu": Matching(run.predictor(), GradientProjection(run.moments)),
         "pgu": ProjectedGradient(run.moments),
@@ -84,14 +85,14 @@ def tell(title: str, audits: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
         told[name]["spread"] = float(pooled(audits, name, "spread").mean())
         cells = [f"{s} {m:.2f} / {p:.2f}" for s, (m, p) in list(told[name].items())[:3]]
         print(f"  {name:13s}", "   ".join(cells), f"  spread {told[name]['spread']:.2f}")
-    for name in ("dmm", "dmm_datamodel", "dmm_pgu", "pgu", "om"):
+    for name in ("dmm", "dmm_linear", "dmm_datamodel", "dmm_pgu", "pgu", "om"):
         mean, high = told[name]["removed"] = removed(audits, name)
         print(f"  {name} removes {mean:.0%} of the mean excess and {high:.0%} of the P95 excess")
-    for name in ("do_nothing", "dmm"):
+    for name in ("do_nothing", "dmm", "dmm_linear"):
         alone = [one[name]["forget"].mean() - one["null"]["forget"].mean() for one in audits]
         print(f"  mean excess of {name}, set by set:", " ".join(f"{e:.2f}" for e in alone))
     for split in ("retain", "test"):
-        names = ("dmm", "dmm_datamodel", "do_nothing")
+        names = ("dmm", "dmm_linear", "dmm_datamodel", "do_nothing")
         ratios = {name: told[name][split][1] / told["null"][split][1] for name in names}
         cells = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
         print(f"  {split} P95 over the null's: {cells}")
@@ -124,6 +125,7 @@ def main() -> None:
     told["coherent60"] = tell("coherent60", [audit(run, coherent, options.models)])
     told["cost"] = {
         "dmm": cost(run, run.predictor(), "dmm"),
+        "dmm_linear": cost(run, run.linear, "dmm_linear"),
         "dmm_datamodel": cost(run, run.datamodel, "dmm_datamodel"),
     }
     if options.out:
