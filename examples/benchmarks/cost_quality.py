@@ -2,9 +2,9 @@
 
 python examples/benchmarks/cost_quality.py takes one coherent set of 60 digits of each class that
 has one and unlearns by `dmm`, with predictors from dear to cheap (combined and group Newton of 8,
-4, 2 and 1 checkpoints, the datamodel with TRAK scores and without) and several budgets of matching. It prints the mean
-KLOM over the sets, R2 of the predicted changes, and the cost of one request over one
-retraining: its gradients, its seconds, and how many of these are prediction. It uses the run of
+4, 2 and 1 checkpoints, the datamodel with TRAK scores and without) and several budgets of matching.
+It prints the mean KLOM over the sets, R2 of the predicted changes, and the cost of one request over
+one retraining: its gradients, its seconds, and how many of these are prediction. It uses the run of
 `make demo` and stores its banks there (about ten minutes on two cores, with nothing beside it).
 """
 
