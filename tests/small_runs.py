@@ -99,8 +99,9 @@ def contents(folder):
 
 def arrays(run):
     """The bits of every array of a run's stores."""
-    stores = {"full", "moments", *(path.name for path in Path(run).glob("*-*"))}
-    opened = {name: Store.open(Path(run, name)) for name in stores}
+    names = {"full", "moments", *(path.parent.name for path in Path(run).glob("*-*/zarr.json"))}
+    names |= {f"{path.parent.name}/scores" for path in Path(run).glob("trak-*/scores")}
+    opened = {name: Store.open(Path(run, name)) for name in names}
     return {
         f"{name}/{array}": store.numpy(array).tobytes()
         for name, store in opened.items()

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from attribution.run import Run
+from attribution.run import PREDICTORS, Run
 from tests.small_runs import TASK, write_task
 from unlearning.cli import main
 
@@ -50,7 +50,7 @@ def told(run, capsys):
     return call
 
 
-@pytest.mark.parametrize("predictor", ["datamodel", "newton", "combined", "residual", "trak"])
+@pytest.mark.parametrize("predictor", PREDICTORS)
 def test_every_predictor_predicts(run, told, predictor):
     found = told("predict", *FEW, "--targets", "test", "--predictor", predictor)
     assert np.shape(found["mean"]) == np.shape(run.model(0).outputs()[37:])
@@ -68,7 +68,7 @@ def test_an_evaluation_and_its_report_are_made(run, told):
     words = ("--methods", "do_nothing,dmm,om", "--n-models", "3", "--workers", "0")
     found = told("evaluate", *FEW, *words)
     for block in found["forget_sets"].values():
-        assert set(block["predictions"]) == {"datamodel", "newton", "combined", "residual", "trak"}
+        assert set(block["predictions"]) == set(PREDICTORS)
         for method in block["methods"].values():
             assert np.isfinite(list(method["shift"].values())).all()
             assert np.isfinite(list(method["accuracy"].values())).all()

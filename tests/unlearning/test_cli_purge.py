@@ -14,6 +14,7 @@ import torch
 
 from attribution import load_model
 from attribution.purging.purge import Purged, purge
+from attribution.run import PREDICTORS
 from stores import taken_out
 from tests.attribution.purging.runs import SPEC, copied, opened, whole_run
 from tests.interruptions import Killed, kill_after
@@ -238,14 +239,7 @@ def test_the_next_call_finishes_it(half, call, words, tmp_path):
     code, out, err = call("purge", "--run", path, *words)
     assert (code, err) == (0, "")
     assert out.startswith(f"{path}: 4 rows purged by the purge that was interrupted; ")
-    assert opened(path).predictors == (
-        "datamodel",
-        "newton",
-        "combined",
-        "residual",
-        "linear",
-        "trak",
-    )
+    assert opened(path).predictors == PREDICTORS
 
 
 def test_killed_for_real_it_finishes_on_the_next_call(whole, purged, tmp_path):

@@ -9,9 +9,9 @@ import torch
 
 from attribution import ForgetSet
 from tests.unlearning.cases import FORGET, MORE, assert_same_bits, copied
-from tests.unlearning.test_methods import SETTINGS
+from tests.unlearning.test_methods import DISTINCT, SETTINGS
 from unlearning import GradientAscent, unlearn_models
-from unlearning.methods import METHODS, READERS, build_method
+from unlearning.methods import READERS, build_method
 
 OUTSIDE = {bool: ["maybe"], str: ["", "nonsense"]}
 """Texts that no setting of a type takes; for numbers, those that no range holds."""
@@ -28,7 +28,7 @@ def settings_of(method, prefix=""):
     return found | (settings_of(backend, "backend.") if backend else {})
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=DISTINCT)
 def name(request):
     return request.param
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.unlearning.cases import Fixed
+from tests.unlearning.test_methods import ALIKE
 from unlearning.method import told_settings
 from unlearning.methods import METHODS, Evidence, build_method, settable
 from unlearning.projection import Gammas
@@ -34,6 +35,7 @@ NAMES = ", ".join(METHODS)
         ("bad_teacher", set()),
         ("dmm", {"predictor"}),
         ("dmm_datamodel", {"predictor"}),
+        ("dmm_linear", {"predictor"}),
         ("dmm_newton", {"predictor"}),
         ("om", {"oracle"}),
         ("match_reference", {"full"}),
@@ -52,12 +54,22 @@ def test_a_method_opens_only_the_evidence_it_needs(name, opened):
 
 @pytest.mark.parametrize(
     ("name", "asked"),
-    [("dmm", None), ("dmm_pgu", None), ("dmm_datamodel", "datamodel"), ("dmm_newton", "newton")],
+    [
+        ("dmm", None),
+        ("dmm_pgu", None),
+        ("dmm_datamodel", "datamodel"),
+        ("dmm_linear", "linear"),
+        ("dmm_newton", "newton"),
+    ],
 )
 def test_matching_asks_for_the_predictor_of_its_name(name, asked):
-    predictors = {key: replace(ZERO) for key in (None, "datamodel", "newton")}
+    predictors = {key: replace(ZERO) for key in (None, "datamodel", "linear", "newton")}
     given = Evidence(predictors.__getitem__, nothing_given, lambda: None)
-    assert build_method(name, given).counterfactual is predictors[asked]
+    found = build_method(name, given)
+    assert found.counterfactual is predictors[asked]
+    if name in ALIKE:
+        plain = build_method("dmm", given)
+        assert replace(found, counterfactual=plain.counterfactual) == plain
 
 
 @pytest.mark.parametrize(("name", "absolute"), [("om", False), ("om_absolute", True)])

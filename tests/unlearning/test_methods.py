@@ -22,6 +22,10 @@ from unlearning import Matching, ProjectedGradient, Unlearned, UnlearningMethod,
 from unlearning.methods import METHODS, build_method
 from unlearning.two_sides import divergence
 
+# They are dmm by other predictors, which test_method_table tells apart.
+ALIKE = {"dmm_datamodel", "dmm_linear", "dmm_newton"}
+DISTINCT = [name for name in METHODS if name not in ALIKE]
+
 # Chosen so that every method does something on five rows; the defaults are for more data.
 MATCHING = {"passes": "8", "rate": "0.01", "batch_size": "16"}
 # Retain rows stay as they are: in a step without forget rows Adam would follow rounding errors.
@@ -29,8 +33,6 @@ TAUGHT = {"retain_extra": "0"}
 SETTINGS = {
     "do_nothing": {},
     "dmm": MATCHING,
-    "dmm_datamodel": MATCHING,
-    "dmm_newton": MATCHING,
     "om": MATCHING,
     "om_absolute": MATCHING,
     "match_reference": MATCHING | TAUGHT,
@@ -50,8 +52,8 @@ SETTINGS = {
     "scrub": {
         "epochs": "6",
         "forget_epochs": "5",
-        "rate": "0.03",
-        "gamma": "0.1",
+        "rate": "0.006",
+        "gamma": "1.0",
         "temperature": "2",
         "forget_batch_size": "1",
     },
@@ -80,7 +82,7 @@ class Case:
 
 @pytest.fixture(
     scope="module",
-    params=product(METHODS, ["ground", "normalised_ground"]),
+    params=product(DISTINCT, ["ground", "normalised_ground"]),
     ids="-".join,
 )
 def case(request):
@@ -263,8 +265,6 @@ def _confidence(case, model):
 DISTANCE = {
     "do_nothing": lambda case, model: _loss(case, model, case.ground.forget.rows),
     "dmm": _mismatch,
-    "dmm_datamodel": _mismatch,
-    "dmm_newton": _mismatch,
     "om": _mismatch,
     "om_absolute": _mismatch,
     "match_reference": _mismatch,

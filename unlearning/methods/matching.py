@@ -64,7 +64,7 @@ class Matching(UnlearningMethod):
     batch_size: int = 32
     forget_multiplier: int = 3
     retain_multiplier: float = 1.0
-    retain_extra: int = 100
+    retain_extra: int = 300
     batchnorm: str = "frozen"
     distance: str = "mse"
     temperature: float = 1.0

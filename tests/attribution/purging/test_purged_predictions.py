@@ -62,8 +62,9 @@ def ridge_bracket(masks, penalty, rows, own, mine):
 
 
 @pytest.mark.parametrize("part", ["mean", "noise"])
-def test_trak_predicts_the_remaining_rows_bit_for_bit(whole, left, part):
-    before, after = (getattr(change(run, "trak"), part) for run in (whole, left))
+@pytest.mark.parametrize("name", ["trak", "linear"])
+def test_sums_of_effects_predict_the_remaining_rows_bit_for_bit(whole, left, name, part):
+    before, after = (getattr(change(run, name), part) for run in (whole, left))
     np.testing.assert_array_equal(after, before[TARGETS_LEFT])
 
 
@@ -161,9 +162,10 @@ def test_the_spread_of_trak_over_checkpoints_is_that_of_the_rows_that_are_left(w
         )
 
 
-def test_the_factor_of_a_curvature_with_the_rows_goes(left):
-    with pytest.raises(ValueError, match="'factor'"):
-        Store.open(left.trak_path / "rows-0").constant("factor")
+@pytest.mark.parametrize("name", ["factor", "common"])
+def test_sums_with_the_rows_that_solved_the_others_go(left, name):
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        Store.open(left.trak_path / "rows-0").constant(name)
 
 
 @pytest.mark.parametrize("name", ["datamodel-mixed-24", "residual-mixed-24"])
