@@ -24,7 +24,9 @@ class LinearDatamodel(Counterfactual):
     """Effects of every training row on every target, and their uncertainty.
 
     The change of removing rows F is -(own factor x effect of the target's own row, if in F, +
-    other factor x sum of the effects of the other rows in F).
+    other factor x sum of the effects of the other rows in F). Of TRAK scores, where training
+    minimises a mean, the mean effect of all rows is taken off each row's: rows that stay count for
+    more when others go.
 
     Args:
         store: where the effects lie.
@@ -52,7 +54,7 @@ class LinearDatamodel(Counterfactual):
 
     @classmethod
     def from_scores(cls, scores: "TrakScores") -> "LinearDatamodel":
-        """The linear datamodel whose effects are TRAK scores, as they are.
+        """The linear datamodel whose effects are TRAK scores.
 
         Its std is how far the checkpoints differ on random forget sets of the same size, and its
         noise how far their outputs differ; both are unknown (not a number) of one checkpoint.
@@ -79,6 +81,13 @@ class LinearDatamodel(Counterfactual):
         return self.store.numpy("own")
 
     @cached_property
+    def _common(self) -> Array:
+        """What is taken off the effect of each row, [target, output]."""
+        rows = self.store.spec.array("effects").shape[0]
+        share = float(self.store.provenance.settings.get("objective") == "mean") / rows
+        return np.asarray(share * self.store.numpy("sum"))
+
+    @cached_property
     def _ids(self) -> tuple[list[str], list[str]]:
         return self.store.ids("train"), self.store.ids("target")
 
@@ -100,13 +109,14 @@ class LinearDatamodel(Counterfactual):
         effects = column(self.store, "effects", target)
         factors = np.full((len(effects), 1), self.shrink[1], dtype=effects.dtype)
         factors[target : target + 1] = self.shrink[0]
-        return np.asarray(factors * effects)
+        return np.asarray(factors * effects - self._common[target], dtype=effects.dtype)
 
     def strongest(self, target: int) -> tuple[Rows, Array]:
         """Rows that raise and that lower a target's margin most, and by how much.
 
         The margin's derivative is taken at the outputs of the models that the effects are of; the
-        effects are times their factors. They were kept when the effects were written.
+        effects are times their factors. They were kept when the effects were written; TRAK scores
+        are as they were written.
 
         Args:
             target: position of the target.
@@ -170,6 +180,6 @@ class LinearDatamodel(Counterfactual):
         own = self._own[places] * mine[:, None]
         others = total(self.store, "effects", rows)[places] - own
         factor_own, factor_other = self.shrink
-        mean = -(factor_own * own + factor_other * others)
+        mean = len(rows) * self._common[places] - (factor_own * own + factor_other * others)
         std = self._uncertainty.std(rows, mine, places)
         return Change(mean.astype(np.float32), std, self._uncertainty.noise(places))

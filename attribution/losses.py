@@ -86,14 +86,6 @@ class Loss(ABC):
         """The one number of a row that audits compare, [...]."""
 
     @abstractmethod
-    def margin_derivative(self, outputs: Tensor, labels: Tensor) -> Tensor | None:
-        """Derivative of the loss with respect to the margin, [...].
-
-        None where the loss is no function of the margin alone; otherwise the loss's gradient is
-        this times the margin's.
-        """
-
-    @abstractmethod
     def quality(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """How right each row is, [...]: 1 or 0 for a class, minus the squared error else."""
 
@@ -151,10 +143,6 @@ class CrossEntropy(Loss):
         others = outputs.masked_fill(one_hot(labels, outputs).bool(), -torch.inf)
         return chosen - others.logsumexp(-1)
 
-    def margin_derivative(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Probability of the label minus 1."""
-        return -(-self.margin(outputs, labels)).sigmoid()
-
     def quality(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """1 where the largest logit is the label's, else 0."""
         return (outputs.argmax(-1) == labels).to(outputs.dtype)
@@ -210,10 +198,6 @@ class BinaryCrossEntropy(Loss):
         """The logit, with its sign turned where the label is 0."""
         return (2 * labels.to(outputs.dtype) - 1) * outputs[..., 0]
 
-    def margin_derivative(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Probability of the label minus 1."""
-        return -(-self.margin(outputs, labels)).sigmoid()
-
     def quality(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """1 where the logit is above 0 and the label 1, or else both are not; else 0."""
         return ((outputs[..., 0] > 0) == (labels > 0)).to(outputs.dtype)
@@ -262,10 +246,6 @@ class SquaredError(Loss):
         """The first output."""
         del labels
         return outputs[..., 0]
-
-    def margin_derivative(self, outputs: Tensor, labels: Tensor) -> Tensor | None:
-        """The output minus the label, where there is one output."""
-        return self.gradient(outputs, labels)[..., 0] if outputs.shape[-1] == 1 else None
 
     def quality(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Minus the squared error."""

@@ -117,7 +117,9 @@ def _fill(
     if settings.checkpoints:
         models, projection = full.checkpoints(settings.checkpoints), Projection(seed=seed)
         featurize(run.task, models, run.path / "features", projection=projection, **where)
-    if settings.checkpoints > 1 and not _calibrated_before(run):
+    if settings.checkpoints > 1 and _calibrated_before(run):
+        run.fit_trak(run.trak_damping, **at)  # what was discarded of it
+    elif settings.checkpoints > 1:
         calibrate_run(run, **where)
     # The stores took this task for theirs, so it may be found where it lies now.
     _write_settings(run.path, settings)
@@ -249,8 +251,8 @@ def calibrate_run(
     errors |= {name: held_out_error(cases, *parts) for name, parts in means.items()}
     parts, added = means.get("residual", means["newton"]), [change.mean for change in linear]
     errors["combined"] = held_out_error(cases, *parts, added=added)
-    # How far a few checkpoints' scores differ tells little of how far all are from retraining.
-    sums = weigh(cases, list(zip(linear, scored, strict=True)), trusted=False)
+    fitted = weigh(cases, list(zip(linear, scored, strict=True)), trusted=False)
+    sums = {kind: one.as_sure_as_the_first() for kind, one in fitted.items()}
     found = RunCalibration(newton, weights, errors, residual, sums)
     found.save(run.path / CALIBRATION)
     return found
@@ -286,6 +288,7 @@ def _fit_residual(run: Run, newton: GroupNewton, **at: Any) -> LinearDatamodel |
     to = run.residual_path
     if to.taken() and not Store.open(to).pending():
         # Once fitted it stays, also where the calibration changes: its weights are fitted anew.
+        _refuse_other_projections(run, to)
         return LinearDatamodel.open(to)
     ensemble = Ensemble.open(run.path / f"ensemble-{run.settings.subsets}", run.task)
     seed = run.settings.seed
@@ -295,6 +298,16 @@ def _fit_residual(run: Run, newton: GroupNewton, **at: Any) -> LinearDatamodel |
     folder = run.path / "calibration" / "residual"
     left = residual_models(ensemble, newton, folder, anchor=run.full, models=chosen, **at)
     return fit_datamodels(left, anchor=run.full, to=to, seed=seed, **at)
+
+
+def _refuse_other_projections(run: Run, residual: Place) -> None:
+    told = Store.open(residual).provenance.settings["ensemble"]["features"][0]["projection"]
+    wanted = run.features.stores[0].provenance.settings["projection"]
+    if told != wanted:
+        raise ValueError(
+            f"{residual} was fitted to what group Newton lacked with projections {told}, the run's"
+            f" are {wanted}: remove it and {run.path}/calibration/residual, and call this again"
+        )
 
 
 def _check_numbers(settings: RunSettings) -> None:

@@ -1,6 +1,7 @@
 """One thread, one seed and no deadlines: the same numbers on a busy machine as on an idle one."""
 
 import os
+import sys
 
 import hypothesis
 import pytest
@@ -18,6 +19,14 @@ hypothesis.settings.load_profile("shared_machine")
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def import_folders(tmp_path_factory):
+    """A test's task files leave their folders importable: later tests would start new workers."""
+    yield
+    base = str(tmp_path_factory.getbasetemp())
+    sys.path[:] = [folder for folder in sys.path if not folder.startswith(base)]
 
 
 @pytest.fixture(scope="session")

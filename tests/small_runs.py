@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -86,9 +87,11 @@ def checkpoint_run(base):
 
 def copied(run, folder):
     """A copy of a run without its oracles, with a task file of its own beside it."""
-    spec = write_task(folder)
-    shutil.copytree(run, folder / "run", ignore=shutil.ignore_patterns("oracles"))
-    return Path(precompute(spec, folder / "run", **MODELS).path)
+    spec, copy = write_task(folder), Path(folder, "run")
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("oracles"))
+    text = (copy / "run.json").read_text()
+    (copy / "run.json").write_text(text.replace(json.loads(text)["task"], spec))
+    return copy
 
 
 def contents(folder):

@@ -21,7 +21,6 @@ Pair = tuple[float, float]  # T, and lambda in units of T^2 x (number of rows) x
 
 STEPS_TO_CHOOSE = 2
 LARGE = 1e300  # a store takes no infinity
-EXACT = 1e-9  # an error that is as good as none
 APART = 4.0  # a candidate beyond the last one is so many times as large, or as small
 MOST_BEYOND = 5
 NEAR = 0.01  # what explains all but this share of what the best explains is as good
@@ -39,9 +38,10 @@ def choose(
 ) -> GroupNewton:
     """Group Newton with the damping, temperature and number of steps that err least on a bank.
 
-    Errors are shares of each set's own squared change and compared by their geometric mean: a set
-    that hardly changes anything may be missed by several times its change, and must not decide
-    alone.
+    Errors e are shares of each set's own squared change, and 2 |e| / (1 + |e|) is averaged: 1 where
+    no change is predicted, and never more than 2, because a set that hardly changes anything may be
+    missed by several times its change and must not decide alone. They are estimated without bias
+    from two checkpoints; one far below 0 tells that these differ widely, and is as bad.
 
     As long as the best damping is the smallest or the largest that was tried, one beyond it is
     tried as well, 4 times as small or as large, at most five times: with few epochs the training
@@ -123,7 +123,7 @@ class _Search:
         return replace(self.newton, temperature=temperature, damping=lambda_, steps=steps)
 
     def errors(self, name: str, candidates: Sequence[GroupNewton]) -> Numbers:
-        """Geometric mean of each candidate's error over the sets, kept in a store, [candidate]."""
+        """Each candidate's errors, bounded, mean over the bank's sets, [candidate]."""
         # Two checkpoints, the same object for all, so that their curvature is read once.
         few = self.newton.features.first(2)
         candidates = [replace(candidate, features=few) for candidate in candidates]
@@ -136,8 +136,12 @@ class _Search:
         if store.pending():
             work = in_turns(_Errors(tuple(candidates), tuple(self.cases), store.path), store)
             run_blocks(work, store.pending(), title="calibration", **self.where)
-        found = np.maximum(store.finalize().numpy("errors"), EXACT)
-        return np.asarray(np.exp(np.log(found).mean(0)))
+        found = store.finalize().numpy("errors")
+        return np.asarray(np.where(found < LARGE, _bounded(found), LARGE).mean(0))
+
+
+def _bounded(errors: Numbers) -> Numbers:
+    return np.asarray(2 * np.abs(errors) / (1 + np.abs(errors)))
 
 
 @dataclass(frozen=True)

@@ -155,8 +155,8 @@ def _trak(context: Context, store: Store, plain: Remains) -> Remains | None:
 
 
 def _trak_rows(context: Context, store: Store, plain: Remains) -> Remains:
-    # They served to solve the rows, and all of them are there.
-    return replace(plain, constants={"factor": None, "common": None})
+    # It served to solve the rows, and all of them are there.
+    return replace(plain, constants={"factor": None})
 
 
 def _trak_package(context: Context, store: Store, plain: Remains) -> Remains:

@@ -26,7 +26,7 @@ from attribution.trak.curvature import (
     natural_damping,
     warn_if_ill_conditioned,
 )
-from attribution.trak.pulls import common_pull, pulls
+from attribution.trak.pulls import output_pulls
 from attribution.trak.score_blocks import ScoreBlock, margin_arrays, margins_differ
 from attribution.trak.scores import KIND, TrakScores
 from attribution.trak.tally import Tally
@@ -88,10 +88,8 @@ def fit_trak(
 
     and on its margin the margin's derivative at the checkpoint's outputs times that. Where the loss
     l is a function of the margin m, as cross-entropy is, g_i is dl/dm times dm/dz, and dl/dm is
-    averaged over the checkpoints apart, before the rest is. Where training minimises a mean, a row
-    that is left out leaves the others more weight, and the mean of J_i^T g_i over the training rows
-    is taken off each: the effects of all rows on a target have the sum 0. Scores are in the unit of
-    the outputs.
+    averaged over the checkpoints apart, before the rest is. Scores are in the unit of the outputs.
+
     Interrupted at any moment, the same call computes the unfinished blocks only and ends with the
     same bits, whatever the workers. How many targets make a block follows from the layout
     (`score_block`), not from memory: a process holds 128 MiB of their features at most, the rest in
@@ -233,24 +231,23 @@ def _solved_rows(
         path,
         StoreSpec(ROWS_KIND, "train", block, {"rows": array}),
         _provenance(features, chosen, checkpoint),
-        # They are costly, and an existing store holds them.
-        constants={} if path.taken() else _constants(features, checkpoint, chosen),
+        # It is costly, and an existing store holds it.
+        constants={} if path.taken() else {"factor": _factor(features, checkpoint, chosen)},
     )
     work = _RowsBlock(features, checkpoint, store.path)
     run(in_turns(work, store), store.pending(), title=f"rows of checkpoint {checkpoint}")
     return store.finalize()
 
 
-def _constants(features: Features, checkpoint: int, chosen: _Settings) -> dict[str, Numbers]:
+def _factor(features: Features, checkpoint: int, chosen: _Settings) -> Numbers:
     wide = stored_wide(chosen.dtype)
     # One thread, so that the same features give the same bits on every machine of a kind.
     with threads(1):
-        common = common_pull(features, checkpoint)
         gram = gram_matrix(features, checkpoint, weighting=chosen.weighting, dtype=wide)
         lower = factorise(torch.from_numpy(gram), chosen.damping).lower
         condition = condition_number(lower)
     warn_if_ill_conditioned(condition, chosen.damping, wide, checkpoint)
-    return {"factor": lower.numpy(), "common": common.numpy()}
+    return lower.numpy()
 
 
 @dataclass(frozen=True)
@@ -263,13 +260,13 @@ class _RowsBlock:
         store = Store.open(self.path, ROWS_KIND)
         span = store.spec.span(block)
         with threads(1):
-            rows = self._solved(np.arange(span.start, span.stop), store)
+            rows = self._solved(np.arange(span.start, span.stop), store.constant("factor"))
         store.write_block(block, {"rows": rows.astype(store.spec.array("rows").dtype)})
 
-    def _solved(self, rows: Rows, store: Store) -> Numbers:
-        factor, common = (torch.from_numpy(store.constant(n)) for n in ("factor", "common"))
-        pull = pulls(self.features, self.checkpoint, rows) - common
-        return torch.cholesky_solve(pull.T, factor).T.numpy()
+    def _solved(self, rows: Rows, factor: Numbers) -> Numbers:
+        j = torch.from_numpy(self.features.gather(self.checkpoint, rows)).double()
+        pull = torch.einsum("ro,rok->kr", output_pulls(self.features, self.checkpoint, rows), j)
+        return torch.cholesky_solve(pull, torch.from_numpy(factor)).T.numpy()
 
 
 # -- targets: products with their features -----------------------------------------------------

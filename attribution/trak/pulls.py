@@ -1,11 +1,13 @@
-"""Where each training row pulls the parameters: the right-hand side of a TRAK score."""
+"""How hard each training row pulls on its own outputs: the middle factor of a TRAK score."""
 
 import torch
 from torch import Tensor
 
 from attribution.gradients import Features, output_cotangents
+from attribution.losses import Loss
 from attribution.task import Rows
-from attribution.trak.curvature import row_pieces
+
+ALIKE = 1e-6  # two gradients are along one direction up to this share
 
 
 def output_pulls(features: Features, checkpoint: int, rows: Rows) -> Tensor:
@@ -24,54 +26,36 @@ def output_pulls(features: Features, checkpoint: int, rows: Rows) -> Tensor:
     Returns:
         Derivatives, float64, [row, output].
 
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from attribution import Model
+        >>> from attribution.gradients import Projection, featurize
+        >>> from examples.digits import mlp, task
+        >>> models, small = [Model(task, mlp().state_dict())], Projection(inputs=4, outputs=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     features = featurize(task, models, f"{folder}/features", projection=small)
+        ...     output_pulls(features, 0, np.array([3, 17])).shape
+        torch.Size([2, 10])
+
     Source: TRAK (arXiv 2303.14186), section 3.2, which averages Q and the rest of a score apart.
     """
     loss, labels = features.task.loss, features.task.targets(rows)[1]
-    outputs = torch.from_numpy(features.outputs(checkpoint, rows)).double()
-    strength = _mean_margin_derivative(features, rows, labels)
-    if strength is None:
-        return loss.gradient(outputs, labels)
-    return strength[:, None] * output_cotangents(loss, outputs, labels, "margin")[:, 0]
+    each = [
+        torch.from_numpy(features.outputs(number, rows)).double() for number in range(len(features))
+    ]
+    strengths = [_margin_derivative(loss, outputs, labels) for outputs in each]
+    known = [strength for strength in strengths if strength is not None]
+    if len(known) < len(strengths):
+        return loss.gradient(each[checkpoint], labels)
+    along = output_cotangents(loss, each[checkpoint], labels, "margin")[:, 0]
+    return torch.stack(known).mean(0)[:, None] * along
 
 
-def pulls(features: Features, checkpoint: int, rows: Rows) -> Tensor:
-    """J_i^T g_i of some training rows.
-
-    Args:
-        features: of all checkpoints.
-        checkpoint: number of the checkpoint.
-        rows: positions of training rows.
-
-    Returns:
-        Pulls, float64, [row, k].
-    """
-    j = torch.from_numpy(features.gather(checkpoint, rows)).double()
-    return torch.einsum("ro,rok->rk", output_pulls(features, checkpoint, rows), j)
-
-
-def common_pull(features: Features, checkpoint: int) -> Tensor:
-    """What is taken off each pull: their mean where training minimises a mean, otherwise nothing.
-
-    Args:
-        features: of all checkpoints.
-        checkpoint: number of the checkpoint.
-
-    Returns:
-        float64, [k].
-    """
-    total, train = torch.zeros(features.width, dtype=torch.float64), len(features.task.train_ids)
-    if features.task.objective == "mean":
-        for rows in row_pieces(features, train):
-            total += pulls(features, checkpoint, rows).sum(0)
-    return total / train
-
-
-def _mean_margin_derivative(features: Features, rows: Rows, labels: Tensor) -> Tensor | None:
-    total = torch.zeros(len(rows), dtype=torch.float64)
-    for checkpoint in range(len(features)):
-        outputs = torch.from_numpy(features.outputs(checkpoint, rows)).double()
-        part = features.task.loss.margin_derivative(outputs, labels)
-        if part is None:
-            return None
-        total += part
-    return total / len(features)
+def _margin_derivative(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor | None:
+    """The factor s in dl/dz = s dm/dz, [row]; None where there is none."""
+    gradient = loss.gradient(outputs, labels)
+    along = output_cotangents(loss, outputs, labels, "margin")[:, 0]
+    found = (gradient * along).sum(1) / along.square().sum(1)
+    left = (gradient - found[:, None] * along).abs().max()
+    return found if left <= ALIKE * gradient.abs().max() else None

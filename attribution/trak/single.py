@@ -22,7 +22,7 @@ def margin_effects(features: Features, target: int, *, damping: float | None = N
 
     With s the margin's derivative with respect to the outputs, one vector v = (H + lambda I)^-1
     J(x)^T s is solved for and the score of row i is -g_i^T J_i v, mean over the checkpoints, with
-    g_i as `fit_trak` has it, less the mean over the rows where training minimises a mean.
+    g_i as `fit_trak` has it.
 
     Args:
         features: projected gradients of the checkpoints.
@@ -48,9 +48,7 @@ def margin_effects(features: Features, target: int, *, damping: float | None = N
     """
     known = natural_damping(features.task) if damping is None else damping
     each = [_of_checkpoint(features, c, target, known) for c in range(len(features))]
-    found = np.mean(each, axis=0, dtype=np.float64)
-    common = found.mean() if features.task.objective == "mean" else 0.0
-    return np.asarray(found - common, dtype=np.float32)
+    return np.asarray(np.mean(each, axis=0, dtype=np.float64), dtype=np.float32)
 
 
 def _of_checkpoint(features: Features, checkpoint: int, target: int, damping: float) -> Array:

@@ -7,8 +7,8 @@ import pytest
 
 from attribution import ForgetSet, LinearDatamodel, Model
 from attribution.trak import fit_trak
-from tests.attribution.trak.cases import checkpoints, make_features, scores_by_model
-from tests.tasks import blobs, line
+from tests.attribution.trak.cases import checkpoints, dense_scores, make_features, scores_by_model
+from tests.tasks import blobs, line, ridge_task
 
 DAMPING = 0.3
 
@@ -36,14 +36,24 @@ def each(task):
 
 
 @pytest.mark.parametrize("targets", [None, np.array([4, 47, 2])])
-def test_removing_rows_subtracts_their_scores(task, datamodel, each, targets):
-    rows = [2, 4, 30]
+def test_removing_rows_subtracts_their_scores_and_leaves_the_others_more_weight(
+    task, datamodel, each, targets
+):
+    rows, scores = [2, 4, 30], each.mean(0)
     found = datamodel.change(ForgetSet.at(task, rows), targets=targets)
-    expected = -each.mean(0)[rows].sum(0)
+    expected = 3 * scores.mean(0) - scores[rows].sum(0)
     expected = expected if targets is None else expected[targets]
     np.testing.assert_allclose(found.mean, expected, rtol=0, atol=1e-5)
     assert found.mean.dtype == found.std.dtype == found.noise.dtype == np.float32
     assert not found.absolute
+
+
+def test_where_a_sum_is_minimised_the_others_keep_their_weight(tmp_path):
+    task = ridge_task(objective="sum")
+    scores = fit_trak(make_features(task, tmp_path / "features"), tmp_path / "trak", damping=2.0)
+    found = LinearDatamodel.from_scores(scores).change(ForgetSet.at(task, [2, 4, 30])).mean
+    effects, _ = dense_scores(task, checkpoints(task, 3), 2.0)
+    np.testing.assert_allclose(found, -effects[[2, 4, 30]].sum(0), rtol=0, atol=1e-5)
 
 
 def test_what_is_gone_already_drops_out(task, datamodel):

@@ -41,17 +41,6 @@ def test_hessians_equal_autodiff(case):
     torch.testing.assert_close(loss.hessian(outputs), expected, rtol=0, atol=1e-12)
 
 
-def test_a_function_of_the_margin_alone_has_its_gradient_along_the_margins(case):
-    loss, outputs, labels = case
-    found = loss.margin_derivative(outputs, labels)
-    if isinstance(loss, SquaredError) and outputs.shape[1] > 1:
-        assert found is None
-        return
-    along = vmap(grad(loss.margin))(outputs, labels)
-    expected = vmap(grad(loss.value))(outputs, labels)
-    torch.testing.assert_close(found[:, None] * along, expected, rtol=0, atol=1e-12)
-
-
 def test_a_leading_model_axis_changes_nothing(case):
     loss, outputs, labels = case
     models = torch.stack([outputs, 2 * outputs, -outputs])

@@ -100,10 +100,7 @@ def test_datamodels_may_be_sparse(tmp_path):
 class TestNewton:
     @pytest.mark.parametrize(
         ("checkpoints", "predictors"),
-        [
-            (0, ("datamodel",)),
-            (1, ("datamodel", "newton", "trak")),
-        ],
+        [(0, ("datamodel",)), (1, ("datamodel", "newton", "trak"))],
     )
     def test_checkpoints_decide_what_a_run_predicts_with(self, tmp_path, checkpoints, predictors):
         spec = write_task(tmp_path)
@@ -186,8 +183,8 @@ class TestNewton:
         for name in ("mean", "std", "noise"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
         bank = type(run.full).open(run.path / "calibration" / "bank", run.task)
-        cases = cases_of(bank, run.full.outputs.mean(0))
-        means = [[one.change(c.forget).mean for c in cases] for one in (run.datamodel, run.trak)]
+        cases, both = cases_of(bank, run.full.outputs.mean(0)), (run.datamodel, run.trak)
+        means = [[one.change(case.forget).mean for case in cases] for one in both]
         weighed = weighed_by(range(len(cases)), cases, means)
         for case, mean in zip(cases, weighed, strict=True):
             np.testing.assert_allclose(run.linear.change(case.forget).mean, mean, atol=1e-5)

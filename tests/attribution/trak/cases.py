@@ -23,17 +23,15 @@ def dense_scores(task, models, damping, **settings):
     return tuple(sum(parts) / len(models) for parts in zip(*each, strict=True))
 
 
-def scores_by_model(task, models, damping, weighting=True, centred=True):
+def scores_by_model(task, models, damping, weighting=True):
     """What the scores are the means of.
 
     Effects of a pull of one unit of margin, times how the loss falls with it in the mean over the
-    models; less the mean over the rows where training minimises a mean.
+    models.
     """
     each = [_dense(task, model, damping, weighting) for model in models]
     strength = sum(strength for strength, *_ in each) / len(models)
-    share = float(centred and task.objective == "mean")
-    pairs = [(effects * strength[:, None, None], on * strength[:, None]) for _, effects, on in each]
-    return [tuple(part - share * part.mean(0) for part in pair) for pair in pairs]
+    return [(effects * strength[:, None, None], on * strength[:, None]) for _, effects, on in each]
 
 
 def _dense(task, model, damping, weighting):
