@@ -56,8 +56,8 @@ class Combined(Counterfactual):
     path of training does, gradients what the curvature at its end does.
 
     Args:
-        first: a predictor, usually group Newton, or a sum of it and what it lacks.
-        second: another, usually a linear datamodel.
+        first: a predictor: group Newton, a sum of it and what it lacks, or a linear datamodel.
+        second: another: a linear datamodel, or TRAK scores.
         weights: by kind of row (forget, retain, test); see `weigh`.
     """
 

@@ -83,9 +83,9 @@ class LinearDatamodel(Counterfactual):
     @cached_property
     def _common(self) -> Array:
         """What is taken off the effect of each row, [target, output]."""
-        rows = self.store.spec.array("effects").shape[0]
-        share = float(self.store.provenance.settings.get("objective") == "mean") / rows
-        return np.asarray(share * self.store.numpy("sum"))
+        if self.store.provenance.settings.get("objective") != "mean":  # as of fitted effects
+            return np.zeros_like(self._own)
+        return np.asarray(self.store.numpy("sum") / self.store.spec.array("effects").shape[0])
 
     @cached_property
     def _ids(self) -> tuple[list[str], list[str]]:
