@@ -28,7 +28,7 @@ demo: $(READY)
 	$(BIN)/dmm report --run $(RUN)
 
 test: lint $(S3_SERVER)
-	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -9,11 +9,27 @@ import torch
 
 from tests import s3_server
 
+# Few tests that take long: begun last, such a file leaves the other process idle.
+LONG = {
+    "test_cli_damaged",
+    "test_cli_interrupted",
+    "test_cli_purge",
+    "test_interrupted_purge",
+    "test_jobs",
+    "test_kill_rounds",
+    "test_precompute",
+    "test_run_in_bucket",
+}
+
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("shared_machine", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("shared_machine")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(autouse=True)
