@@ -95,8 +95,7 @@ class TestScores:
         damping = REGULARISATION * parameters(task)
         kernels, pulls = [], []
         for number, model in enumerate(checkpoints(task, 3)):
-            dense = dense_scores(task, [model], damping, weighting=False)
-            margins = dense[1][:, 37:]
+            margins = dense_scores(task, [model], damping, weighting=False)[1][:, 37:]
             pull = package.out_to_loss(number)
             # features = gradients (X^T X + lambda)^-1 / mean |(X^T X + lambda)^-1|
             gradients = package.gradients(number).astype(np.float64)
