@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
 from torch._ops import OpOverload
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -117,7 +119,9 @@ def record(
         >>> double(torch.tensor([1.0, 2.0, 3.0]))
         tensor([2., 4., 6.])
     """
-    traced = make_fx(function)(*held, *example)
+    # Without a mode of the whole trace there is one for each kernel, with a copy of the call stack.
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        traced = make_fx(function)(*held, *example)
     assert isinstance(traced, GraphModule)
     nodes = list(traced.graph.nodes)
     # A kernel that works in place would reach the arguments through a copy that is left out.

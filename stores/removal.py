@@ -16,7 +16,7 @@ from stores.provenance import Provenance
 from stores.roots import ROOT, read_node, read_root
 from stores.schema import ArraySpec, Json, StoreSpec
 from stores.store import Store
-from stores.verification import sound
+from stores.verification import unsound
 from stores.writing import BlockWriter
 
 ASIDE = ".purged"
@@ -180,7 +180,7 @@ def _write_anew(store: Store, aside: Place, remains: Remains) -> None:
 
 def _refuse_damaged(store: Store, blocks: set[int]) -> None:
     # What is copied gets a mark of its own: nothing would tell afterwards that it was damaged.
-    damaged = [block for block in sorted(blocks) if not sound(store, block)]
+    damaged = unsound(store, sorted(blocks))
     if damaged:
         raise RuntimeError(
             f"blocks {damaged} of {store.path} are damaged: restore them from a copy, or remove the"

@@ -16,7 +16,7 @@ from stores.places import Where, place
 from stores.provenance import Provenance, check_provenance, plain_json, refuse_differences
 from stores.roots import check_ids_equal, read_root, refuse_rewritten
 from stores.schema import Json, StoreSpec, check_schema
-from stores.verification import complete, discard, sound
+from stores.verification import complete, discard, unsound
 from stores.writing import BlockWriter, writing
 
 
@@ -208,7 +208,7 @@ class Store(Contents):
         Returns:
             The numbers of the blocks that are damaged; `discard` makes them pending again.
         """
-        return [block for block in self.done() if not sound(self, block)]
+        return unsound(self, self.done())
 
     def discard(self, block: int) -> None:
         """Take the mark off a block, so that it is pending and can be written again.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import zarr
 
 from stores.blocks import mark_file, refuse_unreadable, region
 from stores.metadata import DONE, open_array
@@ -23,21 +24,31 @@ if TYPE_CHECKING:
 _CHAINED = 1  # the last schema version whose marks are one CRC-32 over all arrays
 
 
-def sound(store: Store, block: int) -> bool:
-    """Whether the bytes of a done block are those that were written.
+def unsound(store: Store, blocks: Iterable[int]) -> list[int]:
+    """Read done blocks again and compare them with what was written.
 
     Args:
         store: The store.
-        block: Number of the block.
+        blocks: Numbers of the blocks.
 
     Returns:
-        False where an object is missing, cut short or changed, or an array's zarr.json is.
+        Those of which an object is missing, cut short or changed; all of them where the zarr.json
+        of the marks is.
 
     Raises:
-        ConnectionError: The service of a bucket does not answer, which tells nothing of the block.
+        ConnectionError: The service of a bucket does not answer, which tells nothing of a block.
     """
     try:
         marks = open_array(store.place, store.spec, DONE)
+    except ConnectionError:
+        raise
+    except ValueError:
+        return list(blocks)
+    return [block for block in blocks if not _is_sound(store, marks, block)]
+
+
+def _is_sound(store: Store, marks: zarr.Array[Any], block: int) -> bool:
+    try:
         return int(np.asarray(marks[block])) in _marks(store, block)
     except ConnectionError:
         raise

@@ -38,7 +38,8 @@ def mlp():
 
 
 train_data = blobs(37, 1)
-recipe = Recipe(epochs=2, batch_size=8, peak_rate=0.2)
+# As much weight decay as ends the search for a damping soon.
+recipe = Recipe(epochs=2, batch_size=8, peak_rate=0.2, weight_decay=0.05)
 task = Task("small", train_data, blobs(11, 2), mlp, recipe)
 """
 

@@ -14,7 +14,7 @@ from attribution.forget import ForgetSet
 from attribution.gradients import Features
 from attribution.losses import SquaredError
 from attribution.newton.calibration import STEPS, Calibration
-from attribution.newton.inverse import Factor, factorise, without
+from attribution.newton.inverse import Damped, without
 from attribution.newton.linearised import Linearised, retrain
 from attribution.outputs import Array
 from attribution.task import Rows, Task
@@ -191,7 +191,7 @@ class GroupNewton(Counterfactual):
         root = _root((1 - after) * problem.hessians(outputs))
         removed = torch.einsum("rab,rbk->rak", root, j).flatten(0, 1)
         damping = self._damping(n - (1 - after) * len(forget))
-        inverse = without(self._factor(checkpoint, damping), removed)
+        inverse = without(self._curvature(checkpoint, damping), removed)
         mask = torch.from_numpy(forget.mask).to(j)
         weights = (1 - share) * (1 - (1 - before) * mask), 1 - (1 - after) * mask
         return retrain(problem, weights, damping, pull, inverse, steps=self.most_steps)
@@ -218,15 +218,15 @@ class GroupNewton(Counterfactual):
         return kept * self.task.recipe.weight_decay
 
     @cached_property
-    def _kept_factors(self) -> dict[int, Factor]:
+    def _kept_curvatures(self) -> dict[int, Damped]:
         return {}
 
-    def _factor(self, checkpoint: int, damping: float) -> Factor:
-        known = self._kept_factors.get(checkpoint)
+    def _curvature(self, checkpoint: int, damping: float) -> Damped:
+        known = self._kept_curvatures.get(checkpoint)
         if known is None or known.damping != damping:
             curvature = self.features.curvature(checkpoint, self._temperature)
-            known = factorise(torch.from_numpy(curvature), damping)
-            self._kept_factors[checkpoint] = known
+            known = Damped(torch.from_numpy(curvature), damping)
+            self._kept_curvatures[checkpoint] = known
         return known
 
     @cached_property

@@ -1,6 +1,7 @@
 """The damped curvature without the forgotten rows, ready to be solved with."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,48 +14,39 @@ class TooLittleDamping(ValueError):
 
 
 @dataclass(frozen=True)
-class Factor:
-    """Cholesky factor of H + lambda I for all training rows.
+class Damped:
+    """The damped curvature H + lambda I of all training rows; its factor is kept once asked for.
 
     Args:
         curvature: H, [feature, feature], float64.
         damping: lambda.
-        lower: the factor L, H + lambda I = L L^T.
+
+    Example:
+        >>> Damped(3 * torch.eye(2, dtype=torch.float64), 1.0).lower.diagonal()
+        tensor([2., 2.], dtype=torch.float64)
     """
 
     curvature: Tensor
     damping: float
-    lower: Tensor
+
+    @cached_property
+    def lower(self) -> Tensor:
+        """The Cholesky factor L, H + lambda I = L L^T.
+
+        Raises:
+            TooLittleDamping: the matrix is not positive definite.
+        """
+        return _cholesky(self.curvature, self.damping)
 
 
-def factorise(curvature: Tensor, damping: float) -> Factor:
-    """Factorises the damped curvature.
-
-    Args:
-        curvature: H, [feature, feature], float64.
-        damping: lambda.
-
-    Returns:
-        The factor.
-
-    Raises:
-        TooLittleDamping: the matrix is not positive definite.
-
-    Example:
-        >>> factorise(3 * torch.eye(2, dtype=torch.float64), 1.0).lower.diagonal()
-        tensor([2., 2.], dtype=torch.float64)
-    """
-    return Factor(curvature, damping, _cholesky(curvature, damping))
-
-
-def without(factor: Factor, removed: Tensor) -> Map:
+def without(damped: Damped, removed: Tensor) -> Map:
     """Applies (H - A^T A + lambda I)^-1, where A^T A is the curvature of the removed rows.
 
     With few removed rows by Woodbury's identity in the space of A's rows, from the factor of all
     rows; with many by a new factor, whichever takes fewer multiplications.
 
     Args:
-        factor: of all rows.
+        damped: of all rows.
         removed: A = R^(1/2) J of the removed rows, [direction, feature].
 
     Returns:
@@ -64,27 +56,27 @@ def without(factor: Factor, removed: Tensor) -> Map:
         TooLittleDamping: what is left is not positive definite.
 
     Example:
-        >>> factor = factorise(2 * torch.eye(2, dtype=torch.float64), 1.0)
-        >>> without(factor, torch.tensor([[1.0, 0.0]]))(torch.ones(2))
+        >>> damped = Damped(2 * torch.eye(2, dtype=torch.float64), 1.0)
+        >>> without(damped, torch.tensor([[1.0, 0.0]]))(torch.ones(2))
         tensor([0.5000, 0.3333])
     """
     directions, size = removed.shape
     # k^2 d + k d^2 multiplications against k^2 d + k^3 / 3.
     if 3 * directions**2 < size**2:
-        return _woodbury(factor, removed.to(factor.curvature))
+        return _woodbury(damped.lower, removed.to(damped.curvature))
     # The product in the features' own precision: they know no better.
-    lower = _cholesky(factor.curvature - (removed.T @ removed).double(), factor.damping)
+    lower = _cholesky(damped.curvature - (removed.T @ removed).double(), damped.damping)
     return lambda v: _solved(lower, v.to(lower)).to(v)
 
 
-def _woodbury(factor: Factor, a: Tensor) -> Map:
-    spread = torch.linalg.solve_triangular(factor.lower, a.T, upper=False)
+def _woodbury(lower: Tensor, a: Tensor) -> Map:
+    spread = torch.linalg.solve_triangular(lower, a.T, upper=False)
     inner = _cholesky(-(spread.T @ spread), 1.0)
 
     def apply(v: Tensor) -> Tensor:
-        x = torch.linalg.solve_triangular(factor.lower, v.to(a)[:, None], upper=False)
+        x = torch.linalg.solve_triangular(lower, v.to(a)[:, None], upper=False)
         x = x + spread @ torch.cholesky_solve(spread.T @ x, inner)
-        solved: Tensor = torch.linalg.solve_triangular(factor.lower.T, x, upper=True)
+        solved: Tensor = torch.linalg.solve_triangular(lower.T, x, upper=True)
         return solved[:, 0].to(v)
 
     return apply

@@ -16,7 +16,7 @@ from attribution.effects import (
     stored_wide,
 )
 from attribution.gradients import Features
-from attribution.newton.inverse import factorise
+from attribution.newton.inverse import Damped
 from attribution.products import products_by
 from attribution.task import Rows, Task
 from attribution.training import threads
@@ -244,7 +244,7 @@ def _factor(features: Features, checkpoint: int, chosen: _Settings) -> Numbers:
     # One thread, so that the same features give the same bits on every machine of a kind.
     with threads(1):
         gram = gram_matrix(features, checkpoint, weighting=chosen.weighting, dtype=wide)
-        lower = factorise(torch.from_numpy(gram), chosen.damping).lower
+        lower = Damped(torch.from_numpy(gram), chosen.damping).lower
         condition = condition_number(lower)
     warn_if_ill_conditioned(condition, chosen.damping, wide, checkpoint)
     return lower.numpy()

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from attribution.gradients import Features
-from attribution.newton.inverse import factorise
+from attribution.newton.inverse import Damped
 from attribution.outputs import Array
 from attribution.training import threads
 from attribution.trak.curvature import (
@@ -57,7 +57,7 @@ def _of_checkpoint(features: Features, checkpoint: int, target: int, damping: fl
     j = torch.from_numpy(features.gather(checkpoint, place))[0]
     with threads(1):
         curvature = gram_matrix(features, checkpoint, weighting=True, dtype="float32")
-        lower = factorise(torch.from_numpy(curvature), damping).lower
+        lower = Damped(torch.from_numpy(curvature), damping).lower
         warn_if_ill_conditioned(condition_number(lower), damping, "float32", checkpoint)
         v = torch.cholesky_solve((slope @ j).double()[:, None], lower)[:, 0].numpy()
     pushed = torch.from_numpy(features.product(checkpoint, v, rows))

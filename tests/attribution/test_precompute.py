@@ -29,7 +29,7 @@ NORMALISED = TASK.replace(
     "nn.ReLU(), nn.Linear(6, 3)",
     "nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU(), nn.Linear(6, 3)",
 )
-UNDECAYED = TASK.replace("peak_rate=0.2", "peak_rate=0.2, weight_decay=0")
+UNDECAYED = TASK.replace("weight_decay=0.05", "weight_decay=0")
 OWN = TASK.replace("mlp, recipe)", "mlp)")
 
 
@@ -90,7 +90,7 @@ def test_every_design_serves_a_run(tmp_path, design):
 
 
 def test_datamodels_may_be_sparse(tmp_path):
-    spec = write_task(tmp_path)
+    spec = write_task(tmp_path, TASK.replace("weight_decay=0.05", "weight_decay=5e-4"))
     made = precompute(spec, tmp_path / "run", datamodel="lasso", checkpoints=0, **FEW)
     assert made.settings.datamodel == "lasso"
     assert (made.datamodel.store.numpy("effects") == 0).mean() > 0.2

@@ -2,10 +2,13 @@
 
 import copy
 import html
+import io
 import re
 from typing import Any
+from unittest import mock
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from unlearning.report import render_report
 
@@ -136,6 +139,16 @@ def _affected(row: str, split: str) -> dict[str, Any]:
 
 def page_of(evaluation: dict[str, Any], **options: Any) -> str:
     return render_report(evaluation, **{"title": "Unlearning on digits", **options})
+
+
+def text_of_page(evaluation: dict[str, Any], **options: Any) -> str:
+    """The text of a page whose figures are not drawn, which takes most of the time."""
+    with mock.patch("matplotlib.figure.Figure.savefig", _save_nothing):
+        return text_of(page_of(evaluation, **options))
+
+
+def _save_nothing(figure: Figure, file: io.StringIO, **_: Any) -> None:
+    file.write('<svg viewBox="0 0 1 1"></svg>')
 
 
 def text_of(page: str) -> str:

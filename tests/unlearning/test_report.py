@@ -18,6 +18,7 @@ from tests.unlearning.evaluations import (
     made_evaluation,
     page_of,
     text_of,
+    text_of_page,
 )
 from unlearning.figures import SPREAD_BAND, method_colours, thumbnail
 from unlearning.tables import evaluation_table
@@ -75,14 +76,14 @@ def test_a_distance_equal_as_printed_stays(evaluation: dict[str, Any]) -> None:
     methods = evaluation["forget_sets"]["rand10"]["methods"]
     methods["do_nothing"]["klom"]["forget"]["mean"] = 0.731
     methods["dmm"]["klom"]["forget"]["mean"] = 0.729
-    assert "retrained models stays at 0.73, where" in text_of(page_of(evaluation))
+    assert "retrained models stays at 0.73, where" in text_of_page(evaluation)
 
 
 def test_harm_to_other_rows_is_said(evaluation: dict[str, Any]) -> None:
     evaluation["forget_sets"]["rand50"]["methods"]["dmm"]["klom"]["test"]["mean"] = 1.5
     assert (
         "the test rows of rand50 suffer most: there the distance rises from 0.37 to 1.50."
-        in text_of(page_of(evaluation))
+        in text_of_page(evaluation)
     )
 
 
@@ -133,7 +134,7 @@ def test_what_a_stopping_rule_reached_is_told(evaluation: dict[str, Any]) -> Non
     evaluation["forget_sets"]["rand10"]["methods"]["pgu"] |= {
         "status": {"crossed": 100}, "endings": {"crossed": told},
     }  # fmt: skip
-    assert "100 crossed (kept after 17 steps, 0.980 reached)" in text_of(page_of(evaluation))
+    assert "100 crossed (kept after 17 steps, 0.980 reached)" in text_of_page(evaluation)
     for block in evaluation["forget_sets"].values():
         block["null"] |= {"shift": {"forget": 0.1}, "spread": {"forget": 1.0}}
     line = "pgu stopped: 100 crossed (kept after 17 of 18 steps, 0.980 reached, 0.975 wanted)"
@@ -260,7 +261,7 @@ def test_an_absent_block_is_named(evaluation: dict[str, Any], key: str, nothing:
         evaluation["forget_sets"][name][key] = None
         if nothing == "absent":
             del evaluation["forget_sets"][name][key]
-    assert "missing for rand10 and rand50." in text_of(page_of(evaluation))
+    assert "missing for rand10 and rand50." in text_of_page(evaluation)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +276,7 @@ def test_an_absent_block_is_named(evaluation: dict[str, Any], key: str, nothing:
     ],
 )
 def test_almost_nothing_still_renders(rest: dict[str, Any]) -> None:
-    text = text_of(page_of({"schema": 1, **rest}))
+    text = text_of_page({"schema": 1, **rest})
     assert "What is missing" in text
     assert "None" not in text
     assert "nan" not in text
@@ -289,18 +290,18 @@ def test_any_number_may_be_null(evaluation: dict[str, Any]) -> None:
             return [nulled(entry) for entry in value]
         return None if isinstance(value, int | float) else value
 
-    text = text_of(page_of({**nulled(evaluation), "schema": 1}))
+    text = text_of_page({**nulled(evaluation), "schema": 1})
     assert "has no measured cost; on the forgotten rows the distance to really" in text
     assert "None" not in text
 
 
 def test_not_finite_numbers_are_dashes(evaluation: dict[str, Any]) -> None:
     evaluation["forget_sets"]["rand50"]["methods"]["pgu"]["klom"]["forget"]["mean"] = float("inf")
-    assert not re.search(r"\b(inf|nan)\b", text_of(page_of(evaluation)))
+    assert not re.search(r"\b(inf|nan)\b", text_of_page(evaluation))
 
 
 def test_missing_evidence_is_listed(evaluation: dict[str, Any]) -> None:
-    text = text_of(page_of(evaluation, missing=["Attacks were not run.", "No GPU was used."]))
+    text = text_of_page(evaluation, missing=["Attacks were not run.", "No GPU was used."])
     assert "P95 needs at least 20 rows; rand10 has 10" in text
     assert text.endswith("Attacks were not run. No GPU was used.")
 

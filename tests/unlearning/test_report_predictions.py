@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 
-from tests.unlearning.evaluations import made_evaluation, page_of, text_of, with_newton
+from tests.unlearning.evaluations import (
+    made_evaluation,
+    page_of,
+    text_of,
+    text_of_page,
+    with_newton,
+)
 
 
 @pytest.fixture
@@ -30,14 +36,14 @@ def test_predictors_stand_side_by_side(evaluation: dict[str, Any]) -> None:
 def test_the_predictor_that_matching_used_is_named_where_there_are_several(
     evaluation: dict[str, Any],
 ) -> None:
-    assert "Matching used its" not in text_of(page_of(evaluation | {"predictor": "datamodel"}))
-    text = text_of(page_of(with_newton(evaluation)))
+    assert "Matching used its" not in text_of_page(evaluation | {"predictor": "datamodel"})
+    text = text_of_page(with_newton(evaluation))
     assert "the newton predictor on the forgotten rows is 0.97. Matching used its pred" in text
     assert text.count("Matching used its predictions.") == 1
 
 
 def test_error_bars_are_compared_with_bars_of_one_width(evaluation: dict[str, Any]) -> None:
-    text = text_of(page_of(with_newton(evaluation)))
+    text = text_of_page(with_newton(evaluation))
     assert "Those of newton hold 88 % to 89 % on the forgotten rows; on 0 of 2 forget" in text
     assert "1.81 1.71 2.47 rand10 newton logits" in text
 
@@ -46,5 +52,5 @@ def test_evaluations_without_widths_still_tell_coverage(evaluation: dict[str, An
     for block in evaluation["forget_sets"].values():
         for fit in block["predictions"]["datamodel"]["margins"].values():
             del fit["width"], fit["constant_width"], fit["interval_score"]
-    text = text_of(page_of(evaluation))
+    text = text_of_page(evaluation)
     assert "Those of datamodel hold 88 % to 89 % on the forgotten rows." in text

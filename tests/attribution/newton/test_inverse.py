@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from attribution.newton.inverse import factorise, without
+from attribution.newton.inverse import Damped, without
 
 WIDTH = 12
 
@@ -14,11 +14,11 @@ def curvature():
 
 @pytest.mark.parametrize("damping", [1e-3, 1.0, 100.0])
 def test_the_factor_is_that_of_the_damped_matrix(curvature, damping):
-    factor = factorise(curvature, damping)
+    found = Damped(curvature, damping)
     damped = curvature + damping * torch.eye(WIDTH)
-    torch.testing.assert_close(factor.lower @ factor.lower.T, damped)
-    assert torch.equal(factor.lower, factor.lower.tril())
-    assert factor.damping == damping
+    torch.testing.assert_close(found.lower @ found.lower.T, damped)
+    assert torch.equal(found.lower, found.lower.tril())
+    assert found.damping == damping
 
 
 # Up to 6 directions by Woodbury's identity, above by a new factor.
@@ -28,7 +28,7 @@ def test_both_ways_equal_the_dense_inverse(curvature, directions, dtype):
     removed = torch.randn(directions, WIDTH, dtype=dtype) / 3
     whole = curvature + removed.double().T @ removed.double()
     vector = torch.randn(WIDTH, dtype=dtype)
-    found = without(factorise(whole, 0.5), removed)(vector)
+    found = without(Damped(whole, 0.5), removed)(vector)
     expected = torch.linalg.solve(
         curvature + 0.5 * torch.eye(WIDTH, dtype=torch.float64), vector.double()
     )
@@ -39,14 +39,14 @@ def test_both_ways_equal_the_dense_inverse(curvature, directions, dtype):
 
 def test_the_input_stays_as_it_is(curvature):
     before = curvature.clone()
-    without(factorise(curvature, 1.0), torch.zeros(9, WIDTH))
+    without(Damped(curvature, 1.0), torch.zeros(9, WIDTH))
     assert torch.equal(curvature, before)
 
 
 def test_a_matrix_that_is_not_positive_definite_is_refused(curvature):
     text = "not positive definite at damping 0.001: raise the damping"
     with pytest.raises(ValueError, match=text):
-        factorise(-curvature, 1e-3)
+        _ = Damped(-curvature, 1e-3).lower
 
 
 @pytest.mark.parametrize("directions", [1, 9])
@@ -54,4 +54,4 @@ def test_more_removed_than_there_is_is_refused(curvature, directions):
     removed = torch.zeros(directions, WIDTH)
     removed[0, 3] = 100
     with pytest.raises(ValueError, match="the curvature is not positive definite at damping"):
-        without(factorise(curvature, 0.5), removed)
+        without(Damped(curvature, 0.5), removed)
