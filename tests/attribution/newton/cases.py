@@ -14,7 +14,7 @@ TASKS = {
     ),
 }
 EXACT = Projection(inputs=64, outputs=64, features=4096)  # larger than any layer: no projection
-SMALL = Projection(inputs=3, outputs=2, features=6, seed=5)
+SMALL = Projection(inputs=3, outputs=2, features=5, seed=5)
 
 
 def checkpoints(task, count):

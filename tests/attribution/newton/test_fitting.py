@@ -200,6 +200,32 @@ class TestChoice:
         )
         assert choosing._fewest_steps(search, (1.0, 1.0)) == steps
 
+    @pytest.mark.parametrize(
+        ("best", "others", "last"),
+        [
+            (2.0, (0.65, 0.5), (0.9, 4.0)),  # arithmetic means say 1.0
+            (1.0, (0.5, 0.55), (0.5, -3.0)),  # arithmetic means say 2.0
+            (1.0, (0.5, 0.6), (1.5, 1.5)),
+        ],
+    )
+    def test_one_set_does_not_decide_alone(
+        self, newton, doubled, tmp_path, monkeypatch, best, others, last
+    ):
+        sets = [set(np.flatnonzero(~mask)) for mask in doubled.masks]
+
+        def error(tried, case):
+            of_candidate = round(tried.damping / UNIT) - 1
+            is_last = set(case.forget.rows) == sets[-1]
+            return (last if is_last else others)[of_candidate]
+
+        monkeypatch.setattr(choosing, "_error", error)
+        monkeypatch.setattr(choosing, "MOST_BEYOND", 0)
+        pair = {"temperatures": (1.0,), "dampings": (1.0, 2.0)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the best is the largest that was tried
+            found = calibrate(newton, doubled, tmp_path / "c", **pair)
+        assert found.damping == pytest.approx(best * UNIT)
+
     @pytest.mark.parametrize(("times", "warns"), [(300.0, True), (0.01, False)])
     def test_a_search_that_ends_at_its_largest_damping_warns(
         self, twins, tmp_path, monkeypatch, times, warns
