@@ -201,22 +201,21 @@ class TestChoice:
         assert choosing._fewest_steps(search, (1.0, 1.0)) == steps
 
     @pytest.mark.parametrize(
-        ("best", "others", "last"),
+        ("best", "errors"),  # of both candidates: on all sets but one, and on that one
         [
-            (2.0, (0.65, 0.5), (0.9, 4.0)),  # arithmetic means say 1.0
-            (1.0, (0.5, 0.55), (0.5, -3.0)),  # arithmetic means say 2.0
-            (1.0, (0.5, 0.6), (1.5, 1.5)),
+            (2.0, ((0.65, 0.5), (0.9, 4.0))),  # arithmetic means say 1.0
+            (1.0, ((0.5, 0.55), (0.5, -3.0))),  # arithmetic means say 2.0
+            (1.0, ((0.5, 0.6), (1.5, 1.5))),
         ],
     )
     def test_one_set_does_not_decide_alone(
-        self, newton, doubled, tmp_path, monkeypatch, best, others, last
+        self, newton, doubled, tmp_path, monkeypatch, best, errors
     ):
         sets = [set(np.flatnonzero(~mask)) for mask in doubled.masks]
 
         def error(tried, case):
-            of_candidate = round(tried.damping / UNIT) - 1
             is_last = set(case.forget.rows) == sets[-1]
-            return (last if is_last else others)[of_candidate]
+            return errors[is_last][round(tried.damping / UNIT) - 1]
 
         monkeypatch.setattr(choosing, "_error", error)
         monkeypatch.setattr(choosing, "MOST_BEYOND", 0)
