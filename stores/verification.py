@@ -32,8 +32,8 @@ def unsound(store: Store, blocks: Iterable[int]) -> list[int]:
         blocks: Numbers of the blocks.
 
     Returns:
-        Those of which an object is missing, cut short or changed; all of them where the zarr.json
-        of the marks is.
+        Those of which an object is missing, cut short or changed; all of them where an array's
+        zarr.json is, or that of the marks.
 
     Raises:
         ConnectionError: The service of a bucket does not answer, which tells nothing of a block.
@@ -42,7 +42,7 @@ def unsound(store: Store, blocks: Iterable[int]) -> list[int]:
         marks = open_array(store.place, store.spec, DONE)
     except ConnectionError:
         raise
-    except ValueError:
+    except (ValueError, RuntimeError, OSError):
         return list(blocks)
     return [block for block in blocks if not _is_sound(store, marks, block)]
 

@@ -142,7 +142,7 @@ def page_of(evaluation: dict[str, Any], **options: Any) -> str:
 
 
 def text_of_page(evaluation: dict[str, Any], **options: Any) -> str:
-    """The text of a page whose figures are not drawn, which takes most of the time."""
+    """The text of a page whose figures are not laid out and saved, which takes most of the time."""
     with mock.patch("matplotlib.figure.Figure.savefig", _save_nothing):
         return text_of(page_of(evaluation, **options))
 

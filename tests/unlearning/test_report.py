@@ -261,7 +261,7 @@ def test_an_absent_block_is_named(evaluation: dict[str, Any], key: str, nothing:
         evaluation["forget_sets"][name][key] = None
         if nothing == "absent":
             del evaluation["forget_sets"][name][key]
-    assert "missing for rand10 and rand50." in text_of_page(evaluation)
+    assert "missing for rand10 and rand50." in text_of(page_of(evaluation))
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_an_absent_block_is_named(evaluation: dict[str, Any], key: str, nothing:
     ],
 )
 def test_almost_nothing_still_renders(rest: dict[str, Any]) -> None:
-    text = text_of_page({"schema": 1, **rest})
+    text = text_of(page_of({"schema": 1, **rest}))
     assert "What is missing" in text
     assert "None" not in text
     assert "nan" not in text
@@ -290,14 +290,14 @@ def test_any_number_may_be_null(evaluation: dict[str, Any]) -> None:
             return [nulled(entry) for entry in value]
         return None if isinstance(value, int | float) else value
 
-    text = text_of_page({**nulled(evaluation), "schema": 1})
+    text = text_of(page_of({**nulled(evaluation), "schema": 1}))
     assert "has no measured cost; on the forgotten rows the distance to really" in text
     assert "None" not in text
 
 
 def test_not_finite_numbers_are_dashes(evaluation: dict[str, Any]) -> None:
     evaluation["forget_sets"]["rand50"]["methods"]["pgu"]["klom"]["forget"]["mean"] = float("inf")
-    assert not re.search(r"\b(inf|nan)\b", text_of_page(evaluation))
+    assert not re.search(r"\b(inf|nan)\b", text_of(page_of(evaluation)))
 
 
 def test_missing_evidence_is_listed(evaluation: dict[str, Any]) -> None:

@@ -37,6 +37,13 @@ def test_both_ways_equal_the_dense_inverse(curvature, directions, dtype):
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(("directions", "known"), [(1, True), (9, False)])
+def test_the_factor_of_all_rows_is_made_only_for_few_directions(curvature, directions, known):
+    damped = Damped(curvature, 100.0)
+    without(damped, torch.full((directions, WIDTH), 0.01))
+    assert ("lower" in vars(damped)) == known
+
+
 def test_the_input_stays_as_it_is(curvature):
     before = curvature.clone()
     without(Damped(curvature, 1.0), torch.zeros(9, WIDTH))

@@ -69,7 +69,7 @@ def test_trak_takes_the_mean_effect_of_the_rows_that_are_left_off_each(whole, le
     expected = len(rows) * effects[LEFT].mean(0) - effects[rows].sum(0)
     np.testing.assert_allclose(after.mean, expected, rtol=0, atol=1e-6)
     moved = np.abs(after.mean - before.mean[TARGETS_LEFT]).mean()
-    assert 0 < moved < 0.2 * np.abs(before.mean).mean()
+    assert 0 < moved < 0.1 * np.abs(before.mean).mean()
 
 
 def test_what_is_left_of_the_scores_does_not_tell_those_that_are_gone(whole, left):
