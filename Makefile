@@ -9,7 +9,7 @@ S3_SERVER := .cache/s3-server/made-of.txt
 RUN ?= runs/digits
 TASK ?= examples/digits.py:task
 FORGET ?= rand10=random:10:0 rand50=random:50:0 rand140=random:140:0 coherent60=cluster:60:0
-METHODS ?= do_nothing,dmm,dmm_linear,dmm_datamodel,om,om_absolute,pgu,dmm_pgu,gradient_ascent,fine_tune
+METHODS ?= do_nothing,dmm,dmm_linear,dmm_datamodel,om,pgu,dmm_pgu,gradient_ascent,fine_tune
 N_MODELS ?= 100
 TEST_PROCESSES ?= 2
 
