@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jinja2
@@ -29,6 +29,7 @@ from unlearning.tables import pooled_name
 from unlearning.wording import as_number, as_percent, as_range, as_seconds, listed
 
 SCHEMA = 1
+DRAWN = ("datamodel", "newton")
 SPLITS = {"forget": "forgotten rows", "retain": "retained rows", "test": "test rows"}
 
 _LABELS = {  # name: as tables and prose say it, as figures say it
@@ -123,7 +124,7 @@ def _environment() -> jinja2.Environment:
     )  # fmt: skip
     environment.globals.update(
         value=value, pick=pick, methods=_methods, predictors=_predictors, lacking=_lacking,
-        narrower=_narrower,
+        narrower=_narrower, drawn=_drawn,
     )  # fmt: skip
     return environment
 
@@ -265,13 +266,20 @@ def _mark(evaluation: Mapping[str, Any], name: str, method: str, x: float, y: An
 
 def _margin_panels(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Markup]]:
     for name, block in _sets(evaluation).items():
-        for predictor, rows in (pick(block, "rows") or {}).items():
+        told = pick(block, "rows") or {}
+        for predictor in _drawn(evaluation, told):
             figure = margins_figure(
-                rows,
+                told[predictor],
                 _statistics(pick(block, "predictions", predictor, "margins", "forget")),
                 description=f"Margins of {name} predicted by {predictor} against retrained ones",
             )
             yield f"{name}, predicted by {predictor}", figure
+
+
+def _drawn(evaluation: Mapping[str, Any], predictors: Iterable[str]) -> list[str]:
+    """The predictor that matching used and the two that all are made of, where it is known."""
+    used = pick(evaluation, "predictor")
+    return [name for name in predictors if used in (None, name) or name in DRAWN]
 
 
 def _statistics(margins: Any) -> list[str]:

@@ -33,6 +33,25 @@ def test_predictors_stand_side_by_side(evaluation: dict[str, Any]) -> None:
         re.findall(r"<figcaption>([^<]*)", page))  # fmt: skip
 
 
+def test_of_many_predictors_the_used_one_and_two_others_are_drawn(
+    evaluation: dict[str, Any],
+) -> None:
+    many = with_newton(evaluation) | {"predictor": "combined"}
+    assert "of other predictors" not in text_of_page(many)
+    for block in many["forget_sets"].values():
+        for name in ("combined", "linear", "trak"):
+            block["predictions"][name] = block["predictions"]["newton"]
+            block["rows"][name] = block["rows"]["newton"]
+    page = page_of(many)
+    captions = re.findall(r"<figcaption>(rand10, predicted[^<]*)", page)
+    drawn = ("datamodel", "newton", "combined")
+    assert captions == [f"rand10, predicted by {name}" for name in drawn]
+    text = text_of(page)
+    assert "of other predictors than these the table tells." in text
+    assert "rand10 trak 0.97" in text
+    assert "R² of the trak predictor" not in text
+
+
 def test_the_predictor_that_matching_used_is_named_where_there_are_several(
     evaluation: dict[str, Any],
 ) -> None:
