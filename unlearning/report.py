@@ -277,7 +277,7 @@ def _margin_panels(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Markup]
 
 
 def _drawn(evaluation: Mapping[str, Any], predictors: Iterable[str]) -> list[str]:
-    """The predictor that matching used and the two that all are made of, where it is known."""
+    """The predictor that matching used and the two basic ones; all where that is not known."""
     used = pick(evaluation, "predictor")
     return [name for name in predictors if used in (None, name) or name in DRAWN]
 
