@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution.gradients.feature_store import BLOCK_BYTES, block_features, blocks_of
+from attribution.gradients.feature_reading import block_features, blocks_of
+from attribution.gradients.feature_store import BLOCK_BYTES
 from attribution.losses import Loss
 from attribution.task import Task
 from attribution.training import threads

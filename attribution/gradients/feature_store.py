@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count, takewhile
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 from attribution import effects
 from attribution.devices import repeatable
 from attribution.forget import ForgetSet
+from attribution.gradients.jacobian import Factors
 from attribution.gradients.projection import Projection
 from attribution.gradients.projector import GradientProjector, gradient_projector
 from attribution.model import Model
-from attribution.outputs import evaluate
 from attribution.task import State, Task
 from attribution.training import threads
 from stores import (
@@ -27,16 +27,13 @@ from stores import (
     Where,
     check_provenance,
     digest,
-    mapped,
     place,
     versions,
 )
 
 KIND = "features"
-CACHE_BYTES = 2**20  # of rows that are converted at once; fits a core's cache
 BLOCK_BYTES = 16 * 2**20  # of the features of one block
 ROWS_AT_ONCE = 128  # of one forward pass
-Which = Literal["all", "train"]
 DTYPES = ("float16", "float32", "float64")
 
 Numbers = np.ndarray[Any, Any]
@@ -52,6 +49,7 @@ class Layout:
         features: number of features, k.
         dtype: of the features on disk.
         outputs_dtype: of the outputs.
+        factors: numbers of a row's factors; 0 where none are kept.
     """
 
     targets: int
@@ -59,6 +57,7 @@ class Layout:
     features: int
     dtype: str
     outputs_dtype: str
+    factors: int = 0
 
     def spec(self, block: int | None) -> StoreSpec:
         """The store's layout, in blocks of so many targets; None: of about 16 MiB."""
@@ -72,6 +71,9 @@ class Layout:
         }
         if self.dtype == "float16":
             arrays["scale"] = ArraySpec(("target", "output"), sizes[:2], "float32")
+        if self.factors:
+            size = self.targets, self.factors
+            arrays["factors"] = ArraySpec(("target", None), size, self.dtype, self.factors)
         return StoreSpec(KIND, "target", rows, arrays)
 
 
@@ -106,9 +108,7 @@ def create_store(
     """
     module = task.new_model(0)
     projector = gradient_projector(module, projection, checkpoint)
-    outputs = evaluate(module, model.state, task.targets([0])[0])
-    sizes = (len(task.target_ids), outputs.shape[1], projector.size)
-    layout = Layout(*sizes, dtype, str(outputs.dtype).removeprefix("torch."))
+    run = projector.linearise(model.state, task.targets([0, 0])[0])
     forgotten = list(model.forgotten.ids) if model.forgotten else []
     settings = task.settings() | {
         "checkpoint": checkpoint,
@@ -122,27 +122,66 @@ def create_store(
         "versions": versions("torch", "numpy", "datamodel-matching"),
         "sources": task.sources(),
     }
-    _refuse_other_settings(path, settings)
+    there = _same_settings(path, settings)
+    factors = _worth_keeping(run.factors, run.outputs.shape[1], projector.size, dtype)
+    if there is not None and "factors" not in there.spec.arrays:
+        factors = None  # made by a version that kept none
+    layout = Layout(
+        len(task.target_ids),
+        run.outputs.shape[1],
+        projector.size,
+        dtype,
+        str(run.outputs.dtype).removeprefix("torch."),
+        factors.size(run.outputs.shape[1]) if factors else 0,
+    )
+    constants = {f"weights_{i}": value.numpy() for i, value in enumerate(model.state.values())}
+    attributes = {
+        "keys": list(model.state),
+        "forgotten": forgotten,
+        "provenance": dict(model.provenance),
+    }
     return Store.open_or_create(
         path,
         layout.spec(block),
         Provenance(settings, recorded),
-        constants={f"weights_{i}": value.numpy() for i, value in enumerate(model.state.values())},
+        constants=constants | ({"dealt": _dealt(factors)} if factors else {}),
         ids={"train": task.train_ids, "target": task.target_ids},
-        attributes={
-            "keys": list(model.state),
-            "forgotten": forgotten,
-            "provenance": dict(model.provenance),
-        },
+        attributes=attributes | ({"factors": _sizes(factors)} if factors else {}),
     )
 
 
-def _refuse_other_settings(path: Where, settings: Mapping[str, Any]) -> None:
-    """Names the setting that differs before the store names the shape that follows from it."""
-    if place(path).taken():
-        store = Store.open(path, KIND)
-        stored = Provenance(store.provenance.settings)
-        check_provenance(stored, Provenance(settings), store.path)
+def _same_settings(path: Where, settings: Mapping[str, Any]) -> Store | None:
+    """What is there; names a setting that differs before the shape that follows from it is."""
+    if not place(path).taken():
+        return None
+    store = Store.open(path, KIND)
+    check_provenance(Provenance(store.provenance.settings), Provenance(settings), store.path)
+    return store
+
+
+def _worth_keeping(
+    factors: Factors | None, outputs: int, features: int, dtype: str
+) -> Factors | None:
+    """Factors where products with them read half as much or less, and nothing was rounded."""
+    if factors is None or dtype == "float16":
+        return None
+    return factors if 2 * factors.size(outputs) <= outputs * features else None
+
+
+def _sizes(factors: Factors) -> list[list[int]]:
+    sizes = zip(factors.outputs, factors.inputs, factors.sparse, strict=True)
+    return [[outputs, inputs, sparse.size] for outputs, inputs, sparse in sizes]
+
+
+def _dealt(factors: Factors) -> Numbers:
+    """Order and signs of all layers' S in one row: the place counted from 1, times the sign."""
+    parts = [
+        (1 + sparse.order) * sparse.signs.long()
+        if sparse.order is not None and sparse.signs is not None
+        else 1 + torch.arange(sparse.width)
+        for sparse in factors.sparse
+    ]
+    return torch.cat(parts).numpy()
 
 
 def stored_model(task: Task, store: Store) -> Model:
@@ -228,15 +267,17 @@ class FeatureBlock:
         span = store.spec.span(block)
         with threads(1), repeatable(self.device):
             found = self._computed(checkpoint, store, np.arange(span.start, span.stop))
-        store.write_block(block, _arrays(store, *found))
+        store.write_block(block, _as_stored(store, found))
 
-    def _computed(self, checkpoint: int, store: Store, targets: Numbers) -> tuple[Numbers, Numbers]:
+    def _computed(self, checkpoint: int, store: Store, targets: Numbers) -> dict[str, Numbers]:
         projector, state = self._opened(checkpoint, store)
         inputs, _ = self.task.targets(targets)
-        pieces = inputs.split(ROWS_AT_ONCE)
-        parts = [_of_rows(projector, state, rows.to(self.device)) for rows in pieces]
-        features, outputs = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
-        return features, outputs
+        factored = "factors" in store.spec.arrays
+        parts = [
+            _of_rows(projector, state, rows.to(self.device), factored=factored)
+            for rows in inputs.split(ROWS_AT_ONCE)
+        ]
+        return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
     def _opened(self, checkpoint: int, store: Store) -> tuple[GradientProjector, State]:
         if checkpoint not in self.latest:
@@ -249,19 +290,27 @@ class FeatureBlock:
         return self.latest[checkpoint]
 
 
-def _of_rows(projector: GradientProjector, state: State, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def _of_rows(
+    projector: GradientProjector, state: State, inputs: Tensor, *, factored: bool
+) -> State:
     run = projector.linearise(state, inputs)
     every = torch.eye(run.outputs.shape[1]).to(run.outputs).expand(len(inputs), -1, -1)
-    return run.features(every).cpu(), run.outputs.cpu()
+    if not factored:
+        return {"features": run.features(every).cpu(), "outputs": run.outputs.cpu()}
+    rows = run.factor_rows(every)
+    assert run.factors is not None
+    found = {"features": run.factors.dense(rows), "factors": rows, "outputs": run.outputs}
+    return {name: values.cpu() for name, values in found.items()}
 
 
-def _arrays(store: Store, features: Numbers, outputs: Numbers) -> dict[str, Numbers]:
+def _as_stored(store: Store, found: dict[str, Numbers]) -> dict[str, Numbers]:
     dtype = store.spec.array("features").dtype
     if dtype != "float16":
-        return {"features": features.astype(dtype, copy=False), "outputs": outputs}
-    scale = half_scale(features)
-    scaled = (features / scale[..., None]).astype(np.float16)
-    return {"features": scaled, "outputs": outputs, "scale": scale}
+        kept = {name: found[name] for name in found if name != "outputs"}
+        return found | {name: values.astype(dtype, copy=False) for name, values in kept.items()}
+    scale = half_scale(found["features"])
+    scaled = (found["features"] / scale[..., None]).astype(np.float16)
+    return {"features": scaled, "outputs": found["outputs"], "scale": scale}
 
 
 def half_scale(features: Numbers) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -282,109 +331,6 @@ def half_scale(features: Numbers) -> np.ndarray[Any, np.dtype[np.float32]]:
     """
     largest = torch.from_numpy(np.abs(features).max(-1))
     return np.asarray(effects.half_scale(largest).numpy(), np.float32)
-
-
-def in_full(stored: Numbers, scale: Numbers | None) -> Numbers:
-    """Features as they are computed with: float16 times its scale, others as they are.
-
-    Args:
-        stored: [row, output, k], in the dtype on disk.
-        scale: [row, output]; None without one.
-
-    Returns:
-        [row, output, k], float32 or wider.
-    """
-    return stored if scale is None else _widened(stored) * scale[..., None]
-
-
-def blocks_of(task: Task, spec: StoreSpec, which: Which) -> range:
-    """Numbers of the blocks that hold all targets, or training rows.
-
-    Args:
-        task: gives the number of training rows; they come first.
-        spec: layout of the store.
-        which: "all" or "train".
-
-    Returns:
-        The numbers.
-    """
-    return range(spec.blocks if which == "all" else -(-len(task.train_ids) // spec.block))
-
-
-def block_features(store: Store, block: int) -> Numbers:
-    """Features of one block as they are computed with, a copy, [row, output, k].
-
-    Args:
-        store: of a checkpoint's features.
-        block: number of a block.
-
-    Returns:
-        The features.
-
-    Raises:
-        ValueError: the block is pending or damaged.
-    """
-    scale = store.numpy("scale", block) if "scale" in store.spec.arrays else None
-    return in_full(store.numpy("features", block), scale)
-
-
-def block_view(store: Store, block: int) -> Numbers:
-    """Features of one block as they are computed with; mapped from the disk where they can be.
-
-    Args:
-        store: of a checkpoint's features.
-        block: number of a block.
-
-    Returns:
-        The features, [row, output, k], not to be written to.
-
-    Raises:
-        ValueError: the block is pending or damaged.
-    """
-    if "scale" in store.spec.arrays:
-        return block_features(store, block)
-    return mapped(store, "features", block)
-
-
-def block_product(store: Store, block: int, direction: Numbers, rows: Numbers) -> Numbers:
-    """J d for some rows of one block; a block of which most is wanted is read as a whole.
-
-    Args:
-        store: of a checkpoint's features.
-        block: number of a block.
-        direction: d, [k], of the dtype that features are computed with.
-        rows: positions within the block, [row].
-
-    Returns:
-        [row, output].
-
-    Raises:
-        ValueError: the block is pending or damaged.
-    """
-    values = mapped(store, "features", block)
-    scale = mapped(store, "scale", block) if "scale" in store.spec.arrays else None
-    some = 2 * len(rows) < len(values)
-    if some:
-        values, scale = values[rows], None if scale is None else scale[rows]
-    found = _times(values.reshape(-1, len(direction)), direction).reshape(values.shape[:2])
-    found = found if scale is None else found * scale
-    return found if some else found[rows]
-
-
-def _times(rows: Numbers, direction: Numbers) -> Numbers:
-    if rows.dtype == direction.dtype:
-        return rows @ direction
-    found = np.empty(len(rows), direction.dtype)
-    height = max(1, CACHE_BYTES // direction.nbytes)
-    for start in range(0, len(rows), height):
-        piece = slice(start, start + height)
-        found[piece] = _widened(rows[piece]) @ direction
-    return found
-
-
-def _widened(halves: Numbers) -> Numbers:
-    # numpy converts float16 number by number.
-    return torch.from_numpy(halves).float().numpy()
 
 
 def checkpoint_paths(path: Where) -> list[Place]:

@@ -10,22 +10,28 @@ import numpy as np
 from attribution.counterfactual import check_ids
 from attribution.devices import visible_gpus
 from attribution.gradients.curvature import stored_curvature
+from attribution.gradients.feature_reading import (
+    Numbers,
+    Which,
+    all_outputs,
+    block_jacobian,
+    block_product,
+    blocks_of,
+    factored_rows,
+    in_full,
+    stored_factors,
+)
 from attribution.gradients.feature_store import (
     DTYPES,
     KIND,
     FeatureBlock,
-    Numbers,
-    Which,
-    block_product,
-    block_view,
-    blocks_of,
     checkpoint_paths,
     create_store,
-    in_full,
     refuse_changed_task,
     stored_model,
     stored_projector,
 )
+from attribution.gradients.jacobian import Factored, Factors, Jacobian
 from attribution.gradients.projection import Projection
 from attribution.gradients.projector import GradientProjector
 from attribution.model import Model, check_state
@@ -121,7 +127,7 @@ class Features:
         """Outputs of a checkpoint on targets, by position; None: on all, [row, output]."""
         wanted = self._positions(rows)
         self._have(checkpoint, wanted)
-        return gather(self.stores[checkpoint], "outputs", wanted)
+        return all_outputs(self.stores[checkpoint], wanted)
 
     def gather(self, checkpoint: int, rows: Rows) -> Numbers:
         """Features of targets.
@@ -169,23 +175,30 @@ class Features:
         for block in np.unique(wanted // size):
             places = np.flatnonzero(wanted // size == block)
             rows = wanted[places] - block * size
-            found[places] = block_product(store, int(block), direction.astype(dtype), rows)
+            found[places] = block_product(
+                store, self._factors(checkpoint), int(block), direction.astype(dtype), rows
+            )
         return found
 
-    def blocks(self, checkpoint: int) -> Iterator[tuple[slice, Numbers]]:
-        """Features of the training rows, block by block, mapped into memory.
+    def blocks(self, checkpoint: int) -> Iterator[tuple[slice, Jacobian]]:
+        """J of the training rows, block by block, mapped into memory.
 
         Args:
             checkpoint: number of the checkpoint.
 
         Yields:
-            Positions of some training rows, in order, and their J [row, output, k].
+            Positions of some training rows, in order, and their J.
         """
         store, count = self.stores[checkpoint], len(self.task.train_ids)
+        whole = self._in_one_piece(checkpoint)
+        if whole is not None:
+            yield slice(0, count), whole
+            return
         for block in blocks_of(self.task, store.spec, "train"):
             span = store.spec.span(block)
             rows = slice(span.start, min(span.stop, count))
-            yield rows, block_view(store, block)[: rows.stop - rows.start]
+            few = slice(rows.stop - rows.start)
+            yield rows, block_jacobian(store, self._factors(checkpoint), block, few)
 
     def first(self, count: int) -> "Features":
         """The features of its first checkpoints."""
@@ -215,6 +228,25 @@ class Features:
             store = self.stores[checkpoint]
             self._curvatures[place] = stored_curvature(self.task, store, temperature, self.device)
         return self._curvatures[place]
+
+    def _factors(self, checkpoint: int) -> Factors | None:
+        if checkpoint not in self._known_factors:
+            self._known_factors[checkpoint] = stored_factors(self.stores[checkpoint])
+        return self._known_factors[checkpoint]
+
+    def _in_one_piece(self, checkpoint: int) -> Factored | None:
+        factors, count = self._factors(checkpoint), len(self.task.train_ids)
+        if factors is not None and checkpoint not in self._whole:
+            self._whole[checkpoint] = factored_rows(self.stores[checkpoint], factors, count)
+        return self._whole.get(checkpoint)
+
+    @cached_property
+    def _whole(self) -> dict[int, Factored | None]:
+        return {}
+
+    @cached_property
+    def _known_factors(self) -> dict[int, Factors | None]:
+        return {}
 
     @cached_property
     def _projectors(self) -> dict[int, GradientProjector]:

@@ -136,6 +136,10 @@ class Sides:
         """
         return self.sparse.apply(self._products(deltas, captured))
 
+    def projected(self, deltas: Tensor) -> Tensor:
+        """P_out delta, [row, k_out], of a layer of one group that sees one position a row."""
+        return deltas if self.outputs is None else deltas @ self.outputs[0].to(deltas).mT
+
     def _products(self, deltas: Tensor, captured: Tensor) -> Tensor:
         if self.outputs is None:
             return _products(deltas, captured)

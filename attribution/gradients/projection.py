@@ -159,7 +159,9 @@ class SparseProjection:
             return features
         turns = -(-self.width // self.size)
         dealt = features.tile(turns)[..., : self.width] * self.signs.to(features)
-        return dealt[..., torch.argsort(self.order).to(features.device)]
+        found = torch.empty_like(dealt)
+        found[..., self.order.to(features.device)] = dealt
+        return found
 
 
 def sparse_projection(random: np.random.Generator, size: int, width: int) -> SparseProjection:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from attribution.gradients.capture import Capture, capture
+from attribution.gradients.jacobian import Factors
+from attribution.gradients.layers import LinearBlock
 from attribution.gradients.others import other_features
 from attribution.gradients.plan import Plan, make_plan
 from attribution.gradients.projection import Projection
@@ -154,12 +156,7 @@ class Linearisation:
     def features(self, cotangents: Tensor) -> Tensor:
         """Features [row, direction, k] of cotangents [row, direction, output]."""
         outputs, size = self.captured.outputs, self.projector.size
-        if cotangents.ndim != 3 or cotangents[:, 0].shape != outputs.shape:
-            raise ValueError(
-                f"expected cotangents [row, direction, output] for outputs of shape"
-                f" {tuple(outputs.shape)}, got shape {tuple(cotangents.shape)}"
-            )
-        cotangents = cotangents.detach().to(outputs)
+        cotangents = self._checked(cotangents)
         found = outputs.new_zeros(*cotangents.shape[:2], size, requires_grad=False)
         # With one direction nothing is needed twice.
         kept: Kept | None = {} if cotangents.shape[1] > 1 else None
@@ -169,6 +166,59 @@ class Linearisation:
                 self.captured.pull(cotangents[:, direction], receiver)
             self._add_others(found, cotangents)
         return found
+
+    @cached_property
+    def factors(self) -> Factors | None:
+        """How features are made of factors; None unless each layer is Linear and sees one position.
+
+        Such a model is a multilayer perceptron, or a head on inputs that are computed beforehand.
+        """
+        plan, calls, blocks = self.projector.plan, self.captured.calls, self._linear
+        flat = all(call.inputs.ndim == 2 for _, call in calls)
+        once = sorted(number for number, _ in calls) == list(range(len(plan.blocks)))
+        if plan.others or not flat or not once or len(blocks) < len(plan.blocks):
+            return None
+        _, outputs, inputs = zip(*(block.sides.shape for block in blocks), strict=True)
+        return Factors(inputs, outputs, tuple(block.sides.sparse for block in blocks))
+
+    def factor_rows(self, cotangents: Tensor) -> Tensor:
+        """Factors of the features of cotangents [row, direction, output], each row in one piece.
+
+        Raises:
+            ValueError: the features of these rows are not made of factors.
+        """
+        if self.factors is None:
+            raise ValueError(
+                "the model calls its layers otherwise for some rows than for others: its features"
+                " cannot be kept as factors; keep them in float16, which keeps none"
+            )
+        cotangents, blocks = self._checked(cotangents), self._linear
+        spans = [slice(*ends) for ends in pairwise(accumulate(self.factors.outputs, initial=0))]
+        right = cotangents.new_zeros(*cotangents.shape[:2], sum(self.factors.outputs))
+
+        def keep(direction: int, place: int, deltas: Tensor) -> None:
+            number, _ = self.captured.calls[place]
+            right[:, direction, spans[number]] = blocks[number].sides.projected(deltas)
+
+        with torch.no_grad():
+            calls = sorted(self.captured.calls, key=lambda numbered: numbered[0])
+            left = [blocks[number].capture(call)[:, 0] for number, call in calls]
+            for direction in range(cotangents.shape[1]):
+                self.captured.pull(cotangents[:, direction], partial(keep, direction))
+        return torch.cat([*left, right.flatten(1)], 1)
+
+    @property
+    def _linear(self) -> list[LinearBlock]:
+        return [b for b in self.projector.plan.blocks if isinstance(b, LinearBlock)]
+
+    def _checked(self, cotangents: Tensor) -> Tensor:
+        outputs = self.captured.outputs
+        if cotangents.ndim != 3 or cotangents[:, 0].shape != outputs.shape:
+            raise ValueError(
+                f"expected cotangents [row, direction, output] for outputs of shape"
+                f" {tuple(outputs.shape)}, got shape {tuple(cotangents.shape)}"
+            )
+        return cotangents.detach().to(outputs)
 
     def _add_call(self, found: Tensor, kept: Kept | None, place: int, deltas: Tensor) -> None:
         number, call = self.captured.calls[place]

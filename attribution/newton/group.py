@@ -1,6 +1,5 @@
 """Group Newton: what retraining without a forget set does, from gradients of a few checkpoints."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -243,16 +242,12 @@ class GroupNewton(Counterfactual):
         rows = np.arange(len(self.task.train_ids))
         outputs = torch.from_numpy(self.features.outputs(checkpoint, rows)).to(dtype)
         return Linearised(
-            lambda: self._blocks(checkpoint),
+            lambda: self.features.blocks(checkpoint),
             outputs,
             self._labels,
             self.task.loss,
             self._temperature,
         )
-
-    def _blocks(self, checkpoint: int) -> Iterator[tuple[slice, Tensor]]:
-        for span, block in self.features.blocks(checkpoint):
-            yield span, torch.from_numpy(block)
 
     @cached_property
     def _labels(self) -> Tensor:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attribution.gradients.jacobian import Jacobian
 from attribution.losses import Loss
 
-Blocks = Callable[[], Iterator[tuple[slice, Tensor]]]
+Blocks = Callable[[], Iterator[tuple[slice, Jacobian]]]
 Map = Callable[[Tensor], Tensor]
 Weights = tuple[Tensor, Tensor]
 
@@ -25,15 +26,16 @@ class Linearised:
     sharper than those that shaped the model on its way there.
 
     Args:
-        blocks: gives J of consecutive training rows, [row, output, feature], as often as asked.
+        blocks: gives J of consecutive training rows, as often as asked.
         outputs: z, [train, output].
         labels: of the training rows, [train].
         loss: that was minimised.
         temperature: T; 1 leaves the loss as it is.
 
     Example:
+        >>> from attribution.gradients.jacobian import Dense
         >>> from attribution.losses import SquaredError
-        >>> j, z, y = torch.ones(2, 1, 3), torch.ones(2, 1), torch.tensor([0.0, 2.0])
+        >>> j, z, y = Dense(torch.ones(2, 1, 3)), torch.ones(2, 1), torch.tensor([0.0, 2.0])
         >>> problem = Linearised(lambda: iter([(slice(0, 2), j)]), z, y, SquaredError())
         >>> weights = torch.ones(2), torch.tensor([1.0, 0.0])  # the second row is removed
         >>> problem.residual(weights, 1.0, torch.zeros(3))[0]
@@ -56,10 +58,7 @@ class Linearised:
 
     def gradient(self) -> Tensor:
         """sum_i J_i^T g_i over all rows at their outputs, [feature]."""
-        parts = [
-            j.flatten(0, 1).T @ self.gradients(self.outputs[span], span).flatten()
-            for span, j in self.blocks()
-        ]
+        parts = [j.pulled(self.gradients(self.outputs[span], span)) for span, j in self.blocks()]
         return torch.stack(parts).sum(0)
 
     def residual(self, weights: Weights, damping: float, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,9 +76,9 @@ class Linearised:
         found, curvatures = damping * step, []
         for span, j in self.blocks():
             rest, (before, after) = self.outputs[span], (w[span, None] for w in weights)
-            moved = rest + j @ step
+            moved = rest + j.times(step)
             pull = after * self.gradients(moved, span) - before * self.gradients(rest, span)
-            found = found + j.flatten(0, 1).T @ pull.flatten()
+            found = found + j.pulled(pull)
             curvatures.append(after[..., None] * self.hessians(moved))
         return found, torch.cat(curvatures)
 
@@ -87,8 +86,8 @@ class Linearised:
         """(sum_i J_i^T R_i J_i + lambda I) d, [feature], with R [train, output, output]."""
         found = damping * step
         for span, j in self.blocks():
-            bent = torch.einsum("rab,rb->ra", curvatures[span], j @ step)
-            found = found + j.flatten(0, 1).T @ bent.flatten()
+            bent = torch.einsum("rab,rb->ra", curvatures[span], j.times(step))
+            found = found + j.pulled(bent)
         return found
 
 
@@ -115,8 +114,9 @@ def retrain(
         d, [feature].
 
     Example:
+        >>> from attribution.gradients.jacobian import Dense
         >>> from attribution.losses import SquaredError
-        >>> j, z = torch.ones(2, 1, 1), torch.ones(2, 1)
+        >>> j, z = Dense(torch.ones(2, 1, 1)), torch.ones(2, 1)
         >>> y = torch.tensor([[0.0], [2.0]])
         >>> problem = Linearised(lambda: iter([(slice(0, 2), j)]), z, y, SquaredError())
         >>> pull = torch.tensor([-1.0])  # of the second row: 1 - 2

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from attribution.gradients.feature_store import Layout, half_scale, in_full
+from attribution.gradients.feature_reading import in_full
+from attribution.gradients.feature_store import Layout, half_scale
 
 SHAPES = {"many outputs": (1000, 10, 1344), "one output": (5000, 1, 100), "huge": (20, 100, 10**6)}
 

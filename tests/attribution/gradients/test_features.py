@@ -106,7 +106,7 @@ def test_blocks_are_those_of_the_training_rows(made):
     pairs = list(made.blocks(1))
     rows = np.concatenate([np.arange(span.start, span.stop) for span, _ in pairs])
     np.testing.assert_array_equal(rows, np.arange(TRAIN))
-    found = np.concatenate([values for _, values in pairs])
+    found = np.concatenate([j.values for _, j in pairs])
     np.testing.assert_array_equal(found, made.gather(1, np.arange(TRAIN)))
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from attribution.gradients.jacobian import Dense
 from attribution.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from attribution.newton import linearised
 from attribution.newton.linearised import Linearised, conjugate, retrain
@@ -28,7 +29,7 @@ def problem_of(drawn, temperature=1.0, block=7):
     def blocks():
         for start in range(0, ROWS, block):
             span = slice(start, min(start + block, ROWS))
-            yield span, j[span]
+            yield span, Dense(j[span])
 
     return Linearised(blocks, z, labels, loss, temperature)
 
