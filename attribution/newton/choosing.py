@@ -1,11 +1,14 @@
 """Chooses group Newton's damping, temperature and number of steps on a calibration bank."""
 
 import warnings
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from attribution.calibration_bank import Case
 from attribution.gradients import Features
@@ -13,6 +16,7 @@ from attribution.losses import SquaredError
 from attribution.newton.calibration import STEPS
 from attribution.newton.group import GroupNewton
 from attribution.newton.inverse import TooLittleDamping
+from attribution.outputs import Array
 from attribution.training import threads
 from stores import ArraySpec, Place, Provenance, Store, StoreSpec, in_turns, run_blocks
 
@@ -23,6 +27,7 @@ STEPS_TO_CHOOSE = 2
 LARGE = 1e300  # a store takes no infinity
 APART = 4.0  # a candidate beyond the last one is so many times as large, or as small
 MOST_BEYOND = 5
+CASES_TOGETHER = 5  # for which one factor of the damped curvature is made
 NEAR = 0.01  # what explains all but this share of what the best explains is as good
 
 
@@ -127,12 +132,12 @@ class _Search:
         # Two checkpoints, the same object for all, so that their curvature is read once.
         few = self.newton.features.first(2)
         candidates = [replace(candidate, features=few) for candidate in candidates]
-        shape = (len(self.cases), len(candidates))
+        shape, block = (len(self.cases), len(candidates)), min(CASES_TOGETHER, len(self.cases))
         arrays = {"errors": ArraySpec(("model", None), shape, "float64")}
         grid = [[c.temperature, c.damping, c.steps] for c in candidates]
         provenance = Provenance(self.settings | {"grid": grid})
-        spec = StoreSpec("calibration-choice", "model", 1, arrays)
-        store = Store.open_or_create(self.to / f"choice-{name}", spec, provenance)
+        spec = StoreSpec("calibration-choice", "model", block, arrays)
+        store = Store.open_or_create(self.to / f"choices-{name}", spec, provenance)
         if store.pending():
             work = in_turns(_Errors(tuple(candidates), tuple(self.cases), store.path), store)
             run_blocks(work, store.pending(), title="calibration", **self.where)
@@ -151,21 +156,62 @@ class _Errors:
     path: str
 
     def __call__(self, block: int) -> None:
+        store = Store.open(self.path)
         with threads(1):
-            # Each anew: factors of all of them at once would fill the memory.
-            errors = [
-                _error(replace(candidate), self.cases[block]) for candidate in self.candidates
-            ]
-        Store.open(self.path).write_block(block, {"errors": np.array([errors])})
+            errors = _errors(self.candidates, self.cases[store.spec.span(block)])
+        store.write_block(block, {"errors": errors})
 
 
-def _error(newton: GroupNewton, case: Case) -> float:
-    try:
-        first, second = newton.changes(case.forget, case.targets)
-    except TooLittleDamping:
-        return LARGE
-    # Of the mean over two of them; what more checkpoints leave of its variance is alike for all.
-    return case.error(first, second)
+def _errors(candidates: Sequence[GroupNewton], cases: Sequence[Case]) -> Numbers:
+    """Errors of the mean over two checkpoints, [case, candidate]; large with too little damping.
+
+    What more checkpoints leave of its variance is alike for all.
+    """
+    found = np.full((len(cases), len(candidates)), LARGE)
+    for (case, candidate), changes in _predicted(candidates, cases).items():
+        if len(changes) == 2:
+            found[case, candidate] = cases[case].error(*changes)
+    return found
+
+
+def _predicted(
+    candidates: Sequence[GroupNewton], cases: Sequence[Case]
+) -> dict[tuple[int, int], list[Array]]:
+    """Changes that checkpoints predict, by numbers of the case and the candidate."""
+    found: dict[tuple[int, int], list[Array]] = defaultdict(list)
+    features = candidates[0].features
+    for checkpoint in range(len(features)):
+        for case, candidate, step in _steps(candidates, cases, checkpoint):
+            change = features.product(checkpoint, step.numpy(), cases[case].targets)
+            found[case, candidate].append(change)
+    return found
+
+
+def _steps(
+    candidates: Sequence[GroupNewton], cases: Sequence[Case], checkpoint: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Steps of all candidates, each with the numbers of its case and candidate.
+
+    A case is prepared once for a temperature, and all cases share the factor for a damping.
+    """
+    for numbers in _alike(range(len(candidates)), lambda n: candidates[n].temperature):
+        newton = candidates[numbers[0]]
+        removals = [newton.removal(checkpoint, case.forget) for case in cases]
+        for same in _alike(numbers, lambda n: candidates[n].damping):
+            most = [candidates[n].most_steps for n in same]
+            # Anew: factors of all candidates at once would fill the memory.
+            damped = replace(candidates[same[0]]).damped(checkpoint, removals[0])
+            for case, removal in enumerate(removals):
+                with suppress(TooLittleDamping):
+                    for n, step in zip(same, removal.steps(damped, most), strict=True):
+                        yield case, n, step
+
+
+def _alike(numbers: Iterable[int], key: Callable[[int], float | None]) -> list[list[int]]:
+    groups: dict[float | None, list[int]] = {}
+    for number in numbers:
+        groups.setdefault(key(number), []).append(number)
+    return list(groups.values())
 
 
 def _run_curvatures(

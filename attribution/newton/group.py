@@ -14,7 +14,8 @@ from attribution.gradients import Features
 from attribution.losses import SquaredError
 from attribution.newton.calibration import STEPS, Calibration
 from attribution.newton.inverse import Damped, without
-from attribution.newton.linearised import Linearised, retrain
+from attribution.newton.linearised import Linearised
+from attribution.newton.removal import Removal
 from attribution.outputs import Array
 from attribution.task import Rows, Task
 
@@ -173,6 +174,26 @@ class GroupNewton(Counterfactual):
         Raises:
             ValueError: a forget set of other data, or too little damping.
         """
+        removal = self.removal(checkpoint, forget, before, after)
+        return removal.steps(self.damped(checkpoint, removal), [self.most_steps])[0]
+
+    def removal(
+        self, checkpoint: int, forget: ForgetSet, before: float = 1.0, after: float = 0.0
+    ) -> Removal:
+        """The problem that a step solves, for any damping and number of steps.
+
+        Args:
+            checkpoint: number of the checkpoint.
+            forget: the rows.
+            before: their weight that the checkpoint is trained with.
+            after: their weight that it is to be trained with.
+
+        Returns:
+            The problem.
+
+        Raises:
+            ValueError: a forget set of other data.
+        """
         n = len(self.task.train_ids)
         if forget.total != n:
             raise ValueError(f"the forget set is drawn from {forget.total} rows, the task has {n}")
@@ -189,11 +210,30 @@ class GroupNewton(Counterfactual):
             pull = pull - share * (self._gradient(checkpoint, problem) - (1 - before) * own)
         root = _root((1 - after) * problem.hessians(outputs))
         removed = torch.einsum("rab,rbk->rak", root, j).flatten(0, 1)
-        damping = self._damping(n - (1 - after) * len(forget))
-        inverse = without(self._curvature(checkpoint, damping), removed)
         mask = torch.from_numpy(forget.mask).to(j)
-        weights = (1 - share) * (1 - (1 - before) * mask), 1 - (1 - after) * mask
-        return retrain(problem, weights, damping, pull, inverse, steps=self.most_steps)
+        return Removal(
+            problem,
+            weights=((1 - share) * (1 - (1 - before) * mask), 1 - (1 - after) * mask),
+            pull=pull,
+            inverse=without(self._curvature(checkpoint), removed),
+            kept=n - (1 - after) * len(forget),
+        )
+
+    def damped(self, checkpoint: int, removal: Removal) -> Damped:
+        """H + lambda I of all rows, with the damping that a removal of rows takes; it is kept.
+
+        Args:
+            checkpoint: number of the checkpoint.
+            removal: tells how many rows are kept.
+
+        Returns:
+            It.
+        """
+        known, damping = self._kept_factors.get(checkpoint), self._damping(removal.kept)
+        if known is None or known.damping != damping:
+            known = Damped(self._curvature(checkpoint), damping)
+            self._kept_factors[checkpoint] = known
+        return known
 
     @property
     def _temperature(self) -> float:
@@ -217,16 +257,11 @@ class GroupNewton(Counterfactual):
         return kept * self.task.recipe.weight_decay
 
     @cached_property
-    def _kept_curvatures(self) -> dict[int, Damped]:
+    def _kept_factors(self) -> dict[int, Damped]:
         return {}
 
-    def _curvature(self, checkpoint: int, damping: float) -> Damped:
-        known = self._kept_curvatures.get(checkpoint)
-        if known is None or known.damping != damping:
-            curvature = self.features.curvature(checkpoint, self._temperature)
-            known = Damped(torch.from_numpy(curvature), damping)
-            self._kept_curvatures[checkpoint] = known
-        return known
+    def _curvature(self, checkpoint: int) -> Tensor:
+        return torch.from_numpy(self.features.curvature(checkpoint, self._temperature))
 
     @cached_property
     def _kept_gradients(self) -> dict[int, Tensor]:

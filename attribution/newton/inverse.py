@@ -1,5 +1,6 @@
 """The damped curvature without the forgotten rows, ready to be solved with."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,33 +40,37 @@ class Damped:
         return _cholesky(self.curvature, self.damping)
 
 
-def without(damped: Damped, removed: Tensor) -> Map:
-    """Applies (H - A^T A + lambda I)^-1, where A^T A is the curvature of the removed rows.
+def without(curvature: Tensor, removed: Tensor) -> Callable[[Damped], Map]:
+    """Prepares to apply (H - A^T A + lambda I)^-1, where A^T A is the removed rows' curvature.
 
     With few removed rows by Woodbury's identity in the space of A's rows, from the factor of all
-    rows; with many by a new factor, whichever takes fewer multiplications.
+    rows; with many by a new factor of H - A^T A, which serves any damping. Whichever takes fewer
+    multiplications.
 
     Args:
-        damped: of all rows.
+        curvature: H of all rows, [feature, feature], float64.
         removed: A = R^(1/2) J of the removed rows, [direction, feature].
 
     Returns:
-        A function of [feature] vectors, of any dtype.
-
-    Raises:
-        TooLittleDamping: what is left is not positive definite.
+        A function of H + lambda I, which gives a function of [feature] vectors of any dtype; it
+        raises TooLittleDamping where what is left is not positive definite.
 
     Example:
-        >>> damped = Damped(2 * torch.eye(2, dtype=torch.float64), 1.0)
-        >>> without(damped, torch.tensor([[1.0, 0.0]]))(torch.ones(2))
+        >>> two = 2 * torch.eye(2, dtype=torch.float64)
+        >>> without(two, torch.tensor([[1.0, 0.0]]))(Damped(two, 1.0))(torch.ones(2))
         tensor([0.5000, 0.3333])
     """
     directions, size = removed.shape
     # k^2 d + k d^2 multiplications against k^2 d + k^3 / 3.
     if 3 * directions**2 < size**2:
-        return _woodbury(damped.lower, removed.to(damped.curvature))
+        few = removed.to(curvature)
+        return lambda damped: _woodbury(damped.lower, few)
     # The product in the features' own precision: they know no better.
-    lower = _cholesky(damped.curvature - (removed.T @ removed).double(), damped.damping)
+    left = curvature - (removed.T @ removed).double()
+    return lambda damped: _by_factor(_cholesky(left, damped.damping))
+
+
+def _by_factor(lower: Tensor) -> Map:
     return lambda v: _solved(lower, v.to(lower)).to(v)
 
 

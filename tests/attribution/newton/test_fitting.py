@@ -15,6 +15,7 @@ from tests.attribution.newton.cases import EXACT, newton_of
 from tests.tasks import binary, blobs, write_ensemble
 
 ROWS, ALL, SETS = 37, 48, 12
+BLOCKS = -(-SETS // choosing.CASES_TOGETHER)
 ONE = {"temperatures": (1.0,), "dampings": (1.0,)}
 CANDIDATES = {"temperatures": (1.0, 2.0), "dampings": (0.7, 7.0)}
 TWO = {"temperatures": (1.0, 1.5), "dampings": (1.0,)}
@@ -211,11 +212,11 @@ class TestChoice:
         best, *errors = told
         sets = [set(np.flatnonzero(~mask)) for mask in doubled.masks]
 
-        def error(tried, case):
-            is_last = set(case.forget.rows) == sets[-1]
-            return errors[is_last][round(tried.damping / UNIT) - 1]
+        def errors_of(tried, cases):
+            known = [errors[set(case.forget.rows) == sets[-1]] for case in cases]
+            return np.array([[one[round(t.damping / UNIT) - 1] for t in tried] for one in known])
 
-        monkeypatch.setattr(choosing, "_error", error)
+        monkeypatch.setattr(choosing, "_errors", errors_of)
         monkeypatch.setattr(choosing, "MOST_BEYOND", 0)
         pair = {"temperatures": (1.0,), "dampings": (1.0, 2.0)}
         with warnings.catch_warnings():
@@ -281,7 +282,7 @@ class TestChanges:
 
 
 class TestResuming:
-    @pytest.mark.parametrize("after", [0, SETS + 5, 4 * SETS + 5])
+    @pytest.mark.parametrize("after", [0, BLOCKS + 1, 2 * BLOCKS + SETS // 2])
     def test_an_interrupted_call_goes_on_where_it_stopped(self, newton, doubled, tmp_path, after):
         newton, write, written = replace(newton, steps=None), Store.write_block, []
 
@@ -299,10 +300,12 @@ class TestResuming:
             after = -1
             again = calibrate(newton, doubled, tmp_path / "c", **TWO)
             assert len(written) == len(set(written))
-            assert {"choice-round-0", "choice-steps"} <= {Path(where).name for where, _ in written}
+            assert {"choices-round-0", "choices-steps"} <= {
+                Path(where).name for where, _ in written
+            }
             count = len(written)
             assert calibrate(newton, doubled, tmp_path / "c", **TWO) == again
-            assert len(written) == count >= 2 * SETS
+            assert len(written) == count >= 2 * BLOCKS + SETS
         assert again == calibrate(newton, doubled, tmp_path / "whole", **TWO)
 
     def test_workers_change_nothing(self, newton, doubled, tmp_path):

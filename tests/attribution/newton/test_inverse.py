@@ -28,7 +28,7 @@ def test_both_ways_equal_the_dense_inverse(curvature, directions, dtype):
     removed = torch.randn(directions, WIDTH, dtype=dtype) / 3
     whole = curvature + removed.double().T @ removed.double()
     vector = torch.randn(WIDTH, dtype=dtype)
-    found = without(Damped(whole, 0.5), removed)(vector)
+    found = without(whole, removed)(Damped(whole, 0.5))(vector)
     expected = torch.linalg.solve(
         curvature + 0.5 * torch.eye(WIDTH, dtype=torch.float64), vector.double()
     )
@@ -40,13 +40,13 @@ def test_both_ways_equal_the_dense_inverse(curvature, directions, dtype):
 @pytest.mark.parametrize(("directions", "known"), [(1, True), (9, False)])
 def test_the_factor_of_all_rows_is_made_only_for_few_directions(curvature, directions, known):
     damped = Damped(curvature, 100.0)
-    without(damped, torch.full((directions, WIDTH), 0.01))
+    without(curvature, torch.full((directions, WIDTH), 0.01))(damped)
     assert ("lower" in vars(damped)) == known
 
 
 def test_the_input_stays_as_it_is(curvature):
     before = curvature.clone()
-    without(Damped(curvature, 1.0), torch.zeros(9, WIDTH))
+    without(curvature, torch.zeros(9, WIDTH))(Damped(curvature, 1.0))
     assert torch.equal(curvature, before)
 
 
@@ -61,4 +61,4 @@ def test_more_removed_than_there_is_is_refused(curvature, directions):
     removed = torch.zeros(directions, WIDTH)
     removed[0, 3] = 100
     with pytest.raises(ValueError, match="the curvature is not positive definite at damping"):
-        without(Damped(curvature, 0.5), removed)
+        without(curvature, removed)(Damped(curvature, 0.5))
