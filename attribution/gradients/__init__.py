@@ -1,7 +1,8 @@
 """Projected per-example gradients, computed layer by layer and never formed in full."""
 
 from attribution.gradients.cotangents import output_cotangents
-from attribution.gradients.features import Features, featurize
+from attribution.gradients.features import Features
+from attribution.gradients.featurizing import featurize
 from attribution.gradients.projection import Projection
 from attribution.gradients.projector import GradientProjector, Linearisation, gradient_projector
 

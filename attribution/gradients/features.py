@@ -1,18 +1,17 @@
 """Features of every output on every target, one store a checkpoint, computed block by block."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
+import torch
 
 from attribution.counterfactual import check_ids
-from attribution.devices import visible_gpus
 from attribution.gradients.curvature import stored_curvature
 from attribution.gradients.feature_reading import (
     Numbers,
-    Which,
     all_outputs,
     block_jacobian,
     block_product,
@@ -22,19 +21,16 @@ from attribution.gradients.feature_reading import (
     stored_factors,
 )
 from attribution.gradients.feature_store import (
-    DTYPES,
     KIND,
     FeatureBlock,
     checkpoint_paths,
-    create_store,
     refuse_changed_task,
     stored_model,
     stored_projector,
 )
-from attribution.gradients.jacobian import Factored, Factors, Jacobian
-from attribution.gradients.projection import Projection
+from attribution.gradients.jacobian import Dense, Factored, Factors, Jacobian
 from attribution.gradients.projector import GradientProjector
-from attribution.model import Model, check_state
+from attribution.model import Model
 from attribution.task import Rows, Task
 from stores import (
     BlocksFailed,
@@ -42,7 +38,6 @@ from stores import (
     Where,
     gather,
     in_turns,
-    place,
     run_blocks,
 )
 
@@ -62,7 +57,7 @@ class Features:
 
     Example:
         >>> import tempfile
-        >>> from attribution import Model
+        >>> from attribution import Model, Projection, featurize
         >>> from examples.digits import mlp, task
         >>> folder = tempfile.mkdtemp() + "/features"
         >>> small = Projection(inputs=4, outputs=2)
@@ -113,6 +108,12 @@ class Features:
         """Number of features, k."""
         return self.stores[0].spec.array("features").shape[2]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What features are computed with: float32, or float64 where they are stored so."""
+        stored = self.stores[0].spec.array("features").dtype
+        return torch.float64 if stored == "float64" else torch.float32
+
     def model(self, checkpoint: int) -> Model:
         """The checkpoint itself."""
         return stored_model(self.task, self.stores[checkpoint])
@@ -148,6 +149,28 @@ class Features:
         store = self.stores[checkpoint]
         scale = gather(store, "scale", wanted) if "scale" in store.spec.arrays else None
         return in_full(gather(store, "features", wanted), scale)
+
+    def jacobian(self, checkpoint: int, rows: Rows) -> Jacobian:
+        """J of targets, as factors where they are kept.
+
+        Args:
+            checkpoint: number of the checkpoint.
+            rows: positions of targets, in any order.
+
+        Returns:
+            J of these rows.
+
+        Raises:
+            ValueError: as for `gather`.
+            TypeError: the positions are no integers.
+        """
+        factors = self._factors(checkpoint)
+        if factors is None:
+            return Dense(torch.from_numpy(self.gather(checkpoint, rows)))
+        wanted = self._positions(rows)
+        self._have(checkpoint, wanted)
+        found = gather(self.stores[checkpoint], "factors", wanted)
+        return Factored(factors, torch.from_numpy(found))
 
     def product(self, checkpoint: int, direction: Numbers, targets: Rows | None = None) -> Numbers:
         """First-order change J d of the outputs for a direction, block by block.
@@ -287,124 +310,3 @@ class Features:
                 f" them failed: {next(iter(error.failed.values()))}; compute them where the folder"
                 " can be written, with featurize(..., targets='all')"
             ) from error
-
-
-def featurize(
-    task: Task,
-    checkpoints: Sequence[Model],
-    to: Where,
-    *,
-    projection: Projection = Projection(),  # noqa: B008 - frozen
-    dtype: str = "float32",
-    block: int | None = None,
-    device: str = "cpu",
-    workers: int | None = 0,
-    scheduler: str | None = None,
-    targets: Which = "all",
-) -> Features:
-    """Computes and stores the features of every output of some checkpoints on the targets.
-
-    Interrupted at any moment, the same call computes the unfinished blocks only and ends with
-    the same bits, whatever the workers.
-
-    Args:
-        task: the data; its targets are the training rows, then the test rows.
-        checkpoints: trained models of the task.
-        to: folder; the features of each checkpoint are a store in it.
-        projection: settings.
-        dtype: of the features on disk: float16 (with a scale for each target and output),
-            float32 or float64.
-        block: targets of a block; None: as many as make about 16 MiB. Another block changes the
-            numbers in their last digits, so a store made with another one is refused.
-        device: where to compute.
-        workers: processes; None for one per core, 0 for this process.
-        scheduler: address of an existing dask scheduler instead.
-        targets: "train" to leave blocks of test rows alone pending until they are asked for.
-
-    Returns:
-        The features.
-
-    Raises:
-        ValueError: bad settings; a checkpoint or a layer of the model does not fit; or a store
-            was made from other data, another checkpoint or another projection.
-        BlocksFailed: blocks failed repeatedly; what was finished is kept.
-
-    Example:
-        >>> import tempfile
-        >>> from attribution import Model
-        >>> from examples.digits import mlp, task
-        >>> model, folder = Model(task, mlp().state_dict()), tempfile.mkdtemp() + "/features"
-        >>> small = Projection(inputs=4, outputs=2)
-        >>> part = featurize(task, [model], folder, projection=small, block=500, targets="train")
-        >>> part.stores[0].pending()
-        [3]
-        >>> float(part.product(0, np.zeros(24), np.array([1796])).sum())
-        0.0
-        >>> part.stores[0].pending()
-        []
-
-    Source: TRAK (arXiv 2303.14186) projects gradients of one output; the projection by layers is
-    LoGra's (arXiv 2405.13954).
-    """
-    _check_settings(checkpoints, dtype, block, targets)
-    task.check()
-    for number, model in enumerate(checkpoints):
-        check_state(task, model.state, f"checkpoint {number}")
-    # All of them first: an interrupted call must not look like one for fewer checkpoints.
-    stores = tuple(
-        create_store(
-            place(to) / f"checkpoint-{number}",
-            task,
-            model,
-            number,
-            projection,
-            dtype=dtype,
-            block=block,
-            device=device,
-        )
-        for number, model in enumerate(checkpoints)
-    )
-    found = Features(task, stores, device)
-    _check_rows_apart(found)
-    wanted = set(blocks_of(task, stores[0].spec, targets))
-    missing = [
-        number * store.spec.blocks + pending
-        for number, store in enumerate(stores)
-        for pending in store.pending()
-        if pending in wanted
-    ]
-    work = FeatureBlock(task, tuple(store.path for store in stores), device)
-    at = None if scheduler else workers
-    run_blocks(
-        in_turns(work, *stores),
-        missing,
-        title=f"features of {task.name}",
-        workers=at,
-        scheduler=scheduler,
-        gpus=visible_gpus(device, at, scheduler),
-    )
-    for store in stores:
-        if store.complete:
-            store.finalize()
-    return found
-
-
-def _check_settings(
-    checkpoints: Sequence[Model], dtype: str, block: int | None, targets: str
-) -> None:
-    if not checkpoints:
-        raise ValueError("featurize needs at least one checkpoint, got none")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if block is not None and block < 1:
-        raise ValueError(f"block must be 1 target or more, got {block}")
-    if targets not in get_args(Which):
-        raise ValueError(f"targets must be 'all' or 'train', got {targets!r}")
-
-
-def _check_rows_apart(features: Features) -> None:
-    """A layer that takes another axis for the rows cannot do so at two batch sizes."""
-    inputs, _ = features.task.targets([0])
-    projector, state = features.projector(0), features.model(0).state
-    for rows in (2, 3):
-        projector.linearise(state, inputs.expand(rows, *inputs.shape[1:]))

@@ -19,6 +19,11 @@ class Jacobian(ABC):
                 [3.]])
     """
 
+    @property
+    @abstractmethod
+    def values(self) -> Tensor:
+        """J itself, [row, output, feature]."""
+
     @abstractmethod
     def times(self, direction: Tensor) -> Tensor:
         """First-order change J_i d of the outputs, [row, output], of d [feature]."""
@@ -34,10 +39,15 @@ class Dense(Jacobian):
     """Gradients as they are.
 
     Args:
-        values: J, [row, output, feature].
+        stored: J, [row, output, feature].
     """
 
-    values: Tensor = field(repr=False)
+    stored: Tensor = field(repr=False)
+
+    @property
+    def values(self) -> Tensor:
+        """J itself."""
+        return self.stored
 
     def times(self, direction: Tensor) -> Tensor:
         """J_i d."""
@@ -116,6 +126,11 @@ class Factored(Jacobian):
 
     factors: Factors
     rows: Tensor = field(repr=False)
+
+    @property
+    def values(self) -> Tensor:
+        """J itself, made for this call."""
+        return self.factors.dense(self.rows)
 
     def times(self, direction: Tensor) -> Tensor:
         """J_i d, the sum over layers of b^T D a, where D is S^T d as a matrix."""

@@ -13,7 +13,7 @@ from attribution.forget import ForgetSet
 from attribution.gradients import Features
 from attribution.losses import SquaredError
 from attribution.newton.calibration import STEPS, Calibration
-from attribution.newton.inverse import Damped, without
+from attribution.newton.inverse import Damped, Removed
 from attribution.newton.linearised import Linearised
 from attribution.newton.removal import Removal
 from attribution.outputs import Array
@@ -198,24 +198,21 @@ class GroupNewton(Counterfactual):
         if forget.total != n:
             raise ValueError(f"the forget set is drawn from {forget.total} rows, the task has {n}")
         rows = torch.from_numpy(forget.rows)
-        j = torch.from_numpy(self.features.gather(checkpoint, forget.rows))
-        problem = self._problem(checkpoint, j.dtype)
+        j, problem = self.features.jacobian(checkpoint, forget.rows), self._problem(checkpoint)
         outputs = problem.outputs[rows]
         # The share of all weight that goes, which the mean of the losses gives to what stays.
         share = (before - after) * len(forget) / (n - (1 - before) * len(forget))
         share = share if self.task.objective == "mean" else 0.0
-        own = j.flatten(0, 1).T @ problem.gradients(outputs, rows).flatten()
+        own = j.pulled(problem.gradients(outputs, rows))
         pull = (before - after) * own
         if share:
             pull = pull - share * (self._gradient(checkpoint, problem) - (1 - before) * own)
-        root = _root((1 - after) * problem.hessians(outputs))
-        removed = torch.einsum("rab,rbk->rak", root, j).flatten(0, 1)
-        mask = torch.from_numpy(forget.mask).to(j)
+        mask = torch.from_numpy(forget.mask).to(pull)
         return Removal(
             problem,
             weights=((1 - share) * (1 - (1 - before) * mask), 1 - (1 - after) * mask),
             pull=pull,
-            inverse=without(self._curvature(checkpoint), removed),
+            removed=Removed(j, (1 - after) * problem.hessians(outputs)),
             kept=n - (1 - after) * len(forget),
         )
 
@@ -231,7 +228,8 @@ class GroupNewton(Counterfactual):
         """
         known, damping = self._kept_factors.get(checkpoint), self._damping(removal.kept)
         if known is None or known.damping != damping:
-            known = Damped(self._curvature(checkpoint), damping)
+            curvature = self.features.curvature(checkpoint, self._temperature)
+            known = Damped(torch.from_numpy(curvature), damping)
             self._kept_factors[checkpoint] = known
         return known
 
@@ -260,9 +258,6 @@ class GroupNewton(Counterfactual):
     def _kept_factors(self) -> dict[int, Damped]:
         return {}
 
-    def _curvature(self, checkpoint: int) -> Tensor:
-        return torch.from_numpy(self.features.curvature(checkpoint, self._temperature))
-
     @cached_property
     def _kept_gradients(self) -> dict[int, Tensor]:
         return {}
@@ -273,9 +268,9 @@ class GroupNewton(Counterfactual):
             self._kept_gradients[checkpoint] = problem.gradient()
         return self._kept_gradients[checkpoint]
 
-    def _problem(self, checkpoint: int, dtype: torch.dtype) -> Linearised:
+    def _problem(self, checkpoint: int) -> Linearised:
         rows = np.arange(len(self.task.train_ids))
-        outputs = torch.from_numpy(self.features.outputs(checkpoint, rows)).to(dtype)
+        outputs = torch.from_numpy(self.features.outputs(checkpoint, rows)).to(self.features.dtype)
         return Linearised(
             lambda: self.features.blocks(checkpoint),
             outputs,
@@ -291,13 +286,6 @@ class GroupNewton(Counterfactual):
     def _outputs(self, targets: Rows) -> Array:
         checkpoints = range(len(self.features))
         return np.stack([self.features.outputs(checkpoint, targets) for checkpoint in checkpoints])
-
-
-def _root(hessians: Tensor) -> Tensor:
-    """Square roots A of symmetric matrices, A^T A = R; semidefinite ones too."""
-    values, vectors = torch.linalg.eigh(hessians.double())
-    root: Tensor = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
-    return root.to(hessians.dtype)
 
 
 def spread_over_checkpoints(each: Array) -> Array:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from attribution.gradients.jacobian import Jacobian
 from attribution.losses import Loss
+from attribution.newton.conjugate import conjugate
+from attribution.newton.inverse import Inverse
 
 Blocks = Callable[[], Iterator[tuple[slice, Jacobian]]]
-Map = Callable[[Tensor], Tensor]
 Weights = tuple[Tensor, Tensor]
 
 # The linearisation itself is far rougher than these.
@@ -92,7 +93,13 @@ class Linearised:
 
 
 def retrain(
-    problem: Linearised, weights: Weights, damping: float, pull: Tensor, inverse: Map, *, steps: int
+    problem: Linearised,
+    weights: Weights,
+    damping: float,
+    pull: Tensor,
+    inverse: Inverse,
+    *,
+    steps: int,
 ) -> Tensor:
     """The step d that retraining with other weights of the rows takes in the linearised model.
 
@@ -121,10 +128,10 @@ def retrain(
         >>> problem = Linearised(lambda: iter([(slice(0, 2), j)]), z, y, SquaredError())
         >>> pull = torch.tensor([-1.0])  # of the second row: 1 - 2
         >>> weights = torch.ones(2), torch.tensor([1.0, 0.0])
-        >>> retrain(problem, weights, 0.0, pull, lambda v: v, steps=3)
+        >>> retrain(problem, weights, 0.0, pull, Inverse(torch.clone, torch.clone), steps=3)
         tensor([-1.])
     """
-    before, step, last = torch.zeros_like(pull), inverse(pull), float(pull.norm())
+    before, step, last = torch.zeros_like(pull), inverse.exact(pull), float(pull.norm())
     for _ in range(steps - 1):
         residual, curvatures = problem.residual(weights, damping, step)
         size = float(residual.norm())
@@ -134,38 +141,12 @@ def retrain(
         if size <= ENOUGH * float(pull.norm()):
             break
         before, last = step, size
-        step = step - conjugate(
+        further, _ = conjugate(
             lambda v, r=curvatures: problem.curved(r, damping, v),  # type: ignore[misc]
             residual,
-            inverse,
+            inverse.rough,
+            enough=INNER_ENOUGH,
+            most=INNER_STEPS,
         )
+        step = step - further
     return step
-
-
-def conjugate(apply: Map, right: Tensor, inverse: Map) -> Tensor:
-    """Solves A x = b roughly by preconditioned conjugate gradients.
-
-    Args:
-        apply: multiplies with A, symmetric and positive definite.
-        right: b, [feature].
-        inverse: roughly multiplies with A^-1.
-
-    Returns:
-        x, [feature].
-
-    Example:
-        >>> conjugate(lambda v: 2 * v, torch.tensor([4.0, 6.0]), lambda v: v)
-        tensor([2., 3.])
-    """
-    solution, residual = torch.zeros_like(right), right
-    ahead = inverse(residual)
-    direction, height = ahead, residual @ ahead
-    for _ in range(INNER_STEPS):
-        if float(residual.norm()) <= INNER_ENOUGH * float(right.norm()):
-            break
-        bent = apply(direction)
-        length = height / (direction @ bent)
-        solution, residual = solution + length * direction, residual - length * bent
-        ahead = inverse(residual)
-        direction, height = ahead + (residual @ ahead / height) * direction, residual @ ahead
-    return solution

@@ -1,12 +1,12 @@
 """One checkpoint's problem of retraining without some rows, before a damping is chosen."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from attribution.newton.inverse import Damped
-from attribution.newton.linearised import Linearised, Map, Weights, retrain
+from attribution.newton.inverse import Damped, Removed, without
+from attribution.newton.linearised import Linearised, Weights, retrain
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,14 @@ class Removal:
         problem: the linearised model.
         weights: of each training row before and after, each [train].
         pull: sum_i (before_i - after_i) J_i^T g_i, [feature].
-        inverse: gives (sum_i after_i J_i^T R_i J_i + lambda I)^-1 from H + lambda I of all rows.
+        removed: sum_i (1 - after_i) J_i^T R_i J_i, R at the checkpoint.
         kept: sum of the weights after.
     """
 
     problem: Linearised = field(repr=False)
     weights: Weights = field(repr=False)
     pull: Tensor = field(repr=False)
-    inverse: Callable[[Damped], Map] = field(repr=False)
+    removed: Removed = field(repr=False)
     kept: float
 
     def steps(self, damped: Damped, numbers: Sequence[int]) -> list[Tensor]:
@@ -40,7 +40,7 @@ class Removal:
         Raises:
             TooLittleDamping: what is left is not positive definite.
         """
-        inverse, lambda_ = self.inverse(damped), damped.damping
+        inverse, lambda_ = without(damped, self.removed), damped.damping
         return [
             retrain(self.problem, self.weights, lambda_, self.pull, inverse, steps=number)
             for number in numbers

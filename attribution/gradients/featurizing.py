@@ -1,0 +1,135 @@
+"""Computes and stores the features of checkpoints, block by block."""
+
+from collections.abc import Sequence
+from typing import get_args
+
+from attribution.devices import visible_gpus
+from attribution.gradients.feature_reading import Which, blocks_of
+from attribution.gradients.feature_store import DTYPES, FeatureBlock, create_store
+from attribution.gradients.features import Features
+from attribution.gradients.projection import Projection
+from attribution.model import Model, check_state
+from attribution.task import Task
+from stores import Where, in_turns, place, run_blocks
+
+
+def featurize(
+    task: Task,
+    checkpoints: Sequence[Model],
+    to: Where,
+    *,
+    projection: Projection = Projection(),  # noqa: B008 - frozen
+    dtype: str = "float32",
+    block: int | None = None,
+    device: str = "cpu",
+    workers: int | None = 0,
+    scheduler: str | None = None,
+    targets: Which = "all",
+) -> Features:
+    """Computes and stores the features of every output of some checkpoints on the targets.
+
+    Interrupted at any moment, the same call computes the unfinished blocks only and ends with
+    the same bits, whatever the workers.
+
+    Args:
+        task: the data; its targets are the training rows, then the test rows.
+        checkpoints: trained models of the task.
+        to: folder; the features of each checkpoint are a store in it.
+        projection: settings.
+        dtype: of the features on disk: float16 (with a scale for each target and output),
+            float32 or float64.
+        block: targets of a block; None: as many as make about 16 MiB. Another block changes the
+            numbers in their last digits, so a store made with another one is refused.
+        device: where to compute.
+        workers: processes; None for one per core, 0 for this process.
+        scheduler: address of an existing dask scheduler instead.
+        targets: "train" to leave blocks of test rows alone pending until they are asked for.
+
+    Returns:
+        The features.
+
+    Raises:
+        ValueError: bad settings; a checkpoint or a layer of the model does not fit; or a store
+            was made from other data, another checkpoint or another projection.
+        BlocksFailed: blocks failed repeatedly; what was finished is kept.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from attribution import Model, Projection, featurize
+        >>> from examples.digits import mlp, task
+        >>> model, folder = Model(task, mlp().state_dict()), tempfile.mkdtemp() + "/features"
+        >>> small = Projection(inputs=4, outputs=2)
+        >>> part = featurize(task, [model], folder, projection=small, block=500, targets="train")
+        >>> part.stores[0].pending()
+        [3]
+        >>> float(part.product(0, np.zeros(24), np.array([1796])).sum())
+        0.0
+        >>> part.stores[0].pending()
+        []
+
+    Source: TRAK (arXiv 2303.14186) projects gradients of one output; the projection by layers is
+    LoGra's (arXiv 2405.13954).
+    """
+    _check_settings(checkpoints, dtype, block, targets)
+    task.check()
+    for number, model in enumerate(checkpoints):
+        check_state(task, model.state, f"checkpoint {number}")
+    # All of them first: an interrupted call must not look like one for fewer checkpoints.
+    stores = tuple(
+        create_store(
+            place(to) / f"checkpoint-{number}",
+            task,
+            model,
+            number,
+            projection,
+            dtype=dtype,
+            block=block,
+            device=device,
+        )
+        for number, model in enumerate(checkpoints)
+    )
+    found = Features(task, stores, device)
+    _check_rows_apart(found)
+    wanted = set(blocks_of(task, stores[0].spec, targets))
+    missing = [
+        number * store.spec.blocks + pending
+        for number, store in enumerate(stores)
+        for pending in store.pending()
+        if pending in wanted
+    ]
+    work = FeatureBlock(task, tuple(store.path for store in stores), device)
+    at = None if scheduler else workers
+    run_blocks(
+        in_turns(work, *stores),
+        missing,
+        title=f"features of {task.name}",
+        workers=at,
+        scheduler=scheduler,
+        gpus=visible_gpus(device, at, scheduler),
+    )
+    for store in stores:
+        if store.complete:
+            store.finalize()
+    return found
+
+
+def _check_settings(
+    checkpoints: Sequence[Model], dtype: str, block: int | None, targets: str
+) -> None:
+    if not checkpoints:
+        raise ValueError("featurize needs at least one checkpoint, got none")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if block is not None and block < 1:
+        raise ValueError(f"block must be 1 target or more, got {block}")
+    if targets not in get_args(Which):
+        raise ValueError(f"targets must be 'all' or 'train', got {targets!r}")
+
+
+def _check_rows_apart(features: Features) -> None:
+    """A layer that takes another axis for the rows cannot do so at two batch sizes."""
+    inputs, _ = features.task.targets([0])
+    projector, state = features.projector(0), features.model(0).state
+    for rows in (2, 3):
+        projector.linearise(state, inputs.expand(rows, *inputs.shape[1:]))
