@@ -28,6 +28,7 @@ from attribution.in_run.recording import run_values
 from attribution.moments import compute_moments
 from tests.attribution.gradients.models import CASES as LAYERS
 from tests.small_runs import write_task
+from tests.tasks import blobs
 from tests.unlearning.cases import lay_ground, normalised, three_blobs
 from unlearning import unlearn_models
 from unlearning.cli import main
@@ -36,6 +37,8 @@ from unlearning.methods import METHODS, build_method
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 SMALL = Projection(inputs=4, outputs=2)
+# The first sums products of a layer's sides, the second leaves its sides as they are.
+SPARSE = [Projection(inputs=4, outputs=3, features=5), Projection(64, 64, features=20)]
 RECIPE = Recipe(epochs=2, batch_size=8, peak_rate=0.05)
 
 
@@ -113,13 +116,14 @@ def in_float32(case):
     return module.float().eval(), inputs.float() if inputs.is_floating_point() else inputs
 
 
+@pytest.mark.parametrize("projection", [SMALL, *SPARSE], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_projected_gradients_are_those_of_the_cpu(name):
+def test_projected_gradients_are_those_of_the_cpu(name, projection):
     module, inputs = in_float32(LAYERS[name])
     state, every = module.state_dict(), None
     found = []
     for device in ("cpu", "cuda"):
-        here = gradient_projector(module.to(device), SMALL)
+        here = gradient_projector(module.to(device), projection)
         outputs = module(inputs.to(device)).shape[1]
         every = torch.eye(outputs, device=device).expand(len(inputs), -1, -1)
         moved = {key: value.to(device) for key, value in state.items()}
@@ -148,6 +152,26 @@ def test_features_curvature_and_moments_are_those_of_the_cpu(task, tmp_path):
     held = [each.layers([0, 1, 2]) for each in moments]
     for name, expected in held[1].items():
         near(held[0][name].numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize("projection", SPARSE, ids=str)
+def test_features_kept_as_factors_are_those_of_the_cpu(tmp_path, projection):
+    task = blobs()
+    models = [Model(task, task.new_model(seed).state_dict()) for seed in (0, 1)]
+    here, there = (
+        featurize(task, models, tmp_path / device, projection=projection, device=device)
+        for device in ("cuda", "cpu")
+    )
+    assert {"factors" in each.stores[0].spec.arrays for each in (here, there)} == {
+        projection == SPARSE[1]
+    }
+    rows, direction = np.arange(len(task.target_ids)), np.ones(here.width)
+    for checkpoint in range(2):
+        near(here.gather(checkpoint, rows), there.gather(checkpoint, rows))
+        near(here.product(checkpoint, direction), there.product(checkpoint, direction))
+    forget = ForgetSet.of(task, ["train-3", "train-10"])
+    changes = [GroupNewton(task, each, damping=1.0).change(forget).mean for each in (here, there)]
+    near(changes[0], changes[1], 1e-3)
 
 
 def test_features_of_pending_rows_are_computed_where_they_are_asked_for(tmp_path, monkeypatch):
