@@ -14,6 +14,7 @@ import numpy as np
 from attribution.calibration_bank import KINDS
 from attribution.ensemble import Ensemble
 from attribution.forget import ForgetSet, Mask
+from attribution.gradients import compute_curvatures
 from attribution.newton import GroupNewton
 from attribution.outputs import Array
 from attribution.seeds import generator
@@ -120,8 +121,7 @@ def residual_models(
         "damping": plain.damping,
         "temperature": plain.temperature,
     }
-    for checkpoint in range(few):  # here and not in several workers at the same time
-        newton.features.curvature(checkpoint, plain.temperature or 1.0)
+    compute_curvatures(plain.features, [plain.temperature or 1.0], **where)
     prior = _prior(plain, masks, place(to) / "prior", settings, where)
     return _written(ensemble, numbers, _Residual(ensemble, anchor, numbers, prior), to, settings)
 

@@ -1,6 +1,7 @@
 """Projected per-example gradients, computed layer by layer and never formed in full."""
 
 from attribution.gradients.cotangents import output_cotangents
+from attribution.gradients.curvatures import compute_curvatures
 from attribution.gradients.features import Features
 from attribution.gradients.featurizing import featurize
 from attribution.gradients.projection import Projection
@@ -16,4 +17,5 @@ __all__ = [
     # of a task's targets, stored
     "featurize",
     "Features",
+    "compute_curvatures",
 ]

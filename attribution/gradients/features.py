@@ -1,7 +1,7 @@
 """Features of every output on every target, one store a checkpoint, computed block by block."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -102,6 +102,10 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.stores)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Its fields alone: what it has read before does not travel to workers."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def width(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from attribution.calibration_bank import Case
-from attribution.gradients import Features
+from attribution.gradients import compute_curvatures
 from attribution.losses import SquaredError
 from attribution.newton.calibration import STEPS
 from attribution.newton.group import GroupNewton
@@ -70,7 +70,7 @@ def choose(
         temperatures = (1.0,)  # there are no probabilities that could be too sharp
     search = _Search(replace(newton, calibration=None), cases, to, settings, where)
     pair = _best_pair(search, temperatures, dampings)
-    _run_curvatures(newton.features, [pair[0]], range(len(newton.features)), where)
+    compute_curvatures(newton.features, [pair[0]], **where)
     steps = _fewest_steps(search, pair) if newton.steps is None else newton.steps
     return search.candidate(pair, steps)
 
@@ -79,7 +79,7 @@ def _best_pair(search: "_Search", temperatures: Sequence[float], dampings: Seque
     wanted = [(t, damping) for t in temperatures for damping in dampings]
     if len(wanted) == 1:
         return wanted[0]
-    _run_curvatures(search.newton.features, temperatures, (0, 1), search.where)
+    compute_curvatures(search.newton.features, temperatures, (0, 1), **search.where)
     errors: dict[Pair, float] = {}
     for number in range(1 + MOST_BEYOND):
         tried = [search.candidate(pair, STEPS_TO_CHOOSE) for pair in wanted]
@@ -212,26 +212,6 @@ def _alike(numbers: Iterable[int], key: Callable[[int], float | None]) -> list[l
     for number in numbers:
         groups.setdefault(key(number), []).append(number)
     return list(groups.values())
-
-
-def _run_curvatures(
-    features: Features,
-    temperatures: Sequence[float],
-    checkpoints: Sequence[int],
-    where: dict[str, Any],
-) -> None:
-    # Here and not in the predictions: workers must not compute the same one at the same time.
-    pairs = tuple((checkpoint, t) for t in temperatures for checkpoint in checkpoints)
-    run_blocks(_Curvatures(features, pairs), range(len(pairs)), title="curvatures", **where)
-
-
-@dataclass(frozen=True)
-class _Curvatures:
-    features: Features
-    pairs: tuple[tuple[int, float], ...]
-
-    def __call__(self, block: int) -> None:
-        self.features.curvature(*self.pairs[block])
 
 
 def _unit_of_damping(newton: GroupNewton) -> float:

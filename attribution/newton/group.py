@@ -1,7 +1,8 @@
 """Group Newton: what retraining without a forget set does, from gradients of a few checkpoints."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,6 +91,10 @@ class GroupNewton(Counterfactual):
                 " was trained with, or GroupNewton a damping or a calibration"
             )
         self.check_task(self.task)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Its fields alone: factors that it keeps do not travel to workers."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def check_task(self, task: Task) -> None:
         """Refuses a task with other rows than the features'."""

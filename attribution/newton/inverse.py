@@ -117,7 +117,7 @@ def without(damped: Damped, removed: Removed) -> Inverse:
     if removed.directions < FEW:
         apply = _woodbury(damped.lower, removed.root().to(damped.curvature))
         return Inverse(apply, apply)
-    return Inverse(lambda v: _downdated(damped, removed, v), lambda v: _solved(damped.lower, v))
+    return Inverse(lambda v: _downdated(damped, removed, v), lambda v: solved(damped.lower, v))
 
 
 def _woodbury(lower: Tensor, a: Tensor) -> Map:
@@ -126,7 +126,7 @@ def _woodbury(lower: Tensor, a: Tensor) -> Map:
 
     def apply(v: Tensor) -> Tensor:
         x = _half(lower, v.to(a))
-        x = x + spread @ _solved(inner, spread.T @ x)
+        x = x + spread @ solved(inner, spread.T @ x)
         return _other_half(lower, x).to(v)
 
     return apply
@@ -145,10 +145,23 @@ def _downdated(damped: Damped, removed: Removed, v: Tensor) -> Tensor:
     if settled:
         return _other_half(lower, found).to(v)
     a = removed.root()
-    return _solved(_cholesky(damped.curvature - (a.T @ a).double(), damped.damping), v)
+    return solved(_cholesky(damped.curvature - (a.T @ a).double(), damped.damping), v)
 
 
-def _solved(lower: Tensor, v: Tensor) -> Tensor:
+def solved(lower: Tensor, v: Tensor) -> Tensor:
+    """Solves L L^T x = v.
+
+    Args:
+        lower: Cholesky factor L, [feature, feature].
+        v: [feature], of any dtype.
+
+    Returns:
+        x, in the dtype of v.
+
+    Example:
+        >>> solved(torch.diag(torch.tensor([1.0, 2.0])), torch.tensor([3.0, 8.0]))
+        tensor([3., 2.])
+    """
     return _other_half(lower, _half(lower, v.to(lower))).to(v)
 
 

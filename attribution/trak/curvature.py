@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attribution.gradients import Features, output_cotangents
 from attribution.losses import Loss
+from attribution.newton.inverse import solved
 from attribution.seeds import generator
 from attribution.task import Rows, Task
 
@@ -107,11 +108,11 @@ def condition_number(lower: Tensor, seed: int = 0) -> float:
         >>> round(condition_number(torch.linalg.cholesky(matrix)), 3)
         16.0
     """
-    start = generator(seed, "condition number").standard_normal((len(lower), 1))
+    start = generator(seed, "condition number").standard_normal(len(lower))
     high = low = torch.from_numpy(start).to(lower)
     for _ in range(ITERATIONS):
         high, low = high / high.norm(), low / low.norm()
-        high, low = lower @ (lower.T @ high), torch.cholesky_solve(low, lower)
+        high, low = lower @ (lower.T @ high), solved(lower, low)
     return float(high.norm() * low.norm())
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from attribution.effects import (
     object_rows,
     stored_wide,
 )
-from attribution.gradients import Features
+from attribution.gradients import Features, compute_curvatures
 from attribution.newton.inverse import Damped
 from attribution.products import products_by
 from attribution.task import Rows, Task
@@ -136,14 +136,17 @@ def fit_trak(
         dtype,
         min(top, train),
     )
-    features = replace(features)  # without caches, which would travel to the workers
     store = _score_store(features, place(to) / "scores", chosen)
     if store.pending():
         at = None if scheduler else workers
         run = partial(run_blocks, workers=at, scheduler=scheduler)
+        paths = [place(to) / f"rows-{checkpoint}" for checkpoint in range(len(features))]
+        new = [checkpoint for checkpoint, path in enumerate(paths) if not path.taken()]
+        if weighting and stored_wide(dtype) == "float32":
+            compute_curvatures(features, [1.0], new, workers=at, scheduler=scheduler)
         rows = tuple(
-            _solved_rows(features, checkpoint, place(to) / f"rows-{checkpoint}", chosen, run)
-            for checkpoint in range(len(features))
+            _solved_rows(features, checkpoint, path, chosen, run)
+            for checkpoint, path in enumerate(paths)
         )
         work = ScoreBlock(features, rows, store.path, BLOCK_BYTES, chosen.top)
         run(in_turns(work, store), store.pending(), title=f"TRAK scores of {features.task.name}")
