@@ -25,6 +25,7 @@ from stores import (
     Store,
     Where,
     advance,
+    gather,
     in_turns,
     name_blocks,
     run_blocks,
@@ -129,14 +130,11 @@ class Ensemble:
                 f"{self.store.path} kept no weights: train it with"
                 " train_models(..., keep='weights')"
             )
-        chosen = list(range(len(self)) if models is None else models)
+        chosen = np.arange(len(self)) if models is None else np.asarray(models, dtype=np.int64)
         keys = state_keys(self.store)
-        return {key: torch.from_numpy(self._rows(name, chosen)) for name, key in keys.items()}
-
-    def _rows(self, name: str, models: Sequence[int]) -> np.ndarray[Any, Any]:
-        size = self.store.spec.block
-        blocks = {i: self.store.numpy(name, i) for i in sorted({m // size for m in models})}
-        return np.stack([blocks[m // size][m % size] for m in models])
+        return {
+            key: torch.from_numpy(gather(self.store, name, chosen)) for name, key in keys.items()
+        }
 
     def model(self, index: int) -> Model:
         """One of its models; the rows it never saw count as forgotten."""
