@@ -1,5 +1,6 @@
 """Ensembles: models trained on given subsets, their outputs and weights in a resumable store."""
 
+import operator
 import os
 import warnings
 from collections.abc import Sequence
@@ -130,7 +131,8 @@ class Ensemble:
                 f"{self.store.path} kept no weights: train it with"
                 " train_models(..., keep='weights')"
             )
-        chosen = np.arange(len(self)) if models is None else np.asarray(models, dtype=np.int64)
+        numbers = range(len(self)) if models is None else map(operator.index, models)
+        chosen = np.fromiter(numbers, np.int64)
         keys = state_keys(self.store)
         return {
             key: torch.from_numpy(gather(self.store, name, chosen)) for name, key in keys.items()

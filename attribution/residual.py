@@ -99,6 +99,7 @@ def residual_models(
     Raises:
         ValueError: models of other rows than group Newton's, one that lacks no row, or a folder
             that holds what was made from something else.
+        BlocksFailed: blocks failed repeatedly; what was finished is kept.
 
     Source: ours; a linear datamodel (arXiv 2202.00622) around a prior mean.
     """

@@ -1,7 +1,7 @@
 """Projected per-example gradients, computed layer by layer and never formed in full."""
 
 from attribution.gradients.cotangents import output_cotangents
-from attribution.gradients.curvatures import compute_curvatures
+from attribution.gradients.curvature_blocks import compute_curvatures
 from attribution.gradients.features import Features
 from attribution.gradients.featurizing import featurize
 from attribution.gradients.projection import Projection

@@ -1,43 +1,20 @@
 """Reads features of stored checkpoints: rows, products, and the factors that J is made of."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from attribution.gradients.jacobian import Dense, Factored, Factors, Jacobian
-from attribution.gradients.projection import SparseProjection
+from attribution.gradients.jacobian import Dense, Factored, Factors
 from attribution.task import Task
 from stores import Store, StoreSpec, gather, mapped
 
 CACHE_BYTES = 2**20  # of rows that are converted at once; fits a core's cache
-FACTOR_BYTES = 16 * 2**20  # of the factors of all training rows that are kept in memory
+PIECE_BYTES = 16 * 2**20  # of the factors of rows that are read at once
 Which = Literal["all", "train"]
 
 Numbers = np.ndarray[Any, Any]
-
-
-def stored_factors(store: Store) -> Factors | None:
-    """How a store's features are made of the factors it keeps.
-
-    Args:
-        store: of a checkpoint's features.
-
-    Returns:
-        Sizes and S of each layer; None where no factors are kept.
-    """
-    if "factors" not in store.spec.arrays:
-        return None
-    outputs, inputs, sizes = zip(*store.attributes["factors"], strict=True)
-    widths = [a * b for a, b in zip(outputs, inputs, strict=True)]
-    dealt = torch.from_numpy(store.constant("dealt")).split(widths)
-    sparse = [
-        SparseProjection(width, width)
-        if size == width
-        else SparseProjection(width, size, part.abs() - 1, part.sign().float())
-        for width, size, part in zip(widths, sizes, dealt, strict=True)
-    ]
-    return Factors(inputs, outputs, tuple(sparse))
 
 
 def in_full(stored: Numbers, scale: Numbers | None) -> Numbers:
@@ -109,36 +86,48 @@ def all_outputs(store: Store, rows: Numbers) -> Numbers:
     return found
 
 
-def factored_rows(store: Store, factors: Factors, rows: int) -> Factored | None:
-    """J of the first rows in one piece, where their factors fit into a few MiB.
+def factored_pieces(store: Store, factors: Factors, rows: int) -> Iterator[tuple[slice, Factored]]:
+    """J of the first rows, consecutive blocks joined as long as their factors take 16 MiB or less.
 
     Args:
         store: of a checkpoint's features, which keeps factors.
         factors: how they are made of them.
         rows: how many.
 
-    Returns:
-        J; None where the factors are larger.
+    Yields:
+        Positions of some rows, in order, and their J.
 
     Raises:
         ValueError: a block is pending or damaged.
     """
+    size = store.spec.block
+    together = max(1, PIECE_BYTES // (size * factor_bytes(store, 1)))
+    for first in range(0, -(-rows // size), together):
+        span = slice(first * size, min((first + together) * size, rows))
+        blocks = range(first, -(-span.stop // size))
+        parts = [torch.from_numpy(mapped(store, "factors", block)) for block in blocks]
+        yield span, Factored(factors, torch.cat(parts)[: span.stop - span.start])
+
+
+def factor_bytes(store: Store, rows: int) -> int:
+    """Bytes of the factors of so many rows.
+
+    Args:
+        store: of a checkpoint's features, which keeps factors.
+        rows: how many.
+
+    Returns:
+        The bytes.
+    """
     array = store.spec.array("factors")
-    if rows * array.shape[1] * np.dtype(array.dtype).itemsize > FACTOR_BYTES:
-        return None
-    blocks = range(-(-rows // store.spec.block))
-    parts = [torch.from_numpy(mapped(store, "factors", block)) for block in blocks]
-    return Factored(factors, torch.cat(parts)[:rows])
+    return rows * array.shape[1] * np.dtype(array.dtype).itemsize
 
 
-def block_jacobian(
-    store: Store, factors: Factors | None, block: int, rows: Numbers | slice
-) -> Jacobian:
-    """J of some rows of one block, mapped from the disk where it can be.
+def block_dense(store: Store, block: int, rows: Numbers | slice) -> Dense:
+    """J of some rows of one block as it is stored, mapped from the disk where it can be.
 
     Args:
         store: of a checkpoint's features.
-        factors: how they are made of the factors it keeps; None where it keeps none.
         block: number of a block.
         rows: positions within the block.
 
@@ -148,8 +137,6 @@ def block_jacobian(
     Raises:
         ValueError: the block is pending or damaged.
     """
-    if factors is not None:
-        return Factored(factors, torch.from_numpy(mapped(store, "factors", block)[rows]))
     if "scale" in store.spec.arrays:
         return Dense(torch.from_numpy(block_features(store, block)[rows]))
     return Dense(torch.from_numpy(mapped(store, "features", block)[rows]))
@@ -158,7 +145,9 @@ def block_jacobian(
 def block_product(
     store: Store, factors: Factors | None, block: int, direction: Numbers, rows: Numbers
 ) -> Numbers:
-    """J d for some rows of one block; a block of which most is wanted is read as a whole.
+    """J d for some rows of one block, from factors where they are kept.
+
+    Without factors a block of which most is wanted is read as a whole.
 
     Args:
         store: of a checkpoint's features.
@@ -174,8 +163,8 @@ def block_product(
         ValueError: the block is pending or damaged.
     """
     if factors is not None:
-        found = block_jacobian(store, factors, block, rows).times(torch.from_numpy(direction))
-        return np.asarray(found.numpy())
+        few = torch.from_numpy(mapped(store, "factors", block)[rows])
+        return np.asarray(Factored(factors, few).times(torch.from_numpy(direction)).numpy())
     values = mapped(store, "features", block)
     scale = mapped(store, "scale", block) if "scale" in store.spec.arrays else None
     some = 2 * len(rows) < len(values)

@@ -12,9 +12,13 @@ from torch import Tensor
 from attribution import effects
 from attribution.devices import repeatable
 from attribution.forget import ForgetSet
-from attribution.gradients.jacobian import Factors
 from attribution.gradients.projection import Projection
 from attribution.gradients.projector import GradientProjector, gradient_projector
+from attribution.gradients.stored_factors import (
+    factor_attributes,
+    factor_constants,
+    worth_keeping,
+)
 from attribution.model import Model
 from attribution.task import State, Task
 from attribution.training import threads
@@ -85,6 +89,7 @@ def create_store(
     projection: Projection,
     *,
     dtype: str,
+    factors: bool,
     block: int | None,
     device: str,
 ) -> Store:
@@ -97,6 +102,7 @@ def create_store(
         checkpoint: its number.
         projection: settings.
         dtype: of the features on disk.
+        factors: whether to keep factors where it is worth it; an existing store stays as it is.
         block: targets of a block; None: as many as make about 16 MiB.
         device: where features are computed.
 
@@ -123,16 +129,16 @@ def create_store(
         "sources": task.sources(),
     }
     there = _same_settings(path, settings)
-    factors = _worth_keeping(run.factors, run.outputs.shape[1], projector.size, dtype)
-    if there is not None and "factors" not in there.spec.arrays:
-        factors = None  # made by a version that kept none
+    kept = worth_keeping(run.factors, run.outputs.shape[1], projector.size, dtype)
+    if not factors or (there is not None and "factors" not in there.spec.arrays):
+        kept = None
     layout = Layout(
         len(task.target_ids),
         run.outputs.shape[1],
         projector.size,
         dtype,
         str(run.outputs.dtype).removeprefix("torch."),
-        factors.size(run.outputs.shape[1]) if factors else 0,
+        kept.size(run.outputs.shape[1]) if kept else 0,
     )
     constants = {f"weights_{i}": value.numpy() for i, value in enumerate(model.state.values())}
     attributes = {
@@ -144,9 +150,9 @@ def create_store(
         path,
         layout.spec(block),
         Provenance(settings, recorded),
-        constants=constants | ({"dealt": _dealt(factors)} if factors else {}),
+        constants=constants | (factor_constants(kept) if kept else {}),
         ids={"train": task.train_ids, "target": task.target_ids},
-        attributes=attributes | ({"factors": _sizes(factors)} if factors else {}),
+        attributes=attributes | (factor_attributes(kept) if kept else {}),
     )
 
 
@@ -157,31 +163,6 @@ def _same_settings(path: Where, settings: Mapping[str, Any]) -> Store | None:
     store = Store.open(path, KIND)
     check_provenance(Provenance(store.provenance.settings), Provenance(settings), store.path)
     return store
-
-
-def _worth_keeping(
-    factors: Factors | None, outputs: int, features: int, dtype: str
-) -> Factors | None:
-    """Factors where products with them read half as much or less, and nothing was rounded."""
-    if factors is None or dtype == "float16":
-        return None
-    return factors if 2 * factors.size(outputs) <= outputs * features else None
-
-
-def _sizes(factors: Factors) -> list[list[int]]:
-    sizes = zip(factors.outputs, factors.inputs, factors.sparse, strict=True)
-    return [[outputs, inputs, sparse.size] for outputs, inputs, sparse in sizes]
-
-
-def _dealt(factors: Factors) -> Numbers:
-    """Order and signs of all layers' S in one row: the place counted from 1, times the sign."""
-    parts = [
-        (1 + sparse.order) * sparse.signs.long()
-        if sparse.order is not None and sparse.signs is not None
-        else 1 + torch.arange(sparse.width)
-        for sparse in factors.sparse
-    ]
-    return torch.cat(parts).numpy()
 
 
 def stored_model(task: Task, store: Store) -> Model:

@@ -1,6 +1,6 @@
 """Features of every output on every target, one store a checkpoint, computed block by block."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -13,12 +13,12 @@ from attribution.gradients.curvature import stored_curvature
 from attribution.gradients.feature_reading import (
     Numbers,
     all_outputs,
-    block_jacobian,
+    block_dense,
     block_product,
     blocks_of,
-    factored_rows,
+    factor_bytes,
+    factored_pieces,
     in_full,
-    stored_factors,
 )
 from attribution.gradients.feature_store import (
     KIND,
@@ -30,6 +30,7 @@ from attribution.gradients.feature_store import (
 )
 from attribution.gradients.jacobian import Dense, Factored, Factors, Jacobian
 from attribution.gradients.projector import GradientProjector
+from attribution.gradients.stored_factors import stored_factors
 from attribution.model import Model
 from attribution.task import Rows, Task
 from stores import (
@@ -40,6 +41,8 @@ from stores import (
     in_turns,
     run_blocks,
 )
+
+KEPT_BYTES = 128 * 2**20  # of the factors of all checkpoints' training rows that stay in memory
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,7 @@ class Features:
         return found
 
     def blocks(self, checkpoint: int) -> Iterator[tuple[slice, Jacobian]]:
-        """J of the training rows, block by block, mapped into memory.
+        """J of the training rows piece by piece: as factors, or block by block mapped into memory.
 
         Args:
             checkpoint: number of the checkpoint.
@@ -217,15 +220,15 @@ class Features:
             Positions of some training rows, in order, and their J.
         """
         store, count = self.stores[checkpoint], len(self.task.train_ids)
-        whole = self._in_one_piece(checkpoint)
-        if whole is not None:
-            yield slice(0, count), whole
+        factors = self._factors(checkpoint)
+        if factors is not None:
+            yield from self._pieces(checkpoint, factors)
             return
         for block in blocks_of(self.task, store.spec, "train"):
             span = store.spec.span(block)
             rows = slice(span.start, min(span.stop, count))
             few = slice(rows.stop - rows.start)
-            yield rows, block_jacobian(store, self._factors(checkpoint), block, few)
+            yield rows, block_dense(store, block, few)
 
     def first(self, count: int) -> "Features":
         """The features of its first checkpoints."""
@@ -261,14 +264,19 @@ class Features:
             self._known_factors[checkpoint] = stored_factors(self.stores[checkpoint])
         return self._known_factors[checkpoint]
 
-    def _in_one_piece(self, checkpoint: int) -> Factored | None:
-        factors, count = self._factors(checkpoint), len(self.task.train_ids)
-        if factors is not None and checkpoint not in self._whole:
-            self._whole[checkpoint] = factored_rows(self.stores[checkpoint], factors, count)
-        return self._whole.get(checkpoint)
+    def _pieces(self, checkpoint: int, factors: Factors) -> Iterable[tuple[slice, Jacobian]]:
+        """J of the training rows as factors, which stay in memory where they are few."""
+        store, count = self.stores[checkpoint], len(self.task.train_ids)
+        if checkpoint in self._kept_pieces:
+            return self._kept_pieces[checkpoint]
+        pieces = factored_pieces(store, factors, count)
+        if len(self) * factor_bytes(store, count) > KEPT_BYTES:
+            return pieces
+        self._kept_pieces[checkpoint] = list(pieces)
+        return self._kept_pieces[checkpoint]
 
     @cached_property
-    def _whole(self) -> dict[int, Factored | None]:
+    def _kept_pieces(self) -> dict[int, list[tuple[slice, Factored]]]:
         return {}
 
     @cached_property

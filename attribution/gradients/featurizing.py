@@ -20,6 +20,7 @@ def featurize(
     *,
     projection: Projection = Projection(),  # noqa: B008 - frozen
     dtype: str = "float32",
+    factors: bool = True,
     block: int | None = None,
     device: str = "cpu",
     workers: int | None = 0,
@@ -38,6 +39,10 @@ def featurize(
         projection: settings.
         dtype: of the features on disk: float16 (with a scale for each target and output),
             float32 or float64.
+        factors: whether to keep, beside features in full precision of a model whose layers are all
+            Linear, are called once and see one position a row, the two vectors a layer that they
+            are made of: products with the features then read those only, a tenth or less. False
+            for a model that calls its layers otherwise for some rows.
         block: targets of a block; None: as many as make about 16 MiB. Another block changes the
             numbers in their last digits, so a store made with another one is refused.
         device: where to compute.
@@ -84,6 +89,7 @@ def featurize(
             number,
             projection,
             dtype=dtype,
+            factors=factors,
             block=block,
             device=device,
         )

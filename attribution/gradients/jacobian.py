@@ -19,9 +19,8 @@ class Jacobian(ABC):
                 [3.]])
     """
 
-    @property
     @abstractmethod
-    def values(self) -> Tensor:
+    def dense(self) -> Tensor:
         """J itself, [row, output, feature]."""
 
     @abstractmethod
@@ -39,15 +38,14 @@ class Dense(Jacobian):
     """Gradients as they are.
 
     Args:
-        stored: J, [row, output, feature].
+        values: J, [row, output, feature].
     """
 
-    stored: Tensor = field(repr=False)
+    values: Tensor = field(repr=False)
 
-    @property
-    def values(self) -> Tensor:
+    def dense(self) -> Tensor:
         """J itself."""
-        return self.stored
+        return self.values
 
     def times(self, direction: Tensor) -> Tensor:
         """J_i d."""
@@ -127,8 +125,7 @@ class Factored(Jacobian):
     factors: Factors
     rows: Tensor = field(repr=False)
 
-    @property
-    def values(self) -> Tensor:
+    def dense(self) -> Tensor:
         """J itself, made for this call."""
         return self.factors.dense(self.rows)
 

@@ -169,9 +169,11 @@ class Linearisation:
 
     @cached_property
     def factors(self) -> Factors | None:
-        """How features are made of factors; None unless each layer is Linear and sees one position.
+        """How features are made of factors; None for models that are not made of such layers.
 
-        Such a model is a multilayer perceptron, or a head on inputs that are computed beforehand.
+        Each layer must be Linear, be called once and see one position a row, and no trainable
+        parameter may lie outside them, as in a multilayer perceptron, or in a head on inputs that
+        are computed beforehand.
         """
         plan, calls, blocks = self.projector.plan, self.captured.calls, self._linear
         flat = all(call.inputs.ndim == 2 for _, call in calls)
@@ -186,11 +188,18 @@ class Linearisation:
 
         Raises:
             ValueError: the features of these rows are not made of factors.
+
+        Example:
+            >>> projector = gradient_projector(nn.Linear(2, 1, bias=False), Projection())
+            >>> state, inputs = projector.module.state_dict(), torch.tensor([[3.0, 4.0]])
+            >>> projector.linearise(state, inputs).factor_rows(10 * torch.ones(1, 1, 1))
+            tensor([[ 3.,  4., 10.]])
         """
         if self.factors is None:
             raise ValueError(
                 "the model calls its layers otherwise for some rows than for others: its features"
-                " cannot be kept as factors; keep them in float16, which keeps none"
+                " cannot be kept as factors; remove what was made of them, and make them with"
+                " featurize(..., factors=False)"
             )
         cotangents, blocks = self._checked(cotangents), self._linear
         spans = [slice(*ends) for ends in pairwise(accumulate(self.factors.outputs, initial=0))]

@@ -15,7 +15,7 @@ from attribution.gradients import compute_curvatures
 from attribution.losses import SquaredError
 from attribution.newton.calibration import STEPS
 from attribution.newton.group import GroupNewton
-from attribution.newton.inverse import TooLittleDamping
+from attribution.newton.inverse import Damped, TooLittleDamping
 from attribution.outputs import Array
 from attribution.training import threads
 from stores import ArraySpec, Place, Provenance, Store, StoreSpec, in_turns, run_blocks
@@ -27,7 +27,7 @@ STEPS_TO_CHOOSE = 2
 LARGE = 1e300  # a store takes no infinity
 APART = 4.0  # a candidate beyond the last one is so many times as large, or as small
 MOST_BEYOND = 5
-CASES_TOGETHER = 5  # for which one factor of the damped curvature is made
+CASES_TOGETHER = 2  # for which one factor of the damped curvature is made
 NEAR = 0.01  # what explains all but this share of what the best explains is as good
 
 
@@ -196,15 +196,21 @@ def _steps(
     """
     for numbers in _alike(range(len(candidates)), lambda n: candidates[n].temperature):
         newton = candidates[numbers[0]]
-        removals = [newton.removal(checkpoint, case.forget) for case in cases]
-        for same in _alike(numbers, lambda n: candidates[n].damping):
-            most = [candidates[n].most_steps for n in same]
-            # Anew: factors of all candidates at once would fill the memory.
-            damped = replace(candidates[same[0]]).damped(checkpoint, removals[0])
-            for case, removal in enumerate(removals):
+        groups = _alike(numbers, lambda n: candidates[n].damping)
+        factors = [_damped(candidates[same[0]], checkpoint) for same in groups]
+        for case, given in enumerate(cases):
+            removal = newton.removal(checkpoint, given.forget)
+            for same, damped in zip(groups, factors, strict=True):
+                most = [candidates[n].most_steps for n in same]
                 with suppress(TooLittleDamping):
                     for n, step in zip(same, removal.steps(damped, most), strict=True):
                         yield case, n, step
+
+
+def _damped(candidate: GroupNewton, checkpoint: int) -> Damped:
+    assert candidate.damping is not None
+    # Of a copy, which does not keep it: factors of all candidates would fill the memory.
+    return replace(candidate).damped(checkpoint, candidate.damping)
 
 
 def _alike(numbers: Iterable[int], key: Callable[[int], float | None]) -> list[list[int]]:

@@ -180,7 +180,8 @@ class GroupNewton(Counterfactual):
             ValueError: a forget set of other data, or too little damping.
         """
         removal = self.removal(checkpoint, forget, before, after)
-        return removal.steps(self.damped(checkpoint, removal), [self.most_steps])[0]
+        damped = self.damped(checkpoint, self._damping(removal.kept))
+        return removal.steps(damped, [self.most_steps])[0]
 
     def removal(
         self, checkpoint: int, forget: ForgetSet, before: float = 1.0, after: float = 0.0
@@ -221,17 +222,17 @@ class GroupNewton(Counterfactual):
             kept=n - (1 - after) * len(forget),
         )
 
-    def damped(self, checkpoint: int, removal: Removal) -> Damped:
-        """H + lambda I of all rows, with the damping that a removal of rows takes; it is kept.
+    def damped(self, checkpoint: int, damping: float) -> Damped:
+        """H + lambda I of all rows; the latest one of each checkpoint is kept.
 
         Args:
             checkpoint: number of the checkpoint.
-            removal: tells how many rows are kept.
+            damping: lambda.
 
         Returns:
             It.
         """
-        known, damping = self._kept_factors.get(checkpoint), self._damping(removal.kept)
+        known = self._kept_factors.get(checkpoint)
         if known is None or known.damping != damping:
             curvature = self.features.curvature(checkpoint, self._temperature)
             known = Damped(torch.from_numpy(curvature), damping)

@@ -15,8 +15,8 @@ Blocks = Callable[[], Iterator[tuple[slice, Jacobian]]]
 Weights = tuple[Tensor, Tensor]
 
 # The linearisation itself is far rougher than these.
-ENOUGH, INNER_ENOUGH = 1e-2, 0.1
-INNER_STEPS = 10
+ENOUGH, INNER_ENOUGH = 1e-2, 0.03
+INNER_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ def retrain(
     inverse: Inverse,
     *,
     steps: int,
-) -> Tensor:
-    """The step d that retraining with other weights of the rows takes in the linearised model.
+) -> list[Tensor]:
+    """The steps d that retraining with other weights of the rows takes in the linearised model.
 
     It solves sum_i J_i^T (after_i g_i(z_i + J_i d) - before_i g_i(z_i)) + lambda d = 0 by Newton's
     method: what the checkpoint leaves of its own gradient is put down to weight decay. The first
-    step has R as it is at the checkpoint; for the later ones conjugate gradients take the first
-    system as preconditioner.
+    step has R as it is at the checkpoint; the later ones are solved roughly, by conjugate gradients
+    that take the first system, or what is near it, as preconditioner.
 
     Args:
         problem: the linearised model.
@@ -114,11 +114,11 @@ def retrain(
             mean of losses the weights before are scaled to the sum of those after.
         damping: lambda, in units of the sum of the rows' losses.
         pull: sum_i (before_i - after_i) J_i^T g_i, [feature].
-        inverse: applies (sum_i after_i J_i^T R_i J_i + lambda I)^-1, R at the checkpoint.
+        inverse: solves with sum_i after_i J_i^T R_i J_i + lambda I, R at the checkpoint.
         steps: Newton steps at most, the first included.
 
     Returns:
-        d, [feature].
+        d after each step, [feature]; the last one is the solution where there are fewer.
 
     Example:
         >>> from attribution.gradients.jacobian import Dense
@@ -129,18 +129,20 @@ def retrain(
         >>> pull = torch.tensor([-1.0])  # of the second row: 1 - 2
         >>> weights = torch.ones(2), torch.tensor([1.0, 0.0])
         >>> retrain(problem, weights, 0.0, pull, Inverse(torch.clone, torch.clone), steps=3)
-        tensor([-1.])
+        [tensor([-1.])]
     """
-    before, step, last = torch.zeros_like(pull), inverse.exact(pull), float(pull.norm())
+    before, path, last = torch.zeros_like(pull), [inverse.exact(pull)], float(pull.norm())
     for _ in range(steps - 1):
+        step = path[-1]
         residual, curvatures = problem.residual(weights, damping, step)
         size = float(residual.norm())
         if size > last:
-            step = (before + step) / 2
+            path.append((before + step) / 2)
             continue
         if size <= ENOUGH * float(pull.norm()):
             break
         before, last = step, size
+        # R is positive semidefinite: what is found always leads down, settled or not.
         further, _ = conjugate(
             lambda v, r=curvatures: problem.curved(r, damping, v),  # type: ignore[misc]
             residual,
@@ -148,5 +150,5 @@ def retrain(
             enough=INNER_ENOUGH,
             most=INNER_STEPS,
         )
-        step = step - further
-    return step
+        path.append(step - further)
+    return path

@@ -19,6 +19,18 @@ class Removal:
         pull: sum_i (before_i - after_i) J_i^T g_i, [feature].
         removed: sum_i (1 - after_i) J_i^T R_i J_i, R at the checkpoint.
         kept: sum of the weights after.
+
+    Example:
+        >>> import torch
+        >>> from attribution.gradients.jacobian import Dense
+        >>> from attribution.losses import SquaredError
+        >>> j, z, y = Dense(torch.ones(2, 1, 1)), torch.ones(2, 1), torch.tensor([[0.0], [2.0]])
+        >>> problem = Linearised(lambda: iter([(slice(0, 2), j)]), z, y, SquaredError())
+        >>> second = Removed(Dense(torch.ones(1, 1, 1)), torch.ones(1, 1, 1))
+        >>> weights = torch.ones(2), torch.tensor([1.0, 0.0])
+        >>> removal = Removal(problem, weights, torch.tensor([-1.0]), second, kept=1.0)
+        >>> removal.steps(Damped(2 * torch.eye(1, dtype=torch.float64), 1.0), [1])
+        [tensor([-0.5000])]
     """
 
     problem: Linearised = field(repr=False)
@@ -40,8 +52,6 @@ class Removal:
         Raises:
             TooLittleDamping: what is left is not positive definite.
         """
-        inverse, lambda_ = without(damped, self.removed), damped.damping
-        return [
-            retrain(self.problem, self.weights, lambda_, self.pull, inverse, steps=number)
-            for number in numbers
-        ]
+        inverse, most = without(damped, self.removed), max(numbers)
+        path = retrain(self.problem, self.weights, damped.damping, self.pull, inverse, steps=most)
+        return [path[min(number, len(path)) - 1] for number in numbers]

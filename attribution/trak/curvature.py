@@ -52,7 +52,7 @@ def gram_matrix(features: Features, checkpoint: int, *, weighting: bool, dtype: 
     Returns:
         H, [k, k].
     """
-    if weighting and dtype == "float32":
+    if is_stored(weighting=weighting, dtype=dtype):
         return features.curvature(checkpoint)
     number = torch.float64 if dtype == "float64" else torch.float32
     found = torch.zeros(features.width, features.width, dtype=torch.float64)
@@ -62,6 +62,23 @@ def gram_matrix(features: Features, checkpoint: int, *, weighting: bool, dtype: 
         weights = _weights(features.task.loss, outputs, features.task.targets(rows)[1], weighting)
         found += (j.flatten(0, 1).T @ (weights @ j).flatten(0, 1)).double()
     return ((found + found.T) / 2).numpy()
+
+
+def is_stored(*, weighting: bool, dtype: str) -> bool:
+    """Whether `gram_matrix` takes the curvature that is kept beside the features.
+
+    Args:
+        weighting: whether R stands in the sum.
+        dtype: of the products.
+
+    Returns:
+        True where it does.
+
+    Example:
+        >>> is_stored(weighting=True, dtype="float32"), is_stored(weighting=True, dtype="float64")
+        (True, False)
+    """
+    return weighting and dtype == "float32"
 
 
 def _weights(loss: Loss, outputs: Tensor, labels: Tensor, weighting: bool) -> Tensor:

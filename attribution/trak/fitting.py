@@ -23,6 +23,7 @@ from attribution.training import threads
 from attribution.trak.curvature import (
     condition_number,
     gram_matrix,
+    is_stored,
     natural_damping,
     warn_if_ill_conditioned,
 )
@@ -142,7 +143,7 @@ def fit_trak(
         run = partial(run_blocks, workers=at, scheduler=scheduler)
         paths = [place(to) / f"rows-{checkpoint}" for checkpoint in range(len(features))]
         new = [checkpoint for checkpoint, path in enumerate(paths) if not path.taken()]
-        if weighting and stored_wide(dtype) == "float32":
+        if is_stored(weighting=weighting, dtype=stored_wide(dtype)):
             compute_curvatures(features, [1.0], new, workers=at, scheduler=scheduler)
         rows = tuple(
             _solved_rows(features, checkpoint, path, chosen, run)

@@ -110,8 +110,10 @@ def optimum(task, rows):
     return Model(task, {"weight": weights[:, :3].clone(), "bias": weights[:, 3].clone()})
 
 
+@pytest.mark.parametrize("few", [0, 1000], ids=["gradients", "Woodbury"])
 @pytest.mark.parametrize("rows", [FEW, range(0, 40, 2)], ids=["few", "one class"])
-def test_steps_end_where_retraining_does(logistic, tmp_path, rows, monkeypatch):
+def test_steps_end_where_retraining_does(logistic, tmp_path, rows, few, monkeypatch):
+    monkeypatch.setattr(inverse, "FEW", few)
     before = optimum(logistic, range(60))
     after = optimum(logistic, np.setdiff1d(np.arange(60), rows)).outputs()
     features = featurize(logistic, [before], tmp_path / "f", projection=EXACT)
@@ -122,7 +124,7 @@ def test_steps_end_where_retraining_does(logistic, tmp_path, rows, monkeypatch):
         found = newton.predict(before, ForgetSet.at(logistic, rows)).mean
         return np.linalg.norm(found - after) / np.linalg.norm(after)
 
-    assert off(8) < 1e-3 < off(1)
+    assert off(8) < 0.1 * off(1)
     monkeypatch.setattr(linearised, "ENOUGH", 1e-6)
     assert off(30) < 1e-5
 

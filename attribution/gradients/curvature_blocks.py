@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from attribution.devices import visible_gpus
 from attribution.gradients.features import Features
 from stores import run_blocks
 
@@ -44,7 +46,9 @@ def compute_curvatures(
     pairs = tuple((checkpoint, t) for t in temperatures for checkpoint in numbers)
     work = _Curvatures(features, pairs)
     at = None if scheduler else workers
-    run_blocks(work, range(len(pairs)), title="curvatures", workers=at, scheduler=scheduler)
+    gpus = visible_gpus(features.device, at, scheduler)
+    where: dict[str, Any] = {"workers": at, "scheduler": scheduler, "gpus": gpus}
+    run_blocks(work, range(len(pairs)), title="curvatures", **where)
 
 
 @dataclass(frozen=True)
