@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from attribution import Ensemble
+from attribution.gradients.jacobian import Factored
 from stores import Store
 from tests.attribution.purging.runs import (
     CLEARED,
@@ -45,6 +46,12 @@ def test_features_lose_rows_and_nothing_else(whole, left):
     for c in range(3):
         before = whole.features.gather(c, np.array(TARGETS_LEFT))
         np.testing.assert_array_equal(left.features.gather(c, np.arange(44)), before)
+        factors = [run.features.jacobian(c, rows) for run, rows in
+                   ((whole, np.array(TARGETS_LEFT)), (left, np.arange(44)))]  # fmt: skip
+        assert all(isinstance(j, Factored) for j in factors)
+        assert torch.equal(factors[0].dense(), factors[1].dense())
+        dealt = [run.features.stores[c].constant("dealt") for run in (whole, left)]
+        np.testing.assert_array_equal(*dealt)
 
 
 def test_values_recorded_in_a_run_lose_rows_and_targets(whole, left):
