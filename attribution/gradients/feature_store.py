@@ -130,7 +130,7 @@ def create_store(
     }
     there = _same_settings(path, settings)
     kept = worth_keeping(run.factors, run.outputs.shape[1], projector.size, dtype)
-    if not factors or (there is not None and "factors" not in there.spec.arrays):
+    if not (factors if there is None else "factors" in there.spec.arrays):
         kept = None
     layout = Layout(
         len(task.target_ids),

@@ -41,8 +41,9 @@ def featurize(
             float32 or float64.
         factors: whether to keep, beside features in full precision of a model whose layers are all
             Linear, are called once and see one position a row, the two vectors a layer that they
-            are made of: products with the features then read those only, a tenth or less. False
-            for a model that calls its layers otherwise for some rows.
+            are made of, where they are half as many numbers or less: products with the features
+            then read those only. False for a model that calls its layers otherwise for some rows.
+            What is there already stays as it is.
         block: targets of a block; None: as many as make about 16 MiB. Another block changes the
             numbers in their last digits, so a store made with another one is refused.
         device: where to compute.

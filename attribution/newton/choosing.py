@@ -209,7 +209,7 @@ def _steps(
 
 def _damped(candidate: GroupNewton, checkpoint: int) -> Damped:
     assert candidate.damping is not None
-    # Of a copy, which does not keep it: factors of all candidates would fill the memory.
+    # Of a copy, which does not keep it: more than those of one temperature would fill the memory.
     return replace(candidate).damped(checkpoint, candidate.damping)
 
 

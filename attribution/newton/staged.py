@@ -100,6 +100,7 @@ class StagedNewton(Counterfactual):
             [Model(task, state)],
             f"{folder}/features",
             projection=features.projector(0).projection,
+            factors="factors" in features.stores[0].spec.arrays,
             device=features.device,
             targets="train",
         )

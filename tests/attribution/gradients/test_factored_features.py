@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from attribution import ForgetSet, GroupNewton
+from attribution import ForgetSet, GroupNewton, StagedNewton
 from attribution.gradients import (
     Features,
     Projection,
@@ -195,3 +195,13 @@ def test_a_model_that_changes_its_mind_has_none(tmp_path):
     made = featurize(task, [checkpoint(task)], tmp_path / "g", factors=False, **given)
     assert kept(made) == [False]
     assert made.stores[0].verify() == []
+    newton = GroupNewton(task, made, damping=0.5)
+    change = StagedNewton(newton, 2).change(ForgetSet.at(task, np.array([3, 8])))
+    assert np.isfinite(change.mean).all()
+
+
+def test_what_is_there_keeps_its_factors(task, checkpoints, made, tmp_path):
+    given = {"projection": WIDE, "block": 10}
+    featurize(task, checkpoints, tmp_path / "f", targets="train", **given)
+    resumed = featurize(task, checkpoints, tmp_path / "f", factors=False, **given)
+    assert bits(resumed) == bits(made)

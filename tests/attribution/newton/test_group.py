@@ -16,6 +16,7 @@ from attribution import (
     featurize,
     train_models,
 )
+from attribution.gradients.jacobian import Factored
 from attribution.losses import SquaredError
 from attribution.newton import inverse, linearised
 from attribution.newton.group import spread_over_checkpoints
@@ -117,6 +118,7 @@ def test_steps_end_where_retraining_does(logistic, tmp_path, rows, few, monkeypa
     before = optimum(logistic, range(60))
     after = optimum(logistic, np.setdiff1d(np.arange(60), rows)).outputs()
     features = featurize(logistic, [before], tmp_path / "f", projection=EXACT)
+    assert isinstance(features.jacobian(0, np.array([0])), Factored)
 
     def off(steps):
         left = penalty_of(logistic, 1 - len(rows) / 60)
@@ -129,17 +131,27 @@ def test_steps_end_where_retraining_does(logistic, tmp_path, rows, few, monkeypa
     assert off(30) < 1e-5
 
 
+@pytest.fixture
+def few_are_eight(monkeypatch):
+    monkeypatch.setattr(inverse, "FEW", 8)
+
+
+@pytest.mark.usefixtures("few_are_eight")
+@pytest.mark.parametrize("projection", [SMALL, EXACT], ids=["projected", "exact"])
 @pytest.mark.parametrize("rows", [FEW, range(20)], ids=["few", "many"])
 @pytest.mark.parametrize("temperature", [None, 1.6])
-@pytest.mark.parametrize("make", TASKS.values(), ids=TASKS)
-def test_one_step_is_that_of_the_dense_reference(make, tmp_path, rows, temperature, monkeypatch):
-    monkeypatch.setattr(inverse, "FEW", 8)  # many rows by conjugate gradients
-    task = make()
+@pytest.mark.parametrize("name", TASKS)
+def test_one_step_is_that_of_the_dense_reference(name, tmp_path, rows, temperature, projection):
+    task = TASKS[name]()
     if temperature and isinstance(task.loss, SquaredError):
         with pytest.raises(ValueError, match="temperature must be 1 for the squared error"):
             newton_of(task, tmp_path / "f", damping=0.7, temperature=temperature)
         return
-    newton = newton_of(task, tmp_path / "f", damping=0.7, temperature=temperature, steps=1)
+    given = {"damping": 0.7, "temperature": temperature, "steps": 1}
+    newton = newton_of(task, tmp_path / "f", features={"projection": projection}, **given)
+    # Many rows of these are taken out by conjugate gradients.
+    factored = isinstance(newton.features.jacobian(0, np.array([0])), Factored)
+    assert factored == (projection == EXACT and name in ("softmax", "diabetes"))
     count = len(task.train_ids)
     labels = task.rows("train", np.arange(count))[1]
     each = []
