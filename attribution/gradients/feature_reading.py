@@ -61,7 +61,7 @@ def block_features(store: Store, block: int) -> Numbers:
     return in_full(store.numpy("features", block), scale)
 
 
-def all_outputs(store: Store, rows: Numbers) -> Numbers:
+def stored_outputs(store: Store, rows: Numbers) -> Numbers:
     """Outputs of rows, whole blocks at a time where most of their rows are wanted.
 
     Args:

@@ -12,13 +12,13 @@ from attribution.counterfactual import check_ids
 from attribution.gradients.curvature import stored_curvature
 from attribution.gradients.feature_reading import (
     Numbers,
-    all_outputs,
     block_dense,
     block_product,
     blocks_of,
     factor_bytes,
     factored_pieces,
     in_full,
+    stored_outputs,
 )
 from attribution.gradients.feature_store import (
     KIND,
@@ -135,7 +135,7 @@ class Features:
         """Outputs of a checkpoint on targets, by position; None: on all, [row, output]."""
         wanted = self._positions(rows)
         self._have(checkpoint, wanted)
-        return all_outputs(self.stores[checkpoint], wanted)
+        return stored_outputs(self.stores[checkpoint], wanted)
 
     def gather(self, checkpoint: int, rows: Rows) -> Numbers:
         """Features of targets.

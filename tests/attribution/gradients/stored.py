@@ -1,5 +1,6 @@
 """Small tasks and checkpoints of them, for features on disk."""
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -45,3 +46,14 @@ def bits(features):
         for number, store in enumerate(features.stores)
         for name in store.spec.arrays
     }
+
+
+def folder_of(features):
+    """Where the checkpoints' stores lie."""
+    return features.stores[0].path.removesuffix("/checkpoint-0")
+
+
+def close(found, expected, tolerance=1e-5):
+    """Within a share of the largest number expected."""
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())

@@ -18,7 +18,7 @@ from attribution.gradients import (
     featurize,
 )
 from attribution.gradients.jacobian import Dense, Factored
-from tests.attribution.gradients.stored import ALL, SMALL, TRAIN, bits, checkpoint
+from tests.attribution.gradients.stored import ALL, SMALL, TRAIN, bits, checkpoint, close, folder_of
 from tests.tasks import blobs
 
 WIDE = Projection(inputs=64, outputs=64, features=20, seed=2)  # sums the products of one layer
@@ -51,10 +51,6 @@ def kept(features):
     return ["factors" in store.spec.arrays for store in features.stores]
 
 
-def close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-
-
 def test_factors_are_kept_beside_the_same_features(made, plain):
     assert (kept(made), kept(plain)) == ([True] * 2, [False] * 2)
     for number in (0, 1):
@@ -84,10 +80,6 @@ def test_blocks_are_those_of_the_training_rows(made, plain, monkeypatch, togethe
     assert all(isinstance(j, Dense) for _, j in dense)
     found, expected = (sum(j.pulled(weights[rows]) for rows, j in each) for each in (blocks, dense))
     close(found, expected.numpy())
-
-
-def folder_of(features):
-    return features.stores[0].path.removesuffix("/checkpoint-0")
 
 
 def test_group_newton_predicts_the_same(task, made, plain):

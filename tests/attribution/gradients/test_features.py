@@ -7,7 +7,16 @@ import torch
 from attribution import draw_subsets, train_models
 from attribution.gradients import Features, Projection, feature_store, featurize
 from stores import BlocksFailed, Store
-from tests.attribution.gradients.stored import ALL, SMALL, TRAIN, bits, checkpoint, gated_task
+from tests.attribution.gradients.stored import (
+    ALL,
+    SMALL,
+    TRAIN,
+    bits,
+    checkpoint,
+    close,
+    folder_of,
+    gated_task,
+)
 from tests.references import gradients_of_rows, projected_gradients
 from tests.tasks import RECIPE, blobs, line, ridge_task
 
@@ -44,15 +53,6 @@ def dense(task, checkpoints, made):
         gradients = gradients_of_rows(task.new_model(0), model.state, inputs)
         found.append(projected_gradients(made.projector(number), gradients).numpy())
     return found
-
-
-def folder_of(features):
-    return features.stores[0].path.removesuffix("/checkpoint-0")
-
-
-def close(found, expected, tolerance=1e-5):
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("rows", ORDERS.values(), ids=ORDERS.keys())
