@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import zarr
 from numpy.dtypes import StringDType
+from zarr.abc.buffer import Buffer
+from zarr.storage import MemoryStore
 
 from stores.blocks import marked
 from stores.metadata import DONE, create_array
@@ -123,13 +125,19 @@ def _write(
     constants: Mapping[str, np.ndarray],
     ids: Mapping[str, Sequence[str]],
 ) -> None:
-    group = zarr.create_group(place.zarr(), attributes=_root(spec, attributes, constants, ids))
+    # zarr asks a folder or a service about each file several times before it writes it.
+    files: dict[str, Buffer] = {}
+    root = _root(spec, attributes, constants, ids)
+    group = zarr.create_group(MemoryStore(files), attributes=root)
     for name in (*spec.arrays, DONE):
         create_array(group, spec, name)
     for name, value in constants.items():
         _create_whole(group, name, value, [f"{name}_{index}" for index in range(value.ndim)])
     for axis, names in ids.items():
         _create_whole(group, f"{axis}_id", np.array(list(names), dtype=StringDType()), [axis])
+    while files:
+        file, content = files.popitem()
+        place.write(file, content.to_bytes())
 
 
 def _root(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +12,7 @@ from stores.blocks import refuse_unreadable
 from stores.durability import durable
 from stores.places import Place, Where, place
 from stores.provenance import Provenance
-from stores.roots import ROOT, read_node, read_root
+from stores.roots import read_node, read_root, write_attribute
 from stores.schema import ArraySpec, Json, StoreSpec
 from stores.store import Store
 from stores.verification import unsound
@@ -84,7 +83,7 @@ def take_rows_out(where: Where, token: str, remains: Callable[[Store], Remains])
             aside.clear()
             store = Store.open(old)
             _write_anew(store, aside, remains(store))
-            _stamp(aside, token)
+            write_attribute(aside, _STAMP, token)
             if durable():
                 aside.sync(aside.walk())
         old.clear()
@@ -112,12 +111,6 @@ def taken_out(where: Where) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return None if token is None else str(token)
-
-
-def _stamp(where: Place, token: str) -> None:
-    content = read_node(where)
-    content["attributes"][_STAMP] = token
-    where.write(ROOT, json.dumps(content, indent=2).encode())
 
 
 def remaining_spec(spec: StoreSpec, remains: Remains) -> StoreSpec:

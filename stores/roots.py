@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-import zarr
-
-from stores.durability import durable
 from stores.places import Place
 from stores.schema import Json
 
@@ -81,10 +78,33 @@ def set_state(where: Place, state: str) -> None:
         where: Where the store lies.
         state: "open" or "complete".
     """
-    group = zarr.open_group(where.zarr(), mode="r+", use_consolidated=False)
-    group.attrs["state"] = state
-    if durable():
-        where.sync([ROOT])
+    write_attribute(where, "state", state)
+
+
+def write_attribute(where: Place, name: str, value: Json) -> None:
+    """Write an attribute into a store's root, whose file is replaced as a whole.
+
+    Args:
+        where: Where the store lies.
+        name: Name of the attribute.
+        value: Its new value.
+
+    Raises:
+        ValueError: The root's zarr.json is damaged.
+        OSError: There is none, or it cannot be read or written.
+
+    Example:
+        >>> import tempfile
+        >>> from stores.places import place
+        >>> where = place(tempfile.mkdtemp())
+        >>> where.write("zarr.json", b'{"attributes": {"state": "open"}}')
+        >>> write_attribute(where, "state", "complete")
+        >>> read_root(where)
+        {'state': 'complete'}
+    """
+    content = read_node(where)
+    content["attributes"][name] = value
+    where.write(ROOT, json.dumps(content, indent=2).encode())
 
 
 def refuse_rewritten(where: Place, opened: Mapping[str, Json]) -> None:

@@ -8,6 +8,7 @@ from attribution import ForgetSet, Model, load_model
 from attribution.run import Run, RunSettings, read_settings
 from stores import place
 from tests.small_runs import (
+    CHECKPOINTS,
     FULL_MODELS,
     TASK,
     TRAIN_ROWS,
@@ -33,7 +34,7 @@ def test_a_run_opens_to_what_was_asked_for(run):
     settings = read_settings(run.path)
     assert settings == run.settings
     place = f"{run.path.parent}/small.py:task"
-    assert settings == RunSettings(place, FULL_MODELS, 24, "mixed", 0)
+    assert settings == RunSettings(place, FULL_MODELS, 24, "mixed", 0, CHECKPOINTS)
     assert len(run.full) == FULL_MODELS
     assert run.full.masks.all()
     assert run.full.keeps_weights
@@ -92,7 +93,7 @@ def test_stores_are_listed_finished_or_not(run, tmp_path):
         "full",
         "moments",
         "residual-mixed-24",
-        "trak-8",
+        f"trak-{CHECKPOINTS}",
     }
     assert len(names) == len(set(names))
     assert [store.pending() for store in listed if store.path.endswith("/full")] == [[1]]
@@ -126,7 +127,7 @@ class TestPredictors:
         assert {change.mean.shape for change in changes.values()} == {(48, 3)}
         assert len({change.mean.tobytes() for change in changes.values()}) == 6
         assert run.newton.calibration == run.calibration.newton
-        assert len(run.features) == 8
+        assert len(run.features) == CHECKPOINTS
 
     def test_the_best_has_the_smallest_error_on_the_bank(self, run):
         errors = run.calibration.errors

@@ -88,7 +88,9 @@ def test_the_state_of_a_store_is_flushed(folder, events):
         store.write_block(block, {"mask": np.ones(1, bool)})
     events.clear()
     store.finalize()
-    assert ("flush", f"{store.path}/zarr.json") in events
+    (flushed, aside), (named, old, new), (then, parent) = events[:3]
+    assert (flushed, named, then) == ("flush", "name", "flush")
+    assert (aside, new, parent) == (old, f"{store.path}/zarr.json", store.path)
 
 
 def test_without_it_nothing_waits_for_the_disk(folder, events):

@@ -15,6 +15,7 @@ from attribution import ForgetSet, load_model
 from attribution.run import PREDICTORS, Run
 from stores import Store
 from tests.small_runs import (
+    CHECKPOINTS,
     FULL_MODELS,
     SIZES,
     TEST_ROWS,
@@ -45,7 +46,7 @@ class TestPrecompute:
             "ensemble-mixed-24",
             "datamodel-mixed-24",
             "residual-mixed-24",
-            "trak-8",
+            f"trak-{CHECKPOINTS}",
             "moments",
             "features",
             "calibration",

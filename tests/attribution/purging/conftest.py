@@ -8,6 +8,7 @@ from tests.attribution.purging.runs import (
     SPEC,
     copied,
     opened,
+    plain_run,
     whole_run,
 )
 
@@ -15,6 +16,11 @@ from tests.attribution.purging.runs import (
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     return Run.open(whole_run(tmp_path_factory.getbasetemp()))
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    return Run.open(plain_run(tmp_path_factory.getbasetemp()))
 
 
 @pytest.fixture(scope="session")

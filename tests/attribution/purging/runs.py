@@ -16,6 +16,7 @@ NAMED = TASK.replace(
     "mlp, recipe)", "mlp, recipe, train_ids=[f'person-{i:03d}' for i in range(37)])"
 ).replace("weight_decay=0.05", "weight_decay=5e-4")
 SIZES = {"full_models": 6, "subset_models": 24, "checkpoints": 3, "workers": 0}
+PLAIN = SIZES | {"checkpoints": 0}
 TRAIN, TEST = 37, 11
 GONE = (3, 8, 30, 36)
 SPEC = ",".join(f"person-{i:03d}" for i in GONE)
@@ -65,6 +66,15 @@ def whole_run(base):
     (path / "kept.json.partial").write_text("person-001")
     shutil.copytree(path / "full" / "mask", path / "full.0a.tmp" / "mask")
     return path
+
+
+@functools.cache
+def plain_run(base):
+    """One without gradients and calibration, where it does not matter which stores there are."""
+    folder = base / "plain_run"
+    folder.mkdir()
+    precompute(write_task(folder, NAMED), folder / "run", **PLAIN)
+    return folder / "run"
 
 
 def copied(path, folder, text=NAMED):

@@ -20,7 +20,7 @@ from stores.folder import Folder
 from tests.attribution.purging.runs import (
     GONE,
     NAMED,
-    SIZES,
+    PLAIN,
     SPEC,
     copied,
     opened,
@@ -34,7 +34,7 @@ def test_killed_again_and_again_it_finishes_with_the_same_bytes(whole, tmp_path,
     one, other = (copied(whole.path.url, tmp_path / n) for n in made(tmp_path, "a", "b"))
     purge(one, SPEC)
     random, kills = np.random.default_rng(0), 0
-    for changes in random.integers(1, 100, 99):
+    for changes in random.integers(1, 200, 99):
         with monkeypatch.context() as patch:
             kill_after(patch, int(changes))
             try:
@@ -63,11 +63,11 @@ def named(path):
 
 
 @pytest.fixture(scope="module")
-def half(whole, tmp_path_factory):
+def half(plain, tmp_path_factory):
     """A run whose purge was killed half-way."""
-    path = copied(whole.path.url, tmp_path_factory.mktemp("half"))
+    path = copied(plain.path.url, tmp_path_factory.mktemp("half"))
     with pytest.MonkeyPatch.context() as patch:
-        kill_after(patch, 200)
+        kill_after(patch, 40)
         with pytest.raises(Killed):
             purge(path, SPEC)
     return path
@@ -97,9 +97,9 @@ def test_other_rows_wait_until_an_interrupted_purge_is_finished(killed):
 @pytest.mark.parametrize(
     ("spec", "targets"), [("person-008", ["person-001"]), ("few=rows:1:3", ["person-008"])]
 )
-def test_a_store_that_came_meanwhile_and_names_the_rows_is_refused(whole, killed, spec, targets):
-    forget = parse_forget(whole.task, spec)
-    predicted = whole.datamodel.predict(whole.model(0), forget, targets)
+def test_a_store_that_came_meanwhile_and_names_the_rows_is_refused(plain, killed, spec, targets):
+    forget = parse_forget(plain.task, spec)
+    predicted = plain.datamodel.predict(plain.model(0), forget, targets)
     write_prediction(predicted, str(killed / "late.zarr"), forget)
     with pytest.raises(RuntimeError, match=rf"late\.zarr in {killed} came while rows were purged"):
         purge(killed)
@@ -108,11 +108,11 @@ def test_a_store_that_came_meanwhile_and_names_the_rows_is_refused(whole, killed
     assert purge(killed).finished
 
 
-def test_rows_purged_before_may_be_named_again_by_the_call_that_finishes(whole, tmp_path):
-    path = copied(whole.path.url, tmp_path)
+def test_rows_purged_before_may_be_named_again_by_the_call_that_finishes(plain, tmp_path):
+    path = copied(plain.path.url, tmp_path)
     purge(path, "person-003,person-008")
     with pytest.MonkeyPatch.context() as patch:
-        kill_after(patch, 100)
+        kill_after(patch, 40)
         with pytest.raises(Killed), pytest.warns(UserWarning, match="2 rows"):
             purge(path, "person-008,person-020")
     with pytest.raises(ValueError, match="a purge of 1 other rows"):
@@ -137,8 +137,8 @@ def purging_meanwhile(monkeypatch, act):
     monkeypatch.setattr("attribution.purging.purge.plan_purge", planned)
 
 
-def test_of_two_purges_at_once_the_second_to_plan_waits(whole, tmp_path, monkeypatch):
-    path = copied(whole.path.url, tmp_path)
+def test_of_two_purges_at_once_the_second_to_plan_waits(plain, tmp_path, monkeypatch):
+    path = copied(plain.path.url, tmp_path)
 
     def begin(journal):
         write_journal(path, replace(journal, positions=(3,)))
@@ -166,15 +166,15 @@ def test_a_store_damaged_since_the_kill_may_be_removed_and_is_made_again(killed,
     assert purge(killed).finished
     assert not (killed / name).exists()
     with pytest.warns(UserWarning, match="4 rows"):
-        precompute(f"{tmp_path}/small.py:task", killed, **SIZES)
+        precompute(f"{tmp_path}/small.py:task", killed, **PLAIN)
     assert (killed / name).exists()
 
 
 @pytest.mark.parametrize("killed_too", [False, True])
 def test_a_plan_made_before_another_purge_ended_is_refused(
-    whole, tmp_path, monkeypatch, killed_too
+    plain, tmp_path, monkeypatch, killed_too
 ):
-    path = copied(whole.path.url, tmp_path)
+    path = copied(plain.path.url, tmp_path)
 
     def overtake(journal):
         purge(path, "person-020")

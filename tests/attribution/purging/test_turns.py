@@ -11,7 +11,7 @@ from attribution.purging.purge import purge
 from attribution.purging.turns import writers_turn
 from stores import Store, place
 from stores.folder import Folder
-from tests.attribution.purging.runs import SIZES, SPEC, copied, opened, whole_run
+from tests.attribution.purging.runs import PLAIN, SPEC, copied, opened, plain_run
 from tests.small_runs import contents
 from unlearning.cli import main
 
@@ -19,13 +19,13 @@ MODULE = sys.modules["attribution.precompute"]  # the package has a function of 
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return whole_run(tmp_path_factory.getbasetemp())
+def made(tmp_path_factory):
+    return plain_run(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture
-def run(whole, tmp_path):
-    return copied(whole, tmp_path)
+def run(made, tmp_path):
+    return copied(made, tmp_path)
 
 
 @pytest.fixture
@@ -45,23 +45,23 @@ def spec(run):
         ("precompute", "{spec}"),
     ],
 )
-def test_writers_are_refused_while_rows_are_purged(whole, capsys, words):
-    before, spec = contents(whole), f"{whole.parent}/small.py:task"
-    with place(whole).locked(alone=True):
-        assert main([*(word.format(spec=spec) for word in words), "--run", str(whole)]) == 2
-    told = f"rows are purged from {whole}, or were meanwhile: wait for it, then call this again"
+def test_writers_are_refused_while_rows_are_purged(made, capsys, words):
+    before, spec = contents(made), f"{made.parent}/small.py:task"
+    with place(made).locked(alone=True):
+        assert main([*(word.format(spec=spec) for word in words), "--run", str(made)]) == 2
+    told = f"rows are purged from {made}, or were meanwhile: wait for it, then call this again"
     assert capsys.readouterr() == ("", f"dmm: {told}\n")
-    assert contents(whole) == before
+    assert contents(made) == before
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["a writer", "a purge"])
-def test_a_purge_is_refused_while_others_change_the_run(whole, capsys, alone):
-    before = contents(whole)
-    with place(whole).locked(alone=alone):
-        assert main(["purge", "--run", str(whole), "--forget", SPEC]) == 2
-    told = f"another command writes to {whole}: wait until it has ended, then purge"
+def test_a_purge_is_refused_while_others_change_the_run(made, capsys, alone):
+    before = contents(made)
+    with place(made).locked(alone=alone):
+        assert main(["purge", "--run", str(made), "--forget", SPEC]) == 2
+    told = f"another command writes to {made}: wait until it has ended, then purge"
     assert capsys.readouterr() == ("", f"dmm: {told}\n")
-    assert contents(whole) == before
+    assert contents(made) == before
 
 
 def meanwhile(monkeypatch, act):
@@ -81,7 +81,7 @@ def test_precompute_holds_the_run_until_it_ends(run, spec, monkeypatch):
             purge(run, SPEC)
 
     meanwhile(monkeypatch, try_to_purge)
-    precompute(spec, run, **SIZES)
+    precompute(spec, run, **PLAIN)
     assert purge(run, SPEC).rows == 4
 
 
@@ -95,7 +95,7 @@ def test_a_new_run_is_held_too(spec, tmp_path, monkeypatch):
 
     monkeypatch.setattr(MODULE, "train_models", lambda *arguments, **named: try_to_purge())
     with pytest.raises(InterruptedError):
-        precompute(spec, path, **SIZES)
+        precompute(spec, path, **PLAIN)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_where_nothing_is_locked_a_writer_that_was_overtaken_writes_no_block(
     Store.open(run / "moments").discard(0)
     meanwhile(monkeypatch, lambda: purge(run, SPEC))
     with pytest.raises(ValueError, match=r"or were meanwhile|was rewritten since it was"):
-        precompute(spec, run, **SIZES)
+        precompute(spec, run, **PLAIN)
     assert not any("person-003" in store.ids("train") for store in rowed(opened(run)))
 
 
@@ -134,4 +134,4 @@ def test_rows_purged_between_the_two_looks_of_a_new_run_are_found(run, spec, mon
     monkeypatch.setattr(MODULE, "task_left", lambda task, path: task)
     purge(run, SPEC)
     with pytest.raises(ValueError, match=r"rows were purged from .* meanwhile: call this again"):
-        precompute(spec, run, **SIZES)
+        precompute(spec, run, **PLAIN)
