@@ -109,32 +109,27 @@ def name_blocks(blocks: Sequence[int]) -> str:
     return f"block{'s' if len(blocks) > 1 else ''} {named}{more}"
 
 
-def refuse_unreadable(
-    place: Place, spec: StoreSpec, name: str, blocks: Sequence[int] | None = None
-) -> None:
-    """Refuse to read blocks of an array that are pending or lack a storage object.
+def refuse_missing(place: Place, spec: StoreSpec, name: str, blocks: Sequence[int]) -> None:
+    """Refuse to read done blocks of an array that lack a storage object.
 
     Args:
         place: Where the store lies.
         spec: Its layout.
         name: Name of the array.
-        blocks: Numbers of the blocks; None means all.
+        blocks: Numbers of the blocks.
 
     Raises:
-        ValueError: A block is pending, or an object is missing.
+        ValueError: An object is missing.
 
     Example:
         >>> from stores.folder import Folder
         >>> from stores.schema import ArraySpec
         >>> spec = StoreSpec("masks", "model", 2, {"mask": ArraySpec(("model",), (3,), "bool")})
-        >>> refuse_unreadable(Folder("nowhere"), spec, "mask", [1])
+        >>> refuse_missing(Folder("a"), spec, "mask", [1])
         Traceback (most recent call last):
             ...
-        ValueError: block 1 of nowhere is pending; run the same computation again
+        ValueError: a/mask/c/1 is missing; discard block 1 and compute it again
     """
-    spec.array(name)
-    blocks = range(spec.blocks) if blocks is None else blocks
-    refuse_pending(place, blocks)
     for block in blocks:
         # zarr reads a missing object as fill values.
         for file in object_files(spec, name, block):

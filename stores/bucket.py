@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-import uuid
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from stores.bucket_client import BucketStore, check_bucket, client, plain_errors
 from stores.bucket_memory import forget, remembered_file, remembered_tag
-from stores.places import Place, Ranges, check_size
+from stores.places import Bytes, Place, Ranges, check_size
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -129,7 +128,7 @@ class Bucket(Place):
             self._client.put(self._key(name), content, use_multipart=False)
         forget(self.url)
 
-    def create(self, name: str, content: bytes) -> None:
+    def create(self, name: str, content: Bytes) -> None:
         """Write a file in one request, which the service refuses where there is one."""
         from obstore.exceptions import AlreadyExistsError
 
@@ -173,33 +172,20 @@ class Bucket(Place):
                 self._client.delete(keys)
         forget(self.url)
 
+    def fill(self, files: Mapping[str, Bytes]) -> None:
+        """Write the files, the root zarr.json last."""
+        _each(files, lambda name: self._write_once(name, files[name]))
+
     def move(self, to: Place) -> None:
         """Write all files anew, the root zarr.json last, then remove the old ones."""
-        names = sorted(self.walk(), key=lambda name: name == _ROOT)
         target = Bucket(to.url)
-
-        def copy(name: str) -> None:
-            target._write_once(name, self.read(name))
-
-        with ThreadPoolExecutor(_THREADS) as threads:
-            list(threads.map(copy, names[:-1]))
-        for name in names[-1:]:
-            copy(name)
+        _each(self.walk(), lambda name: target._write_once(name, self.read(name)))
         self.clear()
 
     def locked(self, *, alone: bool) -> AbstractContextManager[bool]:
         """Do nothing: a service has no locks."""
         del alone
         return nullcontext(False)
-
-    @contextmanager
-    def aside(self) -> Iterator[Place]:
-        """Give a prefix of another name."""
-        made = Bucket(f"{self.url}.{uuid.uuid4().hex}.tmp")
-        try:
-            yield made
-        finally:
-            made.clear()
 
     def sync(self, names: Sequence[str]) -> None:
         """Do nothing: what the service has taken is safe."""
@@ -208,7 +194,7 @@ class Bucket(Place):
         """The prefix as zarr sees it."""
         return BucketStore(client(*_parts(self.url)))
 
-    def _write_once(self, name: str, content: bytes) -> None:
+    def _write_once(self, name: str, content: Bytes) -> None:
         # Two that create the same store at once, or one after a kill, write the same files; of
         # two that differ, the second must not touch what the first has written.
         try:
@@ -274,6 +260,15 @@ class Bucket(Place):
     @property
     def _client(self) -> S3Store:
         return client(_parts(self.url)[0])
+
+
+def _each(names: Iterable[str], write: Callable[[str], None]) -> None:
+    """Writes files, the root after all others."""
+    names = sorted(names, key=lambda name: name == _ROOT)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        list(threads.map(write, names[:-1]))
+    for name in names[-1:]:
+        write(name)
 
 
 def _parts(url: str) -> tuple[str, str]:

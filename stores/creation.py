@@ -1,4 +1,4 @@
-"""Making a store: written aside under another name, then moved."""
+"""Making a store: laid out in memory, then written as a whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zarr.storage import MemoryStore
 
 from stores.blocks import marked
 from stores.metadata import DONE, create_array
-from stores.places import Place
+from stores.places import Bytes, Place
 from stores.schema import AXES, SCHEMA_PREFIX, SCHEMA_VERSION, Json, StoreSpec, check_name
 from stores.watching import refuse_changes
 from stores.wholes import whole_checksums, whole_layout
@@ -58,10 +58,7 @@ def create_group(
     check_ids(spec, ids)
     refuse_changes()
     try:
-        with place.aside() as aside:
-            _write(aside, spec, attributes, constants, ids)
-            # A store is there as a whole or not at all, even if this process is killed.
-            aside.move(place)
+        place.fill(_files(spec, attributes, constants, ids))
     except OSError as error:
         raise ValueError(f"cannot write {place}: {error}; give a folder you may write") from error
 
@@ -118,13 +115,12 @@ def _check_constants(spec: StoreSpec, constants: Mapping[str, np.ndarray]) -> No
             )
 
 
-def _write(
-    place: Place,
+def _files(
     spec: StoreSpec,
     attributes: Mapping[str, Json],
     constants: Mapping[str, np.ndarray],
     ids: Mapping[str, Sequence[str]],
-) -> None:
+) -> dict[str, Bytes]:
     # zarr asks a folder or a service about each file several times before it writes it.
     files: dict[str, Buffer] = {}
     root = _root(spec, attributes, constants, ids)
@@ -135,9 +131,7 @@ def _write(
         _create_whole(group, name, value, [f"{name}_{index}" for index in range(value.ndim)])
     for axis, names in ids.items():
         _create_whole(group, f"{axis}_id", np.array(list(names), dtype=StringDType()), [axis])
-    while files:
-        file, content = files.popitem()
-        place.write(file, content.to_bytes())
+    return {name: content.as_buffer_like() for name, content in files.items()}
 
 
 def _root(

@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import final
@@ -18,7 +18,7 @@ from zarr.storage import LocalStore
 from stores.durability import durable
 from stores.handles import close_files, opened_files
 from stores.locks import lock_file
-from stores.places import Place, Ranges
+from stores.places import Bytes, Place, Ranges
 
 
 @final
@@ -90,7 +90,7 @@ class Folder(Place):
             os.replace(aside, path)
         self._settle(path)
 
-    def create(self, name: str, content: bytes) -> None:
+    def create(self, name: str, content: Bytes) -> None:
         """Write a file under another name, then give it its own, which must be free."""
         path = self._path(name)
         with _written_aside(path, content) as aside:
@@ -137,6 +137,15 @@ class Folder(Place):
             shutil.rmtree(self.url)
             self._settle(self.url)
 
+    def fill(self, files: Mapping[str, Bytes]) -> None:
+        """Write the files to a folder of another name, then rename it."""
+        with self.aside() as made:
+            for name, content in files.items():
+                path = pathlib.Path(made._path(name))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            made.move(self)
+
     def move(self, to: Place) -> None:
         """Rename the folder."""
         close_files(self.url)
@@ -157,8 +166,11 @@ class Folder(Place):
             yield real
 
     @contextmanager
-    def aside(self) -> Iterator[Place]:
-        """Make a folder and lock it, so that nobody takes it for one that was left."""
+    def aside(self) -> Iterator[Folder]:
+        """Make a folder beside this one and lock it, so that nobody takes it for one that was left.
+
+        What is left of it goes at the end, and first what killed processes left of theirs.
+        """
         self._sweep()
         with ExitStack() as stack:
             made = self._locked_aside(stack)
@@ -207,7 +219,7 @@ class Folder(Place):
 
 
 @contextmanager
-def _written_aside(path: str, content: bytes) -> Iterator[str]:
+def _written_aside(path: str, content: Bytes) -> Iterator[str]:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     aside = f"{path}.{uuid.uuid4().hex}.partial"
     try:

@@ -15,6 +15,9 @@ from zarr.abc.store import Store as ZarrStore
 Ranges: TypeAlias = Mapping[str, Sequence[int]]
 """Numbers of the first bytes by name of the file."""
 
+Bytes: TypeAlias = bytes | bytearray | memoryview
+"""Content of a file."""
+
 
 @dataclass(frozen=True)
 class Place(ABC):
@@ -123,7 +126,7 @@ class Place(ABC):
         """
 
     @abstractmethod
-    def create(self, name: str, content: bytes) -> None:
+    def create(self, name: str, content: Bytes) -> None:
         """Write a file as a whole where there is none; of several at once, one writes.
 
         Raises:
@@ -156,6 +159,17 @@ class Place(ABC):
         """Remove everything at this place, and the place itself; nothing happens if it is empty."""
 
     @abstractmethod
+    def fill(self, files: Mapping[str, Bytes]) -> None:
+        """Write the files of a free place: with all of them it is there, or not at all.
+
+        In a bucket the root zarr.json is written last, and what a killed call leaves may be
+        written again.
+
+        Raises:
+            OSError: They cannot be written, or files that differ are there already.
+        """
+
+    @abstractmethod
     def move(self, to: Place) -> None:
         """Move everything to a free place of the same kind; a folder moves at once.
 
@@ -180,14 +194,6 @@ class Place(ABC):
 
         Returns:
             A context that gives whether the lock is one.
-        """
-
-    @abstractmethod
-    def aside(self) -> AbstractContextManager[Place]:
-        """Give a context with a place beside this one to write to and then to move here.
-
-        What is left of it goes at the end, and first what killed processes left of theirs; in a
-        bucket nobody can tell these from others, and they stay.
         """
 
     @abstractmethod

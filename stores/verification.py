@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from stores.blocks import mark_file, refuse_unreadable, region
+from stores.blocks import mark_file, region
 from stores.metadata import DONE, open_array
 from stores.places import Place
 from stores.roots import read_root, set_state
@@ -107,7 +107,7 @@ def _marks(store: Store, block: int) -> list[int]:
 
 
 def _checksum(store: Store, name: str, block: int, before: int) -> int:
-    refuse_unreadable(store.place, store.spec, name, [block])
+    store.refuse_unreadable(name, [block])
     array = store.array(name)
     for part in slabs(store.spec, name, block):
         before = checksum(np.asarray(array[part]), before)

@@ -206,17 +206,20 @@ class PlaceTests:
         with empty.locked(alone=True):
             assert empty.walk() == ["a"]
 
-    def test_what_is_written_aside_is_moved_or_goes(self, empty):
-        with empty.aside() as aside:
-            aside.write("a", b"1")
-            assert not empty.taken()
-            aside.move(empty)
-        assert empty.read("a") == b"1"
-        with empty.aside() as other:
-            other.write("a", b"2")
-        assert other.url != aside.url
-        assert other.walk() == []
-        assert empty.read("a") == b"1"
+    def test_a_filled_place_holds_the_files_and_nothing_lies_beside_it(self, empty):
+        names = ["a/c/0", "a/zarr.json", "zarr.json"]
+        empty.fill({name: memoryview(name.encode()) for name in names})
+        assert empty.taken()
+        assert {name: empty.read(name) for name in empty.walk()} == {
+            name: name.encode() for name in names
+        }
+        assert empty.parent.walk() == [f"{empty.name}/{name}" for name in names]
+
+    def test_a_taken_place_is_not_filled(self, empty):
+        empty.write("zarr.json", b"theirs")
+        with pytest.raises(OSError, match=empty.name):
+            empty.fill({"a": b"1", "zarr.json": b"mine"})
+        assert empty.read("zarr.json") == b"theirs"
 
     def test_syncing(self, empty):
         empty.write("a", b"123")

@@ -32,12 +32,32 @@ class TestBucket(PlaceTests):
         (empty / "aside").move(empty / "to")
         assert (empty / "to").walk() == ["a/c/0", "a/zarr.json", "zarr.json"]
 
+    def test_a_killed_filling_is_finished_by_the_same_one(self, empty):
+        files = dict.fromkeys(["zarr.json", "a/zarr.json", "a/c/0"], b"made alike")
+        empty.write("a/zarr.json", b"made alike")
+        assert not empty.taken()
+        empty.fill(files)
+        assert {name: empty.read(name) for name in empty.walk()} == files
+
+    def test_the_root_comes_last(self, empty, monkeypatch):
+        written = []
+
+        def noted(place, name, content):
+            written.append(name)
+
+        monkeypatch.setattr(type(empty), "create", noted)
+        empty.fill(dict.fromkeys(["zarr.json", "a/zarr.json", "a/c/0"], b"1"))
+        assert written[-1] == "zarr.json"
+        assert len(written) == 3
+
     def test_another_creation_is_not_overwritten(self, empty):
         for name in ("zarr.json", "a/c/0"):
             (empty / "aside").write(name, b"mine")
         (empty / "to").write("a/c/0", b"theirs")
         with pytest.raises(FileExistsError, match=r"to/a/c/0 is there already and differs; remove"):
             (empty / "aside").move(empty / "to")
+        with pytest.raises(FileExistsError, match=r"to/a/c/0 is there already and differs; remove"):
+            (empty / "to").fill({"zarr.json": b"mine", "a/c/0": b"mine"})
         assert (empty / "to").walk() == ["a/c/0"]
         assert (empty / "to").read("a/c/0") == b"theirs"
 
