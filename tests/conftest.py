@@ -2,13 +2,25 @@
 
 import os
 import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 from tests import s3_server
 
+# Worker processes are kept from one test to the next: one process of pytest starts them once.
+WORKERS = {
+    "test_cifar",
+    "test_effects",
+    "test_ensemble",
+    "test_factored_features",
+    "test_features",
+    "test_fitting",
+    "test_in_run",
+}
 # Few tests that take long: begun last, such a file leaves the other process idle.
 LONG = {
     "test_cli_damaged",
@@ -19,6 +31,7 @@ LONG = {
     "test_kill_rounds",
     "test_precompute",
     "test_run_in_bucket",
+    *WORKERS,
 }
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
@@ -30,6 +43,20 @@ hypothesis.settings.load_profile("shared_machine")
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+class Together(LoadFileScheduling):
+    """Files that share what is costly to make go to the same process."""
+
+    def _split_scope(self, nodeid):
+        file = Path(super()._split_scope(nodeid))
+        if file.stem in WORKERS:
+            return "workers"
+        return str(file.parent if file.parent.name == "purging" else file)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Together(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ def test_killed_again_and_again_it_finishes_with_the_same_bytes(whole, tmp_path,
     one, other = (copied(whole.path.url, tmp_path / n) for n in made(tmp_path, "a", "b"))
     purge(one, SPEC)
     random, kills = np.random.default_rng(0), 0
-    for changes in random.integers(1, 200, 99):
+    for changes in random.integers(1, 130, 99):
         with monkeypatch.context() as patch:
             kill_after(patch, int(changes))
             try:
@@ -67,7 +67,7 @@ def half(plain, tmp_path_factory):
     """A run whose purge was killed half-way."""
     path = copied(plain.path.url, tmp_path_factory.mktemp("half"))
     with pytest.MonkeyPatch.context() as patch:
-        kill_after(patch, 40)
+        kill_after(patch, 22)
         with pytest.raises(Killed):
             purge(path, SPEC)
     return path
@@ -112,7 +112,7 @@ def test_rows_purged_before_may_be_named_again_by_the_call_that_finishes(plain, 
     path = copied(plain.path.url, tmp_path)
     purge(path, "person-003,person-008")
     with pytest.MonkeyPatch.context() as patch:
-        kill_after(patch, 40)
+        kill_after(patch, 22)
         with pytest.raises(Killed), pytest.warns(UserWarning, match="2 rows"):
             purge(path, "person-008,person-020")
     with pytest.raises(ValueError, match="a purge of 1 other rows"):
