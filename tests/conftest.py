@@ -52,7 +52,8 @@ class Together(LoadFileScheduling):
         file = Path(super()._split_scope(nodeid))
         if file.stem in WORKERS:
             return "workers"
-        return str(file.parent if file.parent.name == "purging" else file)
+        purges = file.parent.name == "purging" or file.stem == "test_cli_purge"
+        return "purges" if purges else str(file)
 
 
 def pytest_xdist_make_scheduler(config, log):

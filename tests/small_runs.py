@@ -20,10 +20,9 @@ MODELS = {
     **{"full_models": FULL_MODELS, "subset_models": 24},
     **{"checkpoints": CHECKPOINTS, "workers": 0},
 }
-SIZES = (
-    *("--full-models", str(FULL_MODELS), "--subset-models", "24"),
-    *("--newton-checkpoints", str(CHECKPOINTS), "--workers", "0"),
-)
+ENSEMBLES = ("--full-models", str(FULL_MODELS), "--subset-models", "24", "--workers", "0")
+SIZES = (*ENSEMBLES, "--newton-checkpoints", str(CHECKPOINTS))
+PLAIN = (*ENSEMBLES, "--newton-checkpoints", "0")
 
 TASK = """
 import torch
@@ -62,6 +61,15 @@ def finished_run(base):
     folder = base / "small_run"
     folder.mkdir()
     return Path(precompute(write_task(folder), folder / "run", **MODELS).path)
+
+
+@functools.cache
+def plain_run(base):
+    """One without gradients and calibration, where it does not matter which stores there are."""
+    folder = base / "plain_small_run"
+    folder.mkdir()
+    sizes = MODELS | {"checkpoints": 0}
+    return Path(precompute(write_task(folder), folder / "run", **sizes).path)
 
 
 def write_checkpoints(folder, spec, count=3):

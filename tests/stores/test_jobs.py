@@ -162,6 +162,15 @@ def test_blocks_are_written_by_several_workers_and_not_by_the_driver(tmp_path):
     assert os.getpid() not in writers
 
 
+def test_an_existing_scheduler_is_used(tmp_path):
+    client = workers.local_client(2)
+    run_blocks(
+        Append(tmp_path / "log"), range(3), title="a", scheduler=client.scheduler_info()["address"]
+    )
+    assert sorted(blocks_in(tmp_path / "log")) == [0, 1, 2]
+    assert client.status == "running"
+
+
 def test_each_local_worker_sees_a_gpu_of_its_own(tmp_path):
     def work(block):
         (tmp_path / f"gpu-{os.environ['CUDA_VISIBLE_DEVICES']}").touch()
@@ -183,6 +192,11 @@ def test_a_process_that_dies_while_it_starts_is_started_again(tmp_path):
     assert sorted(blocks_in(tmp_path / "log")) == [0, 1, 2]
 
 
+def test_other_dask_computations_stay_in_this_process():
+    workers.local_client(1)
+    assert dask.delayed(os.getpid)().compute() == os.getpid()
+
+
 def test_workers_are_kept_for_the_next_call(tmp_path, monkeypatch):
     def work(_):
         (tmp_path / f"process-{os.getpid()}").touch()
@@ -195,20 +209,6 @@ def test_workers_are_kept_for_the_next_call(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     run_blocks(work, range(2), title="looking", workers=1)
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_other_dask_computations_stay_in_this_process():
-    workers.local_client(1)
-    assert dask.delayed(os.getpid)().compute() == os.getpid()
-
-
-def test_an_existing_scheduler_is_used(tmp_path):
-    client = workers.local_client(2)
-    run_blocks(
-        Append(tmp_path / "log"), range(3), title="a", scheduler=client.scheduler_info()["address"]
-    )
-    assert sorted(blocks_in(tmp_path / "log")) == [0, 1, 2]
-    assert client.status == "running"
 
 
 def test_a_missing_scheduler_is_refused():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.small_runs import copied, finished_run
+from tests.small_runs import copied, finished_run, plain_run
 from tests.unlearning.cases import branching, lay_ground, mlp, normalised, three_blobs
 from unlearning.cli import main
 
@@ -34,6 +34,12 @@ def run(tmp_path_factory):
 def copy(run, tmp_path):
     """A copy of the finished run that may be spoiled; its task file lies beside it."""
     return copied(run, tmp_path)
+
+
+@pytest.fixture
+def plain_copy(tmp_path_factory, tmp_path):
+    """A copy of a run without gradients."""
+    return copied(plain_run(tmp_path_factory.getbasetemp()), tmp_path)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.small_runs import SIZES, arrays, contents
+from tests.small_runs import CHECKPOINTS, PLAIN, SIZES, arrays, contents
 from unlearning.cli import main
 
 FEW = ("--forget", "few=rows:3:8")
@@ -32,7 +32,19 @@ def flip_a_byte(run, store, array, block):
 
 
 @pytest.mark.parametrize("place", STORES, ids=lambda place: "-".join(map(str, place)))
-def test_a_flipped_byte_is_found_discarded_and_computed_again(copy, tmp_path, capsys, place):
+def test_a_flipped_byte_is_found_discarded_and_computed_again(plain_copy, capsys, place):
+    mend_a_flipped_byte(plain_copy, PLAIN, capsys, *place)
+
+
+@pytest.mark.parametrize(
+    "place", [("full", "outputs", 1), (f"trak-{CHECKPOINTS}/scores", "effects", 0)]
+)
+def test_what_was_made_from_a_damaged_store_stays(copy, capsys, place):
+    mend_a_flipped_byte(copy, SIZES, capsys, *place)
+
+
+def mend_a_flipped_byte(copy, sizes, capsys, *place):
+    """By what the refusal says, to the same bits."""
     store, _, block = place
     words = ["status", "--run", str(copy)]
     sound = arrays(copy)
@@ -51,36 +63,36 @@ def test_a_flipped_byte_is_found_discarded_and_computed_again(copy, tmp_path, ca
     pending = {row["store"]: (row["pending"], row["bad"]) for row in json.loads(out)["stores"]}
     assert {name for name, found in pending.items() if found != (0, [])} == {store}
     assert pending[store] == (1, [block])
-    assert main(["precompute", f"{tmp_path}/small.py:task", "--run", str(copy), *SIZES]) == 0
+    assert main(["precompute", f"{copy.parent}/small.py:task", "--run", str(copy), *sizes]) == 0
     capsys.readouterr()
     assert main([*words, "--verify"]) == 0
     assert capsys.readouterr().out.endswith("all checksums hold\n")
     assert arrays(copy) == sound
 
 
-def test_a_truncated_file_is_cured_by_what_its_refusal_says(refused, dmm, run, copy):
+def test_a_truncated_file_is_cured_by_what_its_refusal_says(refused, dmm, run, plain_copy):
     predict = ["predict", *FEW, "--predictor", "datamodel", "--run"]
-    folder = copy / "datamodel-mixed-24" / "effects" / "c"
+    folder = plain_copy / "datamodel-mixed-24" / "effects" / "c"
     for chunk in (path for path in folder.rglob("*") if path.is_file()):
         chunk.write_bytes(chunk.read_bytes()[:500])
-    told = refused(*predict, copy)
+    told = refused(*predict, plain_copy)
     assert f" in {folder}/" in told
     assert told.endswith(
         "; dmm status --verify (verify()) finds damaged blocks, --discard (discard()) makes them"
         " pending, and what made them makes them again"
     )
-    dmm("status", "--run", copy, "--discard")
-    dmm("precompute", f"{copy.parent}/small.py:task", "--run", copy, *SIZES)
-    assert dmm(*predict, copy) == dmm(*predict, run)
+    dmm("status", "--run", plain_copy, "--discard")
+    dmm("precompute", f"{plain_copy.parent}/small.py:task", "--run", plain_copy, *PLAIN)
+    assert dmm(*predict, plain_copy) == dmm(*predict, run)
 
 
 @pytest.mark.parametrize("lost", ["full/mask/c/0/0", "full/target_id/c/0"])
 @pytest.mark.parametrize("spoil", [lambda f: f.unlink(), lambda f: f.write_bytes(flipped(f))])
-def test_a_damaged_constant_is_named_and_nothing_is_purged(copy, capsys, lost, spoil):
-    spoil(copy / lost)
+def test_a_damaged_constant_is_named_and_nothing_is_purged(plain_copy, capsys, lost, spoil):
+    spoil(plain_copy / lost)
     capsys.readouterr()
     for words in (["status", "--verify"], ["purge", *FEW]):
-        assert main([words[0], "--run", str(copy), *words[1:]]) != 0
+        assert main([words[0], "--run", str(plain_copy), *words[1:]]) != 0
         out, err = capsys.readouterr()
         assert out == ""
         assert "/".join(lost.split("/")[:2]) in err
@@ -134,12 +146,14 @@ def test_what_a_symbolic_link_leads_to_is_not_passed_over(copy, tmp_path, capsys
 
 @pytest.mark.parametrize("array", ["outputs", "done"])
 @pytest.mark.parametrize("spoil", [lambda f: f.unlink(), lambda f: f.write_bytes(b"{")])
-def test_metadata_that_is_gone_is_written_again_and_no_block_is_lost(copy, capsys, array, spoil):
-    before = contents(copy)
-    spoil(copy / "full" / array / "zarr.json")
-    words = ["status", "--run", str(copy)]
-    told = f"damaged: {copy}/full/{array}/zarr.json"
-    for refused in ([*words, "--verify"], ["purge", "--run", str(copy), *FEW]):
+def test_metadata_that_is_gone_is_written_again_and_no_block_is_lost(
+    plain_copy, capsys, array, spoil
+):
+    before = contents(plain_copy)
+    spoil(plain_copy / "full" / array / "zarr.json")
+    words = ["status", "--run", str(plain_copy)]
+    told = f"damaged: {plain_copy}/full/{array}/zarr.json"
+    for refused in ([*words, "--verify"], ["purge", "--run", str(plain_copy), *FEW]):
         capsys.readouterr()
         assert main(refused) == 1
         err = capsys.readouterr().err
@@ -147,17 +161,17 @@ def test_metadata_that_is_gone_is_written_again_and_no_block_is_lost(copy, capsy
         assert "dmm status --discard writes a zarr.json that is missing or cut short again" in err
     assert main([*words, "--discard"]) == 0
     assert main([*words, "--verify"]) == 0
-    assert contents(copy) == before
+    assert contents(plain_copy) == before
 
 
-def test_metadata_that_was_changed_costs_no_block(copy, capsys):
-    file = copy / "full" / "outputs" / "zarr.json"
+def test_metadata_that_was_changed_costs_no_block(plain_copy, capsys):
+    file = plain_copy / "full" / "outputs" / "zarr.json"
     file.write_text(file.read_text().replace("float32", "float64"))
-    before = contents(copy)
+    before = contents(plain_copy)
     for word in ("--verify", "--discard"):
-        assert main(["status", "--run", str(copy), word]) == 1
+        assert main(["status", "--run", str(plain_copy), word]) == 1
         assert f"damaged: {file}; restore these from a copy" in capsys.readouterr().err
-    assert contents(copy) == before
+    assert contents(plain_copy) == before
 
 
 def flipped(file):

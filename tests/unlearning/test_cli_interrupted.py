@@ -133,11 +133,12 @@ def test_a_killed_run_resumes_to_the_same_bits_and_repeats_no_block(slow, tmp_pa
 
 def test_two_commands_at_once_fill_one_run_together(tmp_path):
     spec, run = write_task(tmp_path), tmp_path / "run"
-    words = ["precompute", spec, "--run", str(run), *SIZES, "--workers", "0"]
+    rest = [*SIZES, "--newton-checkpoints", "2", "--workers", "0"]
+    words = ["precompute", spec, "--run", str(run), *rest]
     with started(*words) as first, started(*words) as second:
         for process in (first, second):
             err = process.communicate(timeout=PATIENCE)[1]
             assert (process.returncode, err) == (0, "")
     assert main(["status", "--run", str(run), "--verify"]) == 0
-    assert main(["precompute", spec, "--run", str(tmp_path / "one"), *SIZES, "--workers", "0"]) == 0
+    assert main(["precompute", spec, "--run", str(tmp_path / "one"), *rest]) == 0
     assert arrays(run) == arrays(tmp_path / "one")
