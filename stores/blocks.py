@@ -109,27 +109,32 @@ def name_blocks(blocks: Sequence[int]) -> str:
     return f"block{'s' if len(blocks) > 1 else ''} {named}{more}"
 
 
-def refuse_missing(place: Place, spec: StoreSpec, name: str, blocks: Sequence[int]) -> None:
-    """Refuse to read done blocks of an array that lack a storage object.
+def refuse_unreadable(
+    place: Place, spec: StoreSpec, name: str, blocks: Sequence[int] | None = None
+) -> None:
+    """Refuse to read blocks of an array that are pending or lack a storage object.
 
     Args:
         place: Where the store lies.
         spec: Its layout.
         name: Name of the array.
-        blocks: Numbers of the blocks.
+        blocks: Numbers of the blocks; None means all.
 
     Raises:
-        ValueError: An object is missing.
+        ValueError: A block is pending, or an object is missing.
 
     Example:
         >>> from stores.folder import Folder
         >>> from stores.schema import ArraySpec
         >>> spec = StoreSpec("masks", "model", 2, {"mask": ArraySpec(("model",), (3,), "bool")})
-        >>> refuse_missing(Folder("a"), spec, "mask", [1])
+        >>> refuse_unreadable(Folder("nowhere"), spec, "mask", [1])
         Traceback (most recent call last):
             ...
-        ValueError: a/mask/c/1 is missing; discard block 1 and compute it again
+        ValueError: block 1 of nowhere is pending; run the same computation again
     """
+    spec.array(name)
+    blocks = range(spec.blocks) if blocks is None else blocks
+    refuse_pending(place, blocks)
     for block in blocks:
         # zarr reads a missing object as fill values.
         for file in object_files(spec, name, block):

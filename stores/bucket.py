@@ -113,7 +113,7 @@ class Bucket(Place):
         """Read ranges of equal length from files of equal size, many at a time."""
         for window in _windows(batches, self.at_once // length):
             found = np.empty((sum(map(_count, window)), length), np.uint8)
-            _waited(self._fill(window, size, found))
+            _waited(self._read_into(window, size, found))
             yield from np.split(found, np.cumsum([_count(ranges) for ranges in window])[:-1])
 
     def mapped(self, name: str) -> np.ndarray:
@@ -122,7 +122,7 @@ class Bucket(Place):
             self.url, name, self.generation(), lambda: np.frombuffer(self.read(name), np.uint8)
         )
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: Bytes) -> None:
         """Write a file in one request, which the service does as a whole or not at all."""
         with plain_errors(f"writing {self.url}/{name}"):
             self._client.put(self._key(name), content, use_multipart=False)
@@ -173,7 +173,7 @@ class Bucket(Place):
         forget(self.url)
 
     def fill(self, files: Mapping[str, Bytes]) -> None:
-        """Write the files, the root zarr.json last."""
+        """Write the files, the root zarr.json last; what a failure leaves stays."""
         _each(files, lambda name: self._write_once(name, files[name]))
 
     def move(self, to: Place) -> None:
@@ -214,7 +214,7 @@ class Bucket(Place):
             return None
         return f"{told['e_tag']} {told['last_modified']}"
 
-    async def _fill(self, window: Sequence[Ranges], size: int, into: np.ndarray) -> None:
+    async def _read_into(self, window: Sequence[Ranges], size: int, into: np.ndarray) -> None:
         ranges = [
             (name, start) for batch in window for name, starts in batch.items() for start in starts
         ]
@@ -263,12 +263,13 @@ class Bucket(Place):
 
 
 def _each(names: Iterable[str], write: Callable[[str], None]) -> None:
-    """Writes files, the root after all others."""
-    names = sorted(names, key=lambda name: name == _ROOT)
+    """Writes files: what tells of arrays before these, and the root after all others."""
+    waves: list[list[str]] = [[], [], []]
+    for name in names:
+        waves[2 if name == _ROOT else not name.endswith(f"/{_ROOT}")].append(name)
     with ThreadPoolExecutor(_THREADS) as threads:
-        list(threads.map(write, names[:-1]))
-    for name in names[-1:]:
-        write(name)
+        for wave in waves:
+            list(threads.map(write, wave))
 
 
 def _parts(url: str) -> tuple[str, str]:

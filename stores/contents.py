@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import zarr
 
-from stores.blocks import marked, refuse_missing, refuse_unmarked, region
+from stores.blocks import marked, refuse_unmarked, refuse_unreadable, region
 from stores.metadata import open_array
 from stores.places import Place, place
 from stores.provenance import Provenance
@@ -79,27 +79,12 @@ class Contents(ABC):
         """
         generation = self.place.generation()
         known, done = self._memory.get("marks", (None, set()))
-        # A done block becomes pending by `discard` alone, which writes the root first.
+        # A done block becomes pending by `discard` alone, which writes the root.
         if generation is None or known != generation or not done.issuperset(blocks):
             refuse_rewritten(self.place, self._root)
             done = marked(self.place)
             self._memory["marks"] = generation, done
             refuse_unmarked(self.place, blocks, done)
-
-    def refuse_unreadable(self, name: str, blocks: Sequence[int] | None = None) -> None:
-        """Refuse to read blocks of an array that are pending or lack a storage object.
-
-        Args:
-            name: Name of the array.
-            blocks: Numbers of the blocks; None means all.
-
-        Raises:
-            ValueError: A block is pending, an object is missing, or there is no such array.
-        """
-        self.spec.array(name)
-        blocks = range(self.spec.blocks) if blocks is None else blocks
-        self.refuse_pending(blocks)
-        refuse_missing(self.place, self.spec, name, blocks)
 
     def numpy(self, name: str, block: int | None = None) -> np.ndarray:
         """Read an array, or one block of it, into memory.
@@ -114,7 +99,7 @@ class Contents(ABC):
         Raises:
             ValueError: The array is unknown, or a block that is wanted is pending or damaged.
         """
-        self.refuse_unreadable(name, None if block is None else [block])
+        refuse_unreadable(self.place, self.spec, name, None if block is None else [block])
         wanted = ... if block is None else region(self.spec, name, block)
         return np.asarray(self.array(name)[wanted])
 
@@ -198,7 +183,7 @@ class Contents(ABC):
         """
         import dask.array  # with pandas and xarray behind it, half of the time of starting
 
-        self.refuse_unreadable(name)
+        refuse_unreadable(self.place, self.spec, name)
         lazy = dask.array.from_zarr(self.array(name), chunks=self.spec.chunks(name))
         return cast(dask.array.Array, lazy)
 
@@ -226,7 +211,7 @@ class Contents(ABC):
         return read_root(self.place)
 
     @cached_property
-    def _memory(self) -> dict[str, Any]:
+    def _memory(self) -> dict[str, tuple[object, set[int]]]:
         return {}
 
     @cached_property
@@ -241,10 +226,7 @@ class Contents(ABC):
         return read_whole(self.place, self._readable(name), self._root.get("checksums", {}))
 
     def _readable(self, name: str) -> zarr.Array[Any]:
-        generation = self.place.generation()
-        if generation is None or self._memory.get("root") != generation:
-            refuse_rewritten(self.place, self._root)
-            self._memory["root"] = generation
+        refuse_rewritten(self.place, self._root)
         if name not in self._handles:
             array = open_array(self.place, self.spec, name)
             refuse_other_layout(self.place, array, self._root.get("layouts", {}))

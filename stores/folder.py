@@ -63,7 +63,10 @@ class Folder(Place):
         return 4 * 2**20
 
     def generation(self) -> object:
-        """Identity and time of the root zarr.json, which is always replaced, never changed."""
+        """Identity and time of the root zarr.json, which is always replaced, never changed.
+
+        On a network disk the system may remember it for some seconds.
+        """
         try:
             told = os.stat(f"{self.url}/zarr.json")
         except OSError:
@@ -83,7 +86,7 @@ class Folder(Place):
         # Writable without effect on the file: torch takes no read-only arrays.
         return np.asarray(np.memmap(self._path(name), np.uint8, mode="c"))
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: Bytes) -> None:
         """Write a file under another name, then rename it."""
         path = self._path(name)
         with _written_aside(path, content) as aside:

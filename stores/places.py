@@ -118,7 +118,7 @@ class Place(ABC):
         """
 
     @abstractmethod
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: Bytes) -> None:
         """Write a file as a whole; one of the same name is replaced at once.
 
         Raises:
@@ -160,10 +160,10 @@ class Place(ABC):
 
     @abstractmethod
     def fill(self, files: Mapping[str, Bytes]) -> None:
-        """Write the files of a free place: with all of them it is there, or not at all.
+        """Write the files of a free place, which is taken only once all of them are there.
 
-        In a bucket the root zarr.json is written last, and what a killed call leaves may be
-        written again.
+        In a bucket the root zarr.json is written last. What a call leaves there that fails or is
+        killed counts for nothing, and may be written again by the same call.
 
         Raises:
             OSError: They cannot be written, or files that differ are there already.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from stores.blocks import refuse_unreadable
 from stores.durability import durable
 from stores.places import Place, Where, place
 from stores.provenance import Provenance
@@ -226,7 +227,7 @@ def _copy(block: _Block, writer: BlockWriter, revised: Mapping[str, np.ndarray])
         elif name in formed:
             writer.append(name, _scaled(block, formed[name], sums[formed[name]]))
         else:
-            block.store.refuse_unreadable(name, block.sources)
+            refuse_unreadable(block.store.place, block.store.spec, name, block.sources)
             sums[name] = _copy_array(block, writer, name)
 
 

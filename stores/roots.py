@@ -77,6 +77,10 @@ def set_state(where: Place, state: str) -> None:
     Args:
         where: Where the store lies.
         state: "open" or "complete".
+
+    Raises:
+        ValueError: The root's zarr.json is damaged.
+        OSError: There is none, or it cannot be read or written.
     """
     write_attribute(where, "state", state)
 
@@ -97,13 +101,13 @@ def write_attribute(where: Place, name: str, value: Json) -> None:
         >>> import tempfile
         >>> from stores.places import place
         >>> where = place(tempfile.mkdtemp())
-        >>> where.write("zarr.json", b'{"attributes": {"state": "open"}}')
+        >>> where.write("zarr.json", b'{"node_type": "group", "attributes": {"state": "open"}}')
         >>> write_attribute(where, "state", "complete")
         >>> read_root(where)
         {'state': 'complete'}
     """
     content = read_node(where)
-    content["attributes"][name] = value
+    content["attributes"] = {**content.get("attributes", {}), name: value}
     where.write(ROOT, json.dumps(content, indent=2).encode())
 
 

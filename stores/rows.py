@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stores.blocks import missing_object, object_files
+from stores.blocks import missing_object, object_files, refuse_unreadable
 from stores.halves import sum_halves, widen
 from stores.pieces import is_raw, pieces
 from stores.places import check_size
@@ -201,7 +201,7 @@ def _slabs(store: Store, name: str, block: int) -> Iterator[tuple[slice, np.ndar
         for part, file in zip(parts, files, strict=True):
             yield part[0], _mapped_object(store, name, file, block)
     else:
-        store.refuse_unreadable(name, [block])
+        refuse_unreadable(store.place, store.spec, name, [block])
         for part in parts:
             yield part[0], np.asarray(store.array(name)[part])
 
@@ -247,7 +247,7 @@ def _checked(store: Store, name: str, rows: np.ndarray) -> np.ndarray:
         # Reading a lost object raises by itself.
         store.refuse_pending(range(store.spec.blocks) if blocks is None else blocks)
     else:
-        store.refuse_unreadable(name, blocks)
+        refuse_unreadable(store.place, store.spec, name, blocks)
     return rows.astype(np.int64)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from stores.blocks import mark_file, region
+from stores.blocks import mark_file, refuse_unreadable, region
 from stores.metadata import DONE, open_array
 from stores.places import Place
 from stores.roots import read_root, set_state
@@ -107,7 +107,7 @@ def _marks(store: Store, block: int) -> list[int]:
 
 
 def _checksum(store: Store, name: str, block: int, before: int) -> int:
-    store.refuse_unreadable(name, [block])
+    refuse_unreadable(store.place, store.spec, name, [block])
     array = store.array(name)
     for part in slabs(store.spec, name, block):
         before = checksum(np.asarray(array[part]), before)
@@ -154,9 +154,11 @@ def discard(place: Place, block: int) -> None:
     """
     if not place.exists(mark_file(block)):
         raise ValueError(f"expected a done block to discard, got block {block}")
-    # Before the mark goes, so that nobody who remembers a complete store trusts the block.
+    # Before the mark goes, so that nobody who remembers a complete store trusts the block; and
+    # afterwards, for who read the root and the marks in between.
     set_state(place, "open")
     place.remove(mark_file(block))
+    set_state(place, "open")
 
 
 def complete(place: Place, spec: StoreSpec) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
+from stores.blocks import refuse_unreadable
 from stores.verification import damaged_constants
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def to_xarray(store: Contents, axes: Sequence[str]) -> xarray.Dataset:
         ) from error
     for name in store.spec.arrays:
         store.array(name)  # refuses a store that was rewritten
-        store.refuse_unreadable(name)
+        refuse_unreadable(store.place, store.spec, name)
     if lost := damaged_constants(store):
         raise ValueError(
             f"{', '.join(lost)} of {store.path} are missing or damaged; restore them from a copy, "

@@ -7,7 +7,6 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from xdist.scheduler import LoadFileScheduling
 
 from tests import s3_server
 
@@ -45,19 +44,26 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
-class Together(LoadFileScheduling):
-    """Files that share what is costly to make go to the same process."""
-
-    def _split_scope(self, nodeid):
-        file = Path(super()._split_scope(nodeid))
-        if file.stem in WORKERS:
-            return "workers"
-        purges = file.parent.name == "purging" or file.stem == "test_cli_purge"
-        return "purges" if purges else str(file)
-
-
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
+    """With --dist loadfile, files that share what is costly to make go to the same process."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return _shared(Path(file)) or file
+
     return Together(config, log)
+
+
+def _shared(file):
+    if file.stem in WORKERS:
+        return "workers"
+    purges = file.match("tests/attribution/purging/*") or file.stem == "test_cli_purge"
+    return "purges" if purges else None
 
 
 @pytest.fixture(autouse=True)

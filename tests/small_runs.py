@@ -15,11 +15,9 @@ from attribution.task_file import load_task
 from attribution.training import train_one
 from stores import Store
 
-TRAIN_ROWS, TEST_ROWS, FULL_MODELS, CHECKPOINTS = 37, 11, 80, 3
-MODELS = {
-    **{"full_models": FULL_MODELS, "subset_models": 24},
-    **{"checkpoints": CHECKPOINTS, "workers": 0},
-}
+TRAIN_ROWS, TEST_ROWS, FULL_MODELS = 37, 11, 80
+MODELS = {"full_models": FULL_MODELS, "subset_models": 24, "checkpoints": 3, "workers": 0}
+CHECKPOINTS = MODELS["checkpoints"]
 ENSEMBLES = ("--full-models", str(FULL_MODELS), "--subset-models", "24", "--workers", "0")
 SIZES = (*ENSEMBLES, "--newton-checkpoints", str(CHECKPOINTS))
 PLAIN = (*ENSEMBLES, "--newton-checkpoints", "0")

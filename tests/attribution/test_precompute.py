@@ -1,5 +1,4 @@
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -112,12 +111,6 @@ class TestNewton:
         if checkpoints:
             for index in range(checkpoints):
                 assert made.features.model(index).digest() == made.full.model(index).digest()
-
-    def test_eight_models_are_taken_where_there_are_as_many(self, tmp_path, monkeypatch):
-        module = sys.modules["attribution.precompute"]  # the package has a function of this name
-        monkeypatch.setattr(module, "_fill", lambda *arguments: None)
-        made = precompute(write_task(tmp_path), tmp_path / "run", **FEW | {"full_models": 9})
-        assert made.settings.checkpoints == 8
 
     def test_projections_depend_on_the_seed(self, run, tmp_path):
         made = precompute(write_task(tmp_path), tmp_path / "run", seed=5, checkpoints=1, **FEW)
@@ -324,12 +317,6 @@ class TestCheckpoints:
         found = run.predictor().change(ForgetSet.at(run.task, [3]))
         assert np.isfinite(found.mean).all()
         assert np.isnan(found.std).all()
-
-    def test_eight_models_are_taken_where_there_are_as_many(self, tmp_path, monkeypatch):
-        module = sys.modules["attribution.precompute"]  # the package has a function of this name
-        monkeypatch.setattr(module, "_fill", lambda *arguments: None)
-        made = precompute(write_task(tmp_path), tmp_path / "run", **FEW | {"full_models": 9})
-        assert made.settings.checkpoints == 8
 
     def test_projections_depend_on_the_seed(self, tmp_path, spec):
         files = write_checkpoints(tmp_path, spec, 1)

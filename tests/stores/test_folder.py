@@ -49,6 +49,12 @@ class TestFolder(PlaceTests):
             with empty.aside():
                 assert live.read("a") == b"1"
 
+    def test_a_filling_that_fails_leaves_nothing_beside_the_folder(self, empty):
+        empty.write("zarr.json", b"theirs")
+        with pytest.raises(OSError, match=empty.name):
+            empty.fill({"a": b"1", "zarr.json": b"mine"})
+        assert empty.parent.walk() == [f"{empty.name}/zarr.json"]
+
     def test_a_folder_that_was_swept_before_it_was_locked_is_made_again(self, empty, monkeypatch):
         made, makedirs = [], os.makedirs
 

@@ -26,6 +26,7 @@ from stores.writing import BlockDone
 
 ROOT = Path(__file__).resolve().parents[2]
 pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
+# The tests stand in an order in which the number of workers seldom changes: others are started.
 
 
 @pytest.fixture(scope="module", autouse=True)

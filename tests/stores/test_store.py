@@ -226,6 +226,19 @@ def test_what_another_process_may_be_writing_is_not_swept(full):
     assert not os.path.exists(f"{full.path}/done/1.lock.partial")
 
 
+def test_who_looks_while_a_block_is_discarded_does_not_trust_it_afterwards(full, monkeypatch):
+    remove, reader = Folder.remove, Store.open(full.path)
+
+    def looked_at(place, name):
+        reader.refuse_pending([1])  # between the root and the mark
+        remove(place, name)
+
+    monkeypatch.setattr(Folder, "remove", looked_at)
+    full.discard(1)
+    with pytest.raises(ValueError, match=r"block 1 of .* is pending"):
+        reader.refuse_pending([1])
+
+
 def test_a_complete_store_is_finalised_without_a_look_at_its_files(full, monkeypatch):
     full.finalize()
     generation = full.place.generation()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from attribution import ForgetSet, load_model
-from attribution.run import PREDICTORS, Run
+from attribution.run import PREDICTORS, Run, read_settings
 from stores import Store
 from tests.small_runs import (
     CHECKPOINTS,
@@ -59,6 +59,16 @@ class TestPrecompute:
             f"next: dmm predict --run {run} --forget random:50:0\n"
         )
         assert contents(run) == before
+
+    def test_gradients_are_of_eight_models_unless_told(self, tmp_path, monkeypatch):
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        # The package has a function of the module's name.
+        monkeypatch.setattr(sys.modules["attribution.precompute"], "_fill", stop)
+        words = ["precompute", write_task(tmp_path), "--run", f"{tmp_path}/run"]
+        assert main([*words, "--full-models", "9", "--subset-models", "24"]) == 130
+        assert read_settings(tmp_path / "run").checkpoints == 8
 
     def test_a_task_file_that_moved_is_found_where_it_lies_now(self, dmm, run, tmp_path):
         copy = copied(run, tmp_path)

@@ -36,9 +36,7 @@ def test_a_flipped_byte_is_found_discarded_and_computed_again(plain_copy, capsys
     mend_a_flipped_byte(plain_copy, PLAIN, capsys, *place)
 
 
-@pytest.mark.parametrize(
-    "place", [("full", "outputs", 1), (f"trak-{CHECKPOINTS}/scores", "effects", 0)]
-)
+@pytest.mark.parametrize("place", [*STORES[1:3], (f"trak-{CHECKPOINTS}/scores", "effects", 0)])
 def test_what_was_made_from_a_damaged_store_stays(copy, capsys, place):
     mend_a_flipped_byte(copy, SIZES, capsys, *place)
 

@@ -8,7 +8,7 @@ from tests.attribution.purging.runs import (
     SPEC,
     copied,
     opened,
-    plain_run,
+    plain_named_run,
     whole_run,
 )
 
@@ -20,7 +20,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory):
-    return Run.open(plain_run(tmp_path_factory.getbasetemp()))
+    return Run.open(plain_named_run(tmp_path_factory.getbasetemp()))
 
 
 @pytest.fixture(scope="session")

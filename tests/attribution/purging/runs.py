@@ -69,9 +69,9 @@ def whole_run(base):
 
 
 @functools.cache
-def plain_run(base):
+def plain_named_run(base):
     """One without gradients and calibration, where it does not matter which stores there are."""
-    folder = base / "plain_run"
+    folder = base / "plain_named_run"
     folder.mkdir()
     precompute(write_task(folder, NAMED), folder / "run", **PLAIN)
     return folder / "run"

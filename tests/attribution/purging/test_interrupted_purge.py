@@ -15,7 +15,7 @@ from attribution.purging.journal import read_journal, write_journal
 from attribution.purging.plan import plan_purge
 from attribution.purging.purge import purge
 from attribution.run import Run
-from stores import place
+from stores import place, taken_out
 from stores.folder import Folder
 from tests.attribution.purging.runs import (
     GONE,
@@ -70,6 +70,8 @@ def half(plain, tmp_path_factory):
         kill_after(patch, 22)
         with pytest.raises(Killed):
             purge(path, SPEC)
+    assert taken_out(path / "moments")
+    assert not taken_out(path / "full")
     return path
 
 
@@ -78,11 +80,15 @@ def killed(half, tmp_path):
     return copied(half, tmp_path)
 
 
-def test_the_journal_holds_no_id(killed):
-    content = (killed / "purge.json").read_text()
+def test_the_journal_holds_no_id(whole, tmp_path, monkeypatch):
+    path = copied(whole.path.url, tmp_path)
+    kill_after(monkeypatch, 1)
+    with pytest.raises(Killed):
+        purge(path, SPEC)
+    content = (path / "purge.json").read_text()
     assert "person" not in content
-    assert read_journal(killed).positions == GONE
-    assert len(read_journal(killed).own) == 4
+    assert read_journal(path).positions == GONE
+    assert len(read_journal(path).own) == 4
 
 
 def test_other_rows_wait_until_an_interrupted_purge_is_finished(killed):

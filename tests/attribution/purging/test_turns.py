@@ -3,6 +3,7 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -11,21 +12,22 @@ from attribution.purging.purge import purge
 from attribution.purging.turns import writers_turn
 from stores import Store, place
 from stores.folder import Folder
-from tests.attribution.purging.runs import PLAIN, SPEC, copied, opened, plain_run
+from tests.attribution.purging.runs import PLAIN, SPEC, copied, opened
 from tests.small_runs import contents
 from unlearning.cli import main
 
 MODULE = sys.modules["attribution.precompute"]  # the package has a function of this name
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return plain_run(tmp_path_factory.getbasetemp())
+@pytest.fixture
+def spared(plain):
+    """The folder of a run that no test may spoil."""
+    return Path(plain.path.url)
 
 
 @pytest.fixture
-def run(made, tmp_path):
-    return copied(made, tmp_path)
+def run(spared, tmp_path):
+    return copied(spared, tmp_path)
 
 
 @pytest.fixture
@@ -45,23 +47,23 @@ def spec(run):
         ("precompute", "{spec}"),
     ],
 )
-def test_writers_are_refused_while_rows_are_purged(made, capsys, words):
-    before, spec = contents(made), f"{made.parent}/small.py:task"
-    with place(made).locked(alone=True):
-        assert main([*(word.format(spec=spec) for word in words), "--run", str(made)]) == 2
-    told = f"rows are purged from {made}, or were meanwhile: wait for it, then call this again"
+def test_writers_are_refused_while_rows_are_purged(spared, capsys, words):
+    before, spec = contents(spared), f"{spared.parent}/small.py:task"
+    with place(spared).locked(alone=True):
+        assert main([*(word.format(spec=spec) for word in words), "--run", str(spared)]) == 2
+    told = f"rows are purged from {spared}, or were meanwhile: wait for it, then call this again"
     assert capsys.readouterr() == ("", f"dmm: {told}\n")
-    assert contents(made) == before
+    assert contents(spared) == before
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["a writer", "a purge"])
-def test_a_purge_is_refused_while_others_change_the_run(made, capsys, alone):
-    before = contents(made)
-    with place(made).locked(alone=alone):
-        assert main(["purge", "--run", str(made), "--forget", SPEC]) == 2
-    told = f"another command writes to {made}: wait until it has ended, then purge"
+def test_a_purge_is_refused_while_others_change_the_run(spared, capsys, alone):
+    before = contents(spared)
+    with place(spared).locked(alone=alone):
+        assert main(["purge", "--run", str(spared), "--forget", SPEC]) == 2
+    told = f"another command writes to {spared}: wait until it has ended, then purge"
     assert capsys.readouterr() == ("", f"dmm: {told}\n")
-    assert contents(made) == before
+    assert contents(spared) == before
 
 
 def meanwhile(monkeypatch, act):
@@ -130,7 +132,7 @@ def test_where_nothing_is_locked_a_writer_is_refused_at_its_end(run):
 
 
 def test_rows_purged_between_the_two_looks_of_a_new_run_are_found(run, spec, monkeypatch):
-    # A folder that is not there cannot be locked; the one that is made may be purged at once.
+    # A folder that is not there cannot be locked; the one that is spared may be purged at once.
     monkeypatch.setattr(MODULE, "task_left", lambda task, path: task)
     purge(run, SPEC)
     with pytest.raises(ValueError, match=r"rows were purged from .* meanwhile: call this again"):
