@@ -3,36 +3,24 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 
-from attribution.calibration_bank import calibration_bank, cases_of, common_share
-from attribution.combined import Weights, weigh, weighed_sum
-from attribution.counterfactual import Change
-from attribution.datamodels import REGRESSIONS, fit_datamodels
-from attribution.deviations import held_out_error
-from attribution.ensemble import Ensemble, subsets_left, train_models
-from attribution.folders import store_places
+from attribution.calibrating import calibrate_run, calibrated_before, made_before
+from attribution.datamodels import FEWEST_MODELS, REGRESSIONS, fit_datamodels
+from attribution.ensemble import subsets_left, train_models
 from attribution.gradients import Projection, featurize, gradient_projector
-from attribution.linear_datamodel import LinearDatamodel
 from attribution.model import Model, load_model
 from attribution.moments import compute_moments
-from attribution.newton import GroupNewton, calibrate, predicted_changes
 from attribution.purging.tombstones import purged_rows, read_tombstones, task_left
 from attribution.purging.turns import writers_turn
-from attribution.residual import models_like_requests, residual_models
-from attribution.run import CALIBRATION, SCHEMA, SETTINGS, Run, RunSettings, read_settings
-from attribution.run_calibration import RunCalibration
+from attribution.run import SCHEMA, SETTINGS, Run, RunSettings, read_settings
 from attribution.subsets import Subsets, draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task, task_place
-from stores import Place, Store, Where, name_blocks, place, taken_out
-
-FEWEST_MODELS = 10  # that a datamodel is fitted to
-RESIDUAL_MODELS = 150  # at most; group Newton takes about a second of one core for each on digits
+from stores import Where, place
 
 
 def precompute(
@@ -44,6 +32,7 @@ def precompute(
     design: str = "mixed",
     checkpoints: int | None = None,
     datamodel: str = "ridge",
+    factors: bool = True,
     seed: int = 0,
     device: str = "cpu",
     workers: int | None = None,
@@ -60,6 +49,7 @@ def precompute(
         checkpoints: full models whose gradients group Newton averages over; 0 for none, None for
             8, or for all where there are fewer.
         datamodel: name of the regression, ridge or lasso.
+        factors: whether features are kept as factors too, where they can be; see `featurize`.
         seed: of everything.
         device: where to compute.
         workers: processes; None for one per core, 0 for this process.
@@ -99,25 +89,32 @@ def precompute(
         at: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
         with writers_turn(path):
             _refuse_purged(run)
-            _fill(run, full_subsets, subsets, at, at | {"device": device})
+            _fill(run, full_subsets, subsets, at, at | {"device": device}, factors=factors)
     return run
 
 
 def _fill(
-    run: Run, full_subsets: Subsets, subsets: Subsets, at: dict[str, Any], where: dict[str, Any]
+    run: Run,
+    full_subsets: Subsets,
+    subsets: Subsets,
+    at: dict[str, Any],
+    where: dict[str, Any],
+    *,
+    factors: bool,
 ) -> None:
     settings, seed = run.settings, run.settings.seed
     full = train_models(run.task, full_subsets, run.path / "full", keep="weights", **where)
     ensemble = train_models(run.task, subsets, run.path / f"ensemble-{settings.subsets}", **where)
     to = run.path / f"datamodel-{settings.subsets}"
-    if not _made_before(to, remove=[to]):
+    if not made_before(to, remove=[to]):
         method = REGRESSIONS[settings.datamodel]()
         fit_datamodels(ensemble, anchor=full, to=to, method=method, seed=seed, **at)
     compute_moments(full, run.path / "moments", **where)
     if settings.checkpoints:
         models, projection = full.checkpoints(settings.checkpoints), Projection(seed=seed)
-        featurize(run.task, models, run.path / "features", projection=projection, **where)
-    if settings.checkpoints > 1 and _calibrated_before(run):
+        to = run.path / "features"
+        featurize(run.task, models, to, projection=projection, factors=factors, **where)
+    if settings.checkpoints > 1 and calibrated_before(run):
         run.fit_trak(run.trak_damping, **at)  # what was discarded of it
     elif settings.checkpoints > 1:
         calibrate_run(run, **where)
@@ -136,6 +133,7 @@ def precompute_checkpoints(
     files: Sequence[str | os.PathLike[str]],
     *,
     damping: float | None = None,
+    factors: bool = True,
     seed: int = 0,
     device: str = "cpu",
     workers: int | None = None,
@@ -149,6 +147,7 @@ def precompute_checkpoints(
         files: checkpoints trained on all rows: .safetensors, .pt, .pth or .ckpt.
         damping: lambda of group Newton, in units of the sum of the rows' losses; None: the number
             of rows x the recipe's weight decay.
+        factors: whether features are kept as factors too, where they can be; see `featurize`.
         seed: of the projections.
         device: where to compute.
         workers: processes; None for one per core, 0 for this process.
@@ -181,133 +180,10 @@ def precompute_checkpoints(
         where: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler}
         with writers_turn(path):
             _refuse_purged(run)
-            featurize(task, models, run.path / "features", projection=projection, **where)
+            to = run.path / "features"
+            featurize(task, models, to, projection=projection, factors=factors, **where)
             _write_settings(path, settings)
     return run
-
-
-def calibrate_run(
-    run: Run,
-    *,
-    device: str = "cpu",
-    workers: int | None = None,
-    scheduler: str | None = None,
-) -> RunCalibration:
-    """Trains a run's calibration bank and holds all its predictors against it.
-
-    Args:
-        run: with full models, features and perhaps datamodels.
-        device: where to compute.
-        workers: processes; None for one per core, 0 for this process.
-        scheduler: address of an existing dask scheduler instead.
-
-    Returns:
-        The calibration, which is written to the run's folder as well.
-
-    Raises:
-        ValueError: the stores of the run do not belong together.
-    """
-    at: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
-    seed, to = run.settings.seed + 4, run.path / "calibration"
-    bank = calibration_bank(run.task, to / "bank", seed=seed, device=device, **at)
-    plain = GroupNewton(run.task, run.features, damping=1.0)
-    folder = to / f"newton-{len(run.features)}"
-    newton = calibrate(plain, bank, folder, full=run.full, **at)
-    before = run.full.outputs.mean(0)
-    cases = cases_of(bank, before)
-    chosen = replace(
-        plain, damping=newton.damping, temperature=newton.temperature, steps=newton.steps
-    )
-    raw = predicted_changes(chosen, cases, bank, folder / "changes", **at)
-    first = [
-        newton.applied(
-            change, case.forget, case.targets, common_share(change.mean[case.forget.rows])
-        )
-        for case, change in zip(cases, raw, strict=True)
-    ]
-    linear = [run.datamodel.change(case.forget) for case in cases]
-    trak = run.fit_trak(run.damping_by(newton), **at)
-    scored = [trak.change(case.forget) for case in cases]
-    sources: dict[str, list[Sequence[Change]]] = {"newton": [raw], "linear": [linear, scored]}
-    residual: dict[str, Weights] = {}
-    missed = _fit_residual(run, chosen, **at)
-    if missed is not None:
-        lacking = [missed.change(case.forget) for case in cases]
-        sources["residual"] = [raw, lacking]
-        # Few models leave the posterior of a row's effect on itself wide open; the prior does not.
-        residual = weigh(cases, list(zip(first, lacking, strict=True)), trusted=False)
-        first = [
-            weighed_sum(residual, one, two, case.kind_numbers)
-            for case, one, two in zip(cases, first, lacking, strict=True)
-        ]
-    weights = weigh(cases, list(zip(first, linear, strict=True)))
-    own = [case.error(change.mean) for case, change in zip(cases, linear, strict=True)]
-    # A predictor with more factors must not look nearer for them alone.
-    means = {
-        name: [[change.mean for change in each] for each in changes]
-        for name, changes in sources.items()
-    }
-    errors = {"datamodel": float(np.mean(own))}
-    errors |= {name: held_out_error(cases, *parts) for name, parts in means.items()}
-    parts, added = means.get("residual", means["newton"]), [change.mean for change in linear]
-    errors["combined"] = held_out_error(cases, *parts, added=added)
-    fitted = weigh(cases, list(zip(linear, scored, strict=True)), trusted=False)
-    sums = {kind: one.as_sure_as_the_first() for kind, one in fitted.items()}
-    found = RunCalibration(newton, weights, errors, residual, sums)
-    found.save(run.path / CALIBRATION)
-    return found
-
-
-def _calibrated_before(run: Run) -> bool:
-    """Whether the calibration was fitted on these checkpoints before rows were purged."""
-    folder = run.path / "calibration" / f"newton-{len(run.features)}"
-    # The weights were fitted to all of it together.
-    residual = run.path / "calibration" / "residual"
-    whole = [run.path / CALIBRATION, folder, residual, run.residual_path]
-    choices = [folder / name for name in store_places(folder) if name.startswith("choice")]
-    for part in (*choices, run.residual_path):
-        _made_before(part, remove=whole)
-    return _made_before(folder / "changes", remove=whole) and run.path.exists(CALIBRATION)
-
-
-def _made_before(where: Place, *, remove: Sequence[Place]) -> bool:
-    """Whether a store was made before rows were purged; then no block of it can be made alone."""
-    if taken_out(where) is None:
-        return False
-    if pending := Store.open(where).pending():
-        raise ValueError(
-            f"{name_blocks(pending)} of {where} cannot be computed alone, as rows were purged since"
-            f" the others were: remove {', '.join(map(str, remove))}, and the same command makes"
-            " all of it anew from what is left"
-        )
-    return True
-
-
-def _fit_residual(run: Run, newton: GroupNewton, **at: Any) -> LinearDatamodel | None:
-    """The datamodel of what group Newton lacks, if some models are like deletion requests."""
-    to = run.residual_path
-    if to.taken() and not Store.open(to).pending():
-        # Once fitted it stays, also where the calibration changes: its weights are fitted anew.
-        _refuse_other_projections(run, to)
-        return LinearDatamodel.open(to)
-    ensemble = Ensemble.open(run.path / f"ensemble-{run.settings.subsets}", run.task)
-    seed = run.settings.seed
-    chosen = models_like_requests(ensemble, RESIDUAL_MODELS, seed)
-    if len(chosen) < FEWEST_MODELS:
-        return None
-    folder = run.path / "calibration" / "residual"
-    left = residual_models(ensemble, newton, folder, anchor=run.full, models=chosen, **at)
-    return fit_datamodels(left, anchor=run.full, to=to, seed=seed, **at)
-
-
-def _refuse_other_projections(run: Run, residual: Place) -> None:
-    told = Store.open(residual).provenance.settings["ensemble"]["features"][0]["projection"]
-    wanted = run.features.stores[0].provenance.settings["projection"]
-    if told != wanted:
-        raise ValueError(
-            f"{residual} was fitted to what group Newton lacked with projections {told}, the run's"
-            f" are {wanted}: remove it and {run.path}/calibration/residual, and call this again"
-        )
 
 
 def _check_numbers(settings: RunSettings) -> None:

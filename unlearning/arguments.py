@@ -85,6 +85,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="use these trained models and train none",
     )
+    make.add_argument(
+        "--no-factors",
+        dest="factors",
+        action="store_false",
+        help="for a model that calls its layers otherwise for some rows",
+    )
     text = "lambda of group Newton with --checkpoint; else rows x the recipe's weight decay"
     make.add_argument("--damping", type=float, metavar="LAMBDA", help=text)
     predict = _verb(verbs, "predict", "predict outputs without a forget set")

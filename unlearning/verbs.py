@@ -66,6 +66,7 @@ def _precompute(options: argparse.Namespace) -> Told:
         design=options.design,
         checkpoints=options.newton_checkpoints,
         datamodel=options.datamodel,
+        factors=options.factors,
         seed=options.seed,
         **_where(options),
     )
@@ -86,6 +87,7 @@ def _precompute_checkpoints(options: argparse.Namespace) -> Told:
         options.run,
         options.checkpoint,
         damping=options.damping,
+        factors=options.factors,
         seed=options.seed,
         **_where(options),
     )

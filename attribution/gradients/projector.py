@@ -199,7 +199,7 @@ class Linearisation:
             raise ValueError(
                 "the model calls its layers otherwise for some rows than for others: its features"
                 " cannot be kept as factors; remove what was made of them, and make them with"
-                " featurize(..., factors=False)"
+                " factors=False, or dmm precompute --no-factors"
             )
         cotangents, blocks = self._checked(cotangents), self._linear
         spans = [slice(*ends) for ends in pairwise(accumulate(self.factors.outputs, initial=0))]

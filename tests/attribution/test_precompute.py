@@ -30,6 +30,24 @@ NORMALISED = TASK.replace(
     "nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU(), nn.Linear(6, 3)",
 )
 UNDECAYED = TASK.replace("weight_decay=0.05", "weight_decay=0")
+MOODY = TASK.replace(
+    "def mlp():",
+    """class Moody(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        found = self.mix(x)
+        return self.head(self.mix(found) if float(x[:, 0].max()) > 2 else found)
+
+
+def mlp():
+    return Moody()
+
+
+def other_mlp():""",
+)
 OWN = TASK.replace("mlp, recipe)", "mlp)")
 
 
@@ -216,6 +234,18 @@ class TestNewton:
         monkeypatch.undo()
         again = precompute(spec, tmp_path / "run", **FEW)
         assert again.calibration == whole.calibration
+
+    @pytest.mark.filterwarnings("ignore:models of task 'small' are trained one by one")
+    def test_a_model_that_changes_its_mind_is_cured_by_what_its_refusal_says(self, tmp_path):
+        spec, run = write_task(tmp_path, MOODY), tmp_path / "run"
+        sizes = FEW | {"checkpoints": 2}
+        with pytest.raises(ValueError, match="factors=False, or dmm precompute --no-factors"):
+            precompute(spec, run, **sizes)
+        shutil.rmtree(run / "features")
+        made = precompute(spec, run, factors=False, **sizes)
+        assert "newton" in made.predictors
+        assert [s for s in made.features.stores if "factors" in s.spec.arrays] == []
+        assert precompute(spec, run, **sizes).predictors == made.predictors
 
     def test_a_model_without_gradients_of_rows_is_refused_before_anything_is_trained(
         self, tmp_path

@@ -8,6 +8,7 @@ import pytest
 
 from attribution import ForgetSet, GroupNewton, load_model
 from attribution.run import Run
+from stores import Store
 from tests.small_runs import (
     SIZES,
     TASK,
@@ -56,6 +57,15 @@ class TestPrecompute:
         assert "uncalibrated, because nothing was retrained" in text
         assert text.endswith(f"next: dmm predict --run {run} --forget random:50:0\n")
         assert contents(run) == before
+
+    def test_features_are_kept_as_factors_unless_told(self, told, tmp_path):
+        spec = write_task(tmp_path)
+        file = write_checkpoints(tmp_path, spec, 1)[0]
+        for run, words in (("with", ()), ("without", ("--no-factors",))):
+            where = ("--run", tmp_path / run, "--checkpoint", file, "--workers", "0")
+            told("precompute", spec, *where, *words)
+            arrays = Store.open(tmp_path / run / "features/checkpoint-0").spec.arrays
+            assert ("factors" in arrays) is (run == "with")
 
 
 class TestPredict:

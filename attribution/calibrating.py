@@ -1,0 +1,173 @@
+"""The calibration of a run: all its predictors held against a bank of retrained models."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from attribution.calibration_bank import calibration_bank, cases_of, common_share
+from attribution.combined import Weights, weigh, weighed_sum
+from attribution.counterfactual import Change
+from attribution.datamodels import FEWEST_MODELS, fit_datamodels
+from attribution.deviations import held_out_error
+from attribution.ensemble import Ensemble
+from attribution.folders import store_places
+from attribution.linear_datamodel import LinearDatamodel
+from attribution.newton import GroupNewton, calibrate, predicted_changes
+from attribution.residual import models_like_requests, residual_models
+from attribution.run import CALIBRATION, Run
+from attribution.run_calibration import RunCalibration
+from stores import Place, Store, name_blocks, taken_out
+
+RESIDUAL_MODELS = 150  # at most; group Newton takes about a tenth of a second for each on digits
+
+
+def calibrate_run(
+    run: Run,
+    *,
+    device: str = "cpu",
+    workers: int | None = None,
+    scheduler: str | None = None,
+) -> RunCalibration:
+    """Trains a run's calibration bank and holds all its predictors against it.
+
+    Args:
+        run: with full models, features and perhaps datamodels.
+        device: where to compute.
+        workers: processes; None for one per core, 0 for this process.
+        scheduler: address of an existing dask scheduler instead.
+
+    Returns:
+        The calibration, which is written to the run's folder as well.
+
+    Raises:
+        ValueError: the stores of the run do not belong together.
+    """
+    at: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
+    seed, to = run.settings.seed + 4, run.path / "calibration"
+    bank = calibration_bank(run.task, to / "bank", seed=seed, device=device, **at)
+    plain = GroupNewton(run.task, run.features, damping=1.0)
+    folder = to / f"newton-{len(run.features)}"
+    newton = calibrate(plain, bank, folder, full=run.full, **at)
+    before = run.full.outputs.mean(0)
+    cases = cases_of(bank, before)
+    chosen = replace(
+        plain, damping=newton.damping, temperature=newton.temperature, steps=newton.steps
+    )
+    raw = predicted_changes(chosen, cases, bank, folder / "changes", **at)
+    first = [
+        newton.applied(
+            change, case.forget, case.targets, common_share(change.mean[case.forget.rows])
+        )
+        for case, change in zip(cases, raw, strict=True)
+    ]
+    linear = [run.datamodel.change(case.forget) for case in cases]
+    trak = run.fit_trak(run.damping_by(newton), **at)
+    scored = [trak.change(case.forget) for case in cases]
+    sources: dict[str, list[Sequence[Change]]] = {"newton": [raw], "linear": [linear, scored]}
+    residual: dict[str, Weights] = {}
+    missed = _fit_residual(run, chosen, **at)
+    if missed is not None:
+        lacking = [missed.change(case.forget) for case in cases]
+        sources["residual"] = [raw, lacking]
+        # Few models leave the posterior of a row's effect on itself wide open; the prior does not.
+        residual = weigh(cases, list(zip(first, lacking, strict=True)), trusted=False)
+        first = [
+            weighed_sum(residual, one, two, case.kind_numbers)
+            for case, one, two in zip(cases, first, lacking, strict=True)
+        ]
+    weights = weigh(cases, list(zip(first, linear, strict=True)))
+    own = [case.error(change.mean) for case, change in zip(cases, linear, strict=True)]
+    # A predictor with more factors must not look nearer for them alone.
+    means = {
+        name: [[change.mean for change in each] for each in changes]
+        for name, changes in sources.items()
+    }
+    errors = {"datamodel": float(np.mean(own))}
+    errors |= {name: held_out_error(cases, *parts) for name, parts in means.items()}
+    parts, added = means.get("residual", means["newton"]), [change.mean for change in linear]
+    errors["combined"] = held_out_error(cases, *parts, added=added)
+    fitted = weigh(cases, list(zip(linear, scored, strict=True)), trusted=False)
+    sums = {kind: one.as_sure_as_the_first() for kind, one in fitted.items()}
+    found = RunCalibration(newton, weights, errors, residual, sums)
+    found.save(run.path / CALIBRATION)
+    return found
+
+
+def calibrated_before(run: Run) -> bool:
+    """Whether the calibration was fitted on these checkpoints before rows were purged.
+
+    Args:
+        run: the run.
+
+    Returns:
+        True where nothing of it is to be computed.
+
+    Raises:
+        ValueError: a block of it is pending, which cannot be computed alone.
+    """
+    folder = run.path / "calibration" / f"newton-{len(run.features)}"
+    # The weights were fitted to all of it together.
+    residual = run.path / "calibration" / "residual"
+    whole = [run.path / CALIBRATION, folder, residual, run.residual_path]
+    choices = [folder / name for name in store_places(folder) if name.startswith("choice")]
+    for part in (*choices, run.residual_path):
+        made_before(part, remove=whole)
+    return made_before(folder / "changes", remove=whole) and run.path.exists(CALIBRATION)
+
+
+def made_before(where: Place, *, remove: Sequence[Place]) -> bool:
+    """Whether a store was made before rows were purged; then no block of it can be made alone.
+
+    Args:
+        where: the store.
+        remove: what a refusal names, as made together with it.
+
+    Returns:
+        True where rows were taken out of it.
+
+    Raises:
+        ValueError: a block of such a store is pending.
+
+    Example:
+        >>> from stores import place
+        >>> made_before(place("nowhere"), remove=[])
+        False
+    """
+    if taken_out(where) is None:
+        return False
+    if pending := Store.open(where).pending():
+        raise ValueError(
+            f"{name_blocks(pending)} of {where} cannot be computed alone, as rows were purged since"
+            f" the others were: remove {', '.join(map(str, remove))}, and the same command makes"
+            " all of it anew from what is left"
+        )
+    return True
+
+
+def _fit_residual(run: Run, newton: GroupNewton, **at: Any) -> LinearDatamodel | None:
+    """The datamodel of what group Newton lacks, if some models are like deletion requests."""
+    to = run.residual_path
+    if to.taken() and not Store.open(to).pending():
+        # Once fitted it stays, also where the calibration changes: its weights are fitted anew.
+        _refuse_other_projections(run, to)
+        return LinearDatamodel.open(to)
+    ensemble = Ensemble.open(run.path / f"ensemble-{run.settings.subsets}", run.task)
+    seed = run.settings.seed
+    chosen = models_like_requests(ensemble, RESIDUAL_MODELS, seed)
+    if len(chosen) < FEWEST_MODELS:
+        return None
+    folder = run.path / "calibration" / "residual"
+    left = residual_models(ensemble, newton, folder, anchor=run.full, models=chosen, **at)
+    return fit_datamodels(left, anchor=run.full, to=to, seed=seed, **at)
+
+
+def _refuse_other_projections(run: Run, residual: Place) -> None:
+    told = Store.open(residual).provenance.settings["ensemble"]["features"][0]["projection"]
+    wanted = run.features.stores[0].provenance.settings["projection"]
+    if told != wanted:
+        raise ValueError(
+            f"{residual} was fitted to what group Newton lacked with projections {told}, the run's"
+            f" are {wanted}: remove it and {run.path}/calibration/residual, and call this again"
+        )
