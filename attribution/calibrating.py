@@ -48,7 +48,7 @@ def calibrate_run(
     seed, to = run.settings.seed + 4, run.path / "calibration"
     bank = calibration_bank(run.task, to / "bank", seed=seed, device=device, **at)
     plain = GroupNewton(run.task, run.features, damping=1.0)
-    folder = to / f"newton-of-{len(run.features)}"
+    folder = to / f"newton-{len(run.features)}"
     newton = calibrate(plain, bank, folder, full=run.full, **at)
     before = run.full.outputs.mean(0)
     cases = cases_of(bank, before)
@@ -107,11 +107,11 @@ def calibrated_before(run: Run) -> bool:
     Raises:
         ValueError: a block of it is pending, which cannot be computed alone.
     """
-    folder = run.path / "calibration" / f"newton-of-{len(run.features)}"
+    folder = run.path / "calibration" / f"newton-{len(run.features)}"
     # The weights were fitted to all of it together.
     residual = run.path / "calibration" / "residual"
     whole = [run.path / CALIBRATION, folder, residual, run.residual_path]
-    choices = [folder / name for name in store_places(folder) if name.startswith("errors-")]
+    choices = [folder / name for name in store_places(folder) if name.startswith("choice")]
     for part in (*choices, run.residual_path):
         made_before(part, remove=whole)
     return made_before(folder / "changes", remove=whole) and run.path.exists(CALIBRATION)

@@ -27,7 +27,6 @@ STEPS_TO_CHOOSE = 2
 LARGE = 1e300  # a store takes no infinity
 APART = 4.0  # a candidate beyond the last one is so many times as large, or as small
 MOST_BEYOND = 5
-SHORTLISTED = 3  # pairs that are tried on all checkpoints
 CASES_TOGETHER = 2  # for which one factor of the damped curvature is made
 NEAR = 0.01  # what explains all but this share of what the best explains is as good
 
@@ -46,10 +45,8 @@ def choose(
 
     Errors e are shares of each set's own squared change, and 2 |e| / (1 + |e|) is averaged: 1 where
     no change is predicted, and never more than 2, because a set that hardly changes anything may be
-    missed by several times its change and must not decide alone. All pairs of T and lambda are
-    tried on two checkpoints, from which the error of the mean that single ones scatter around is
-    estimated without bias; an error far below 0 tells that these two differ widely, and is as bad.
-    The three best are then tried on all checkpoints, with each number of steps: as they are used.
+    missed by several times its change and must not decide alone. They are estimated without bias
+    from two checkpoints; one far below 0 tells that these differ widely, and is as bad.
 
     As long as the best damping is the smallest or the largest that was tried, one beyond it is
     tried as well, 4 times as small or as large, at most five times: with few epochs the training
@@ -72,41 +69,26 @@ def choose(
     if isinstance(newton.task.loss, SquaredError):
         temperatures = (1.0,)  # there are no probabilities that could be too sharp
     search = _Search(replace(newton, calibration=None), cases, to, settings, where)
-    pairs = _shortlist(search, temperatures, dampings)
-    compute_curvatures(newton.features, sorted({t for t, _ in pairs}), **where)
-    numbers = range(1, STEPS + 1) if newton.steps is None else [newton.steps]
-    candidates = [[search.candidate(pair, steps) for steps in numbers] for pair in pairs]
-    if len(pairs) == len(numbers) == 1:
-        return candidates[0][0]
-    errors = search.errors("whole", [one for each in candidates for one in each], whole=True)
-    best = int(errors.reshape(len(pairs), -1).min(1).argmin())
-    return candidates[best][_fewest(errors.reshape(len(pairs), -1)[best])]
+    pair = _best_pair(search, temperatures, dampings)
+    compute_curvatures(newton.features, [pair[0]], **where)
+    steps = _fewest_steps(search, pair) if newton.steps is None else newton.steps
+    return search.candidate(pair, steps)
 
 
-def _fewest(errors: Numbers) -> int:
-    """Place of the first error that is as good as the best."""
-    near = errors.min() + NEAR * abs(1 - errors.min())
-    return int(np.flatnonzero(errors <= near)[0])
-
-
-def _shortlist(
-    search: "_Search", temperatures: Sequence[float], dampings: Sequence[float]
-) -> list[Pair]:
-    """The pairs that err least on two checkpoints, the best first."""
+def _best_pair(search: "_Search", temperatures: Sequence[float], dampings: Sequence[float]) -> Pair:
     wanted = [(t, damping) for t in temperatures for damping in dampings]
     if len(wanted) == 1:
-        return wanted
+        return wanted[0]
     compute_curvatures(search.newton.features, temperatures, (0, 1), **search.where)
     errors: dict[Pair, float] = {}
     for number in range(1 + MOST_BEYOND):
         tried = [search.candidate(pair, STEPS_TO_CHOOSE) for pair in wanted]
         errors |= dict(zip(wanted, search.errors(f"round-{number}", tried), strict=True))
         # Where all are too little the largest is the nearest to one that is not.
-        ranked = sorted(errors, key=lambda pair: (errors[pair], -pair[1]))
-        best = ranked[0]
+        best = min(errors, key=lambda pair: (errors[pair], -pair[1]))
         beyond = _beyond(best[1], [damping for _, damping in errors])
         if beyond is None:
-            return ranked[:SHORTLISTED]
+            return best
         wanted = [(t, beyond) for t in temperatures]
     if best[1] == max(damping for _, damping in errors):
         warnings.warn(
@@ -114,7 +96,7 @@ def _shortlist(
             " the largest that was tried: gradients of these checkpoints tell little of retraining",
             stacklevel=3,
         )
-    return ranked[:SHORTLISTED]
+    return best
 
 
 def _beyond(best: float, tried: Sequence[float]) -> float | None:
@@ -122,6 +104,13 @@ def _beyond(best: float, tried: Sequence[float]) -> float | None:
     if best == max(tried):
         return best * APART
     return best / APART if best == min(tried) else None
+
+
+def _fewest_steps(search: "_Search", pair: Pair) -> int:
+    numbers = range(1, STEPS + 1)
+    errors = search.errors("steps", [search.candidate(pair, steps) for steps in numbers])
+    near = errors.min() + NEAR * abs(1 - errors.min())
+    return next(n for n, error in zip(numbers, errors, strict=True) if error <= near)
 
 
 @dataclass(frozen=True)
@@ -138,24 +127,19 @@ class _Search:
         lambda_ = _unit_of_damping(self.newton) * temperature**2 * damping
         return replace(self.newton, temperature=temperature, damping=lambda_, steps=steps)
 
-    def errors(
-        self, name: str, candidates: Sequence[GroupNewton], *, whole: bool = False
-    ) -> Numbers:
-        """Each candidate's errors, bounded, mean over the bank's sets, [candidate].
-
-        Of the mean that two checkpoints scatter around, or, as a whole, of the mean of all.
-        """
-        # The same object for all, so that their curvature is read once.
-        features = self.newton.features if whole else self.newton.features.first(2)
-        candidates = [replace(candidate, features=features) for candidate in candidates]
+    def errors(self, name: str, candidates: Sequence[GroupNewton]) -> Numbers:
+        """Each candidate's errors, bounded, mean over the bank's sets, [candidate]."""
+        # Two checkpoints, the same object for all, so that their curvature is read once.
+        few = self.newton.features.first(2)
+        candidates = [replace(candidate, features=few) for candidate in candidates]
         shape, block = (len(self.cases), len(candidates)), min(CASES_TOGETHER, len(self.cases))
         arrays = {"errors": ArraySpec(("model", None), shape, "float64")}
         grid = [[c.temperature, c.damping, c.steps] for c in candidates]
         provenance = Provenance(self.settings | {"grid": grid})
         spec = StoreSpec("calibration-choice", "model", block, arrays)
-        store = Store.open_or_create(self.to / f"errors-{name}", spec, provenance)
+        store = Store.open_or_create(self.to / f"choices-{name}", spec, provenance)
         if store.pending():
-            work = in_turns(_Errors(tuple(candidates), tuple(self.cases), store.path, whole), store)
+            work = in_turns(_Errors(tuple(candidates), tuple(self.cases), store.path), store)
             run_blocks(work, store.pending(), title="calibration", **self.where)
         found = store.finalize().numpy("errors")
         return np.asarray(np.where(found < LARGE, _bounded(found), LARGE).mean(0))
@@ -170,54 +154,37 @@ class _Errors:
     candidates: tuple[GroupNewton, ...]
     cases: tuple[Case, ...] = field(repr=False)
     path: str
-    whole: bool
 
     def __call__(self, block: int) -> None:
         store = Store.open(self.path)
-        measure = _errors_of_mean if self.whole else _errors_around_mean
         with threads(1):
-            errors = measure(self.candidates, self.cases[store.spec.span(block)])
+            errors = _errors(self.candidates, self.cases[store.spec.span(block)])
         store.write_block(block, {"errors": errors})
 
 
-def _errors_around_mean(candidates: Sequence[GroupNewton], cases: Sequence[Case]) -> Numbers:
-    """Errors of the mean that two checkpoints scatter around, [case, candidate].
+def _errors(candidates: Sequence[GroupNewton], cases: Sequence[Case]) -> Numbers:
+    """Errors of the mean over two checkpoints, [case, candidate]; large with too little damping.
 
-    Large with too little damping. What more checkpoints leave of its variance is alike for all.
+    What more checkpoints leave of its variance is alike for all.
     """
-    pairs: dict[tuple[int, int], list[Array]] = defaultdict(list)
-    for number, change in _predicted(candidates, cases):
-        pairs[number].append(change)
     found = np.full((len(cases), len(candidates)), LARGE)
-    for (case, candidate), changes in pairs.items():
+    for (case, candidate), changes in _predicted(candidates, cases).items():
         if len(changes) == 2:
             found[case, candidate] = cases[case].error(*changes)
     return found
 
 
-def _errors_of_mean(candidates: Sequence[GroupNewton], cases: Sequence[Case]) -> Numbers:
-    """Errors of the mean over all checkpoints, [case, candidate]; large with too little damping."""
-    checkpoints = len(candidates[0].features)
-    sums: dict[tuple[int, int], tuple[int, Any]] = {}
-    for number, change in _predicted(candidates, cases):
-        count, total = sums.get(number, (0, np.zeros_like(change)))
-        sums[number] = count + 1, total + change
-    found = np.full((len(cases), len(candidates)), LARGE)
-    for (case, candidate), (count, total) in sums.items():
-        if count == checkpoints:
-            found[case, candidate] = cases[case].error(total / np.float32(checkpoints))
-    return found
-
-
 def _predicted(
     candidates: Sequence[GroupNewton], cases: Sequence[Case]
-) -> Iterator[tuple[tuple[int, int], Array]]:
-    """Changes that checkpoints predict, each with the numbers of its case and candidate."""
+) -> dict[tuple[int, int], list[Array]]:
+    """Changes that checkpoints predict, by numbers of the case and the candidate."""
+    found: dict[tuple[int, int], list[Array]] = defaultdict(list)
     features = candidates[0].features
     for checkpoint in range(len(features)):
         for case, candidate, step in _steps(candidates, cases, checkpoint):
             change = features.product(checkpoint, step.numpy(), cases[case].targets)
-            yield (case, candidate), change
+            found[case, candidate].append(change)
+    return found
 
 
 def _steps(

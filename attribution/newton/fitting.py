@@ -33,8 +33,8 @@ from stores import (
 )
 
 # Candidates for T, and for lambda in units of T^2 x (number of rows) x weight decay.
-TEMPERATURES = (1.0, 1.2, 1.4, 2.0)
-DAMPINGS = (0.5, 1.0, 2.0)
+TEMPERATURES = (1.0, 1.4, 2.0)
+DAMPINGS = (0.7, 1.4)
 
 
 def calibrate(
@@ -50,12 +50,10 @@ def calibrate(
 ) -> Calibration:
     """Fits damping, temperature, steps, and a scale and two variances for each kind of row.
 
-    The first three minimise the squared error, on outputs and margins alike: three pairs of damping
-    and temperature are chosen by that of the mean that predictions of single checkpoints scatter
-    around, of which two, a and b, tell without bias, (change - a)(change - b); and one of these,
-    with its steps, by that of the mean over all checkpoints. While the best damping is the smallest
-    or the largest tried, one beyond it is tried too, at most five times. Then scale s and the
-    variances are least squares,
+    The first three minimise the squared error, on outputs and margins alike, of the mean that
+    predictions of single checkpoints scatter around; two of them, a and b, tell it without bias:
+    (change - a)(change - b). While the best damping is the smallest or the largest tried, one
+    beyond it is tried too, at most five times. Then scale s and the variances are least squares,
 
         change = s x predicted,
         (change - s x predicted)^2 = x spread^2 + z common noise^2 + y noise^2 / m,

@@ -1,6 +1,7 @@
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,7 +196,10 @@ class TestChoice:
         ],
     )
     def test_what_a_step_gains_is_held_against_what_the_best_explains(self, errors, steps):
-        assert 1 + choosing._fewest(np.array(errors)) == steps
+        search = SimpleNamespace(
+            candidate=lambda pair, number: number, errors=lambda name, tried: np.array(errors)
+        )
+        assert choosing._fewest_steps(search, (1.0, 1.0)) == steps
 
     @pytest.mark.parametrize(
         "told",  # the better of two candidates; their errors on all sets but one, and on that one
@@ -212,40 +216,13 @@ class TestChoice:
             known = [errors[set(case.forget.rows) == sets[-1]] for case in cases]
             return np.array([[one[round(t.damping / UNIT) - 1] for t in tried] for one in known])
 
-        monkeypatch.setattr(choosing, "_errors_around_mean", errors_of)
-        monkeypatch.setattr(choosing, "_errors_of_mean", errors_of)
+        monkeypatch.setattr(choosing, "_errors", errors_of)
         monkeypatch.setattr(choosing, "MOST_BEYOND", 0)
         pair = {"temperatures": (1.0,), "dampings": (1.0, 2.0)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the best is the largest that was tried
             found = calibrate(newton, doubled, tmp_path / "c", **pair)
         assert found.damping == pytest.approx(best * UNIT)
-
-    def test_all_checkpoints_decide_among_the_three_best(
-        self, newton, doubled, tmp_path, monkeypatch
-    ):
-        told = {"around": [0.6, 0.5, 0.7, 0.8], "of": [0.4, 0.6, 0.3, 0.1]}
-
-        def errors_of(name):
-            def measure(tried, cases):
-                each = [told[name][round(t.damping / UNIT) - 1] for t in tried]
-                assert {len(t.features) for t in tried} == {2 if name == "around" else 3}
-                return np.array([each] * len(cases))
-
-            return measure
-
-        for name in told:
-            monkeypatch.setattr(choosing, f"_errors_{name}_mean", errors_of(name))
-        candidates = {"temperatures": (1.0,), "dampings": (1.0, 2.0, 3.0, 4.0)}
-        found = calibrate(newton, doubled, tmp_path / "c", **candidates)
-        assert found.damping == pytest.approx(3 * UNIT)
-
-    def test_errors_on_all_checkpoints_are_those_of_their_mean(self, newton, doubled):
-        cases = cases_of(doubled, mean_before(newton.features, None))[:3]
-        tried = [replace(newton, damping=damping, steps=2) for damping in (1.0, 3.0)]
-        expected = [[case.error(one.change(case.forget).mean) for one in tried] for case in cases]
-        found = choosing._errors_of_mean(tried, cases)
-        np.testing.assert_allclose(found, expected, rtol=1e-4)
 
     @pytest.mark.parametrize(("times", "warns"), [(300.0, True), (0.01, False)])
     def test_a_search_that_ends_at_its_largest_damping_warns(
@@ -323,7 +300,9 @@ class TestResuming:
             after = -1
             again = calibrate(newton, doubled, tmp_path / "c", **TWO)
             assert len(written) == len(set(written))
-            assert {"errors-round-0", "errors-whole"} <= {Path(where).name for where, _ in written}
+            assert {"choices-round-0", "choices-steps"} <= {
+                Path(where).name for where, _ in written
+            }
             count = len(written)
             assert calibrate(newton, doubled, tmp_path / "c", **TWO) == again
             assert len(written) == count >= 2 * BLOCKS + SETS

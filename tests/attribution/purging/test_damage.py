@@ -70,8 +70,8 @@ def test_trak_scores_whose_solved_rows_are_gone_too_have_to_be_made_anew(run, ca
     [
         ("datamodel-mixed-24", "effects"),
         ("residual-mixed-24", "effects"),
-        ("calibration/newton-of-3/changes", "mean"),
-        ("calibration/newton-of-3/errors-whole", "errors"),
+        ("calibration/newton-3/changes", "mean"),
+        ("calibration/newton-3/choices-round-1", "errors"),
     ],
 )
 def test_what_was_fitted_together_is_refused_and_made_anew(run, spec, capsys, name, array):

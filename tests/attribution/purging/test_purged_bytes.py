@@ -15,7 +15,7 @@ WINDOW = 12  # bytes: the outputs of a row
 HELD = (
     "full/outputs",
     "calibration/bank/outputs",
-    "calibration/newton-of-3/changes/mean",
+    "calibration/newton-3/changes/mean",
     "datamodel-mixed-24/effects",
     "features/checkpoint-0/features",
     "few.zarr/mean",
