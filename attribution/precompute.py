@@ -112,8 +112,8 @@ def _fill(
     compute_moments(full, run.path / "moments", **where)
     if settings.checkpoints:
         models, projection = full.checkpoints(settings.checkpoints), Projection(seed=seed)
-        to = run.path / "features"
-        featurize(run.task, models, to, projection=projection, factors=factors, **where)
+        features = run.path / "features"
+        featurize(run.task, models, features, projection=projection, factors=factors, **where)
     if settings.checkpoints > 1 and calibrated_before(run):
         run.fit_trak(run.trak_damping, **at)  # what was discarded of it
     elif settings.checkpoints > 1:
@@ -180,8 +180,8 @@ def precompute_checkpoints(
         where: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler}
         with writers_turn(path):
             _refuse_purged(run)
-            to = run.path / "features"
-            featurize(task, models, to, projection=projection, factors=factors, **where)
+            features = run.path / "features"
+            featurize(task, models, features, projection=projection, factors=factors, **where)
             _write_settings(path, settings)
     return run
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import numpy as np
@@ -264,12 +265,15 @@ class Bucket(Place):
 
 def _each(names: Iterable[str], write: Callable[[str], None]) -> None:
     """Writes files: what tells of arrays before these, and the root after all others."""
-    waves: list[list[str]] = [[], [], []]
-    for name in names:
-        waves[2 if name == _ROOT else not name.endswith(f"/{_ROOT}")].append(name)
     with ThreadPoolExecutor(_THREADS) as threads:
-        for wave in waves:
+        for _, wave in groupby(sorted(names, key=_wave), _wave):
             list(threads.map(write, wave))
+
+
+def _wave(name: str) -> int:
+    if name == _ROOT:
+        return 2
+    return 0 if name.endswith(f"/{_ROOT}") else 1
 
 
 def _parts(url: str) -> tuple[str, str]:

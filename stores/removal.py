@@ -12,7 +12,7 @@ from stores.blocks import refuse_unreadable
 from stores.durability import durable
 from stores.places import Place, Where, place
 from stores.provenance import Provenance
-from stores.roots import read_node, read_root, write_attribute
+from stores.roots import read_node, read_root, write_attributes
 from stores.schema import ArraySpec, Json, StoreSpec
 from stores.store import Store
 from stores.verification import unsound
@@ -83,7 +83,7 @@ def take_rows_out(where: Where, token: str, remains: Callable[[Store], Remains])
             aside.clear()
             store = Store.open(old)
             _write_anew(store, aside, remains(store))
-            write_attribute(aside, _STAMP, token)
+            write_attributes(aside, {_STAMP: token})
             if durable():
                 aside.sync(aside.walk())
         old.clear()

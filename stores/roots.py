@@ -9,6 +9,7 @@ from stores.places import Place
 from stores.schema import Json
 
 ROOT = "zarr.json"
+DISCARDS = "discards"  # how often the root was written because a block was discarded
 
 
 def read_node(where: Place) -> dict[str, Json]:
@@ -36,10 +37,7 @@ def read_node(where: Place) -> dict[str, Json]:
     try:
         return {"node_type": None, **json.loads(text)}
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{where}/{ROOT} is damaged; restore it from a copy, or remove {where} and run the"
-            " command that made it again"
-        ) from error
+        raise _damaged(where) from error
 
 
 def read_root(where: Place) -> dict[str, Json]:
@@ -71,27 +69,15 @@ def read_root(where: Place) -> dict[str, Json]:
     return dict(content.get("attributes", {}))
 
 
-def set_state(where: Place, state: str) -> None:
-    """Write into a store's root whether it is open or complete.
+def write_attributes(where: Place, changes: Mapping[str, Json]) -> dict[str, Json]:
+    """Write attributes into a store's root, whose file is replaced as a whole.
 
     Args:
         where: Where the store lies.
-        state: "open" or "complete".
+        changes: The new values by name; all other attributes stay.
 
-    Raises:
-        ValueError: The root's zarr.json is damaged.
-        OSError: There is none, or it cannot be read or written.
-    """
-    write_attribute(where, "state", state)
-
-
-def write_attribute(where: Place, name: str, value: Json) -> None:
-    """Write an attribute into a store's root, whose file is replaced as a whole.
-
-    Args:
-        where: Where the store lies.
-        name: Name of the attribute.
-        value: Its new value.
+    Returns:
+        All attributes.
 
     Raises:
         ValueError: The root's zarr.json is damaged.
@@ -102,13 +88,15 @@ def write_attribute(where: Place, name: str, value: Json) -> None:
         >>> from stores.places import place
         >>> where = place(tempfile.mkdtemp())
         >>> where.write("zarr.json", b'{"node_type": "group", "attributes": {"state": "open"}}')
-        >>> write_attribute(where, "state", "complete")
-        >>> read_root(where)
+        >>> write_attributes(where, {"state": "complete"})
         {'state': 'complete'}
     """
     content = read_node(where)
-    content["attributes"] = {**content.get("attributes", {}), name: value}
+    if not isinstance(content.get("attributes"), dict):
+        raise _damaged(where)
+    content["attributes"] |= changes
     where.write(ROOT, json.dumps(content, indent=2).encode())
+    return dict(content["attributes"])
 
 
 def refuse_rewritten(where: Place, opened: Mapping[str, Json]) -> None:
@@ -119,10 +107,22 @@ def refuse_rewritten(where: Place, opened: Mapping[str, Json]) -> None:
         opened: The attributes of its root at that time.
 
     Raises:
-        ValueError: They differ in more than the state, or there is no store any more.
+        ValueError: They differ in more than what changes with the blocks, or there is no store any
+            more.
     """
-    if {**read_root(where), "state": ""} != {**opened, "state": ""}:
+    if _lasting(read_root(where)) != _lasting(opened):
         raise ValueError(f"{where} was rewritten since it was opened; open it again")
+
+
+def _lasting(root: Mapping[str, Json]) -> dict[str, Json]:
+    return {name: value for name, value in root.items() if name not in {"state", DISCARDS}}
+
+
+def _damaged(where: Place) -> ValueError:
+    return ValueError(
+        f"{where}/{ROOT} is damaged; restore it from a copy, or remove {where} and run the"
+        " command that made it again"
+    )
 
 
 def check_known(what: str, name: str, known: Sequence[str]) -> None:

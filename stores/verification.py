@@ -13,7 +13,7 @@ import zarr
 from stores.blocks import mark_file, refuse_unreadable, region
 from stores.metadata import DONE, open_array
 from stores.places import Place
-from stores.roots import read_root, set_state
+from stores.roots import DISCARDS, read_root, write_attributes
 from stores.schema import StoreSpec
 from stores.writing import checksum, mark_of
 
@@ -154,11 +154,18 @@ def discard(place: Place, block: int) -> None:
     """
     if not place.exists(mark_file(block)):
         raise ValueError(f"expected a done block to discard, got block {block}")
-    # Before the mark goes, so that nobody who remembers a complete store trusts the block; and
-    # afterwards, for who read the root and the marks in between.
-    set_state(place, "open")
+    # Before the mark goes, so that nobody who remembers a complete store trusts the block.
+    root = _noted(place)
     place.remove(mark_file(block))
-    set_state(place, "open")
+    # Again for who read the root and the marks in between, unless somebody wrote the root since.
+    if read_root(place) == root:
+        _noted(place)
+
+
+def _noted(place: Place) -> dict[str, Any]:
+    # Each time another root, or what tells of its generation in a bucket would stay the same.
+    count = int(read_root(place).get(DISCARDS, 0)) + 1
+    return write_attributes(place, {"state": "open", DISCARDS: count})
 
 
 def complete(place: Place, spec: StoreSpec) -> None:
@@ -175,7 +182,7 @@ def complete(place: Place, spec: StoreSpec) -> None:
             # Another process may sweep at the same time.
             with suppress(FileNotFoundError):
                 place.remove(leftover)
-    set_state(place, "complete")
+    write_attributes(place, {"state": "complete"})
 
 
 def _is_swept(spec: StoreSpec, file: str) -> bool:

@@ -89,7 +89,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--no-factors",
         dest="factors",
         action="store_false",
-        help="for a model that calls its layers otherwise for some rows",
+        help="keep gradients whole only, for a model that calls its layers otherwise for some rows;"
+        " what is there stays as it is",
     )
     text = "lambda of group Newton with --checkpoint; else rows x the recipe's weight decay"
     make.add_argument("--damping", type=float, metavar="LAMBDA", help=text)

@@ -198,7 +198,7 @@ class Linearisation:
         if self.factors is None:
             raise ValueError(
                 "the model calls its layers otherwise for some rows than for others: its features"
-                " cannot be kept as factors; remove what was made of them, and make them with"
+                " cannot be kept as factors; remove the folder of the features, and make them with"
                 " factors=False, or dmm precompute --no-factors"
             )
         cotangents, blocks = self._checked(cotangents), self._linear

@@ -1,5 +1,6 @@
 import pickle
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ class TestBucket(PlaceTests):
         written = []
 
         def noted(place, name, content):
+            time.sleep(0.05 * name.endswith("zarr.json"))
             written.append(name)
 
         monkeypatch.setattr(type(empty), "create", noted)
@@ -64,6 +66,22 @@ class TestBucket(PlaceTests):
         sent = pickle.dumps(empty.zarr())
         assert b"secret" not in sent
         assert pickle.loads(sent) == empty.zarr()
+
+
+def test_who_looks_while_a_block_is_discarded_does_not_trust_it_afterwards(bucket, monkeypatch):
+    spec = StoreSpec("scores", "train", 2, {"scores": ArraySpec(("train",), (3,), "float32")})
+    store = Store.create(place(f"{bucket}/store"), spec, Provenance({}))
+    store.write_block(0, {"scores": np.ones(2, np.float32)})
+    remove, reader = Bucket.remove, Store.open(store.path)
+
+    def looked_at(where, name):
+        reader.refuse_pending([0])  # between the root and the mark
+        remove(where, name)
+
+    monkeypatch.setattr(Bucket, "remove", looked_at)
+    store.discard(0)
+    with pytest.raises(ValueError, match=r"block 0 of .* is pending"):
+        reader.refuse_pending([0])
 
 
 def test_a_store_that_lost_its_root_is_not_made_again_over_its_blocks(bucket):

@@ -61,7 +61,7 @@ class TestPrecompute:
         assert contents(run) == before
 
     def test_gradients_are_of_eight_models_unless_told(self, tmp_path, monkeypatch):
-        def stop(*_):
+        def stop(*_, **__):
             raise KeyboardInterrupt
 
         # The package has a function of the module's name.

@@ -19,6 +19,7 @@ STORES = [
     ("ensemble-mixed-24", "outputs", 0),
     ("datamodel-mixed-24", "own", 0),
     ("moments", "accuracy", 2),
+    (f"trak-{CHECKPOINTS}/scores", "effects", 0),
 ]
 
 
@@ -31,18 +32,14 @@ def flip_a_byte(run, store, array, block):
     chunk.write_bytes(content)
 
 
-@pytest.mark.parametrize("place", STORES, ids=lambda place: "-".join(map(str, place)))
-def test_a_flipped_byte_is_found_discarded_and_computed_again(plain_copy, capsys, place):
-    mend_a_flipped_byte(plain_copy, PLAIN, capsys, *place)
+def named(place):
+    return "-".join(map(str, place))
 
 
-@pytest.mark.parametrize("place", [*STORES[1:3], (f"trak-{CHECKPOINTS}/scores", "effects", 0)])
-def test_what_was_made_from_a_damaged_store_stays(copy, capsys, place):
-    mend_a_flipped_byte(copy, SIZES, capsys, *place)
-
-
-def mend_a_flipped_byte(copy, sizes, capsys, *place):
-    """By what the refusal says, to the same bits."""
+@pytest.mark.parametrize(
+    "place", [*STORES, (f"trak-{CHECKPOINTS}/scores", "effects", 0)], ids=named
+)
+def test_a_flipped_byte_is_found_discarded_and_computed_again(copy, capsys, place):
     store, _, block = place
     words = ["status", "--run", str(copy)]
     sound = arrays(copy)
@@ -61,7 +58,7 @@ def mend_a_flipped_byte(copy, sizes, capsys, *place):
     pending = {row["store"]: (row["pending"], row["bad"]) for row in json.loads(out)["stores"]}
     assert {name for name, found in pending.items() if found != (0, [])} == {store}
     assert pending[store] == (1, [block])
-    assert main(["precompute", f"{copy.parent}/small.py:task", "--run", str(copy), *sizes]) == 0
+    assert main(["precompute", f"{copy.parent}/small.py:task", "--run", str(copy), *SIZES]) == 0
     capsys.readouterr()
     assert main([*words, "--verify"]) == 0
     assert capsys.readouterr().out.endswith("all checksums hold\n")

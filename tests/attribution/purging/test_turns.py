@@ -12,7 +12,7 @@ from attribution.purging.purge import purge
 from attribution.purging.turns import writers_turn
 from stores import Store, place
 from stores.folder import Folder
-from tests.attribution.purging.runs import PLAIN, SPEC, copied, opened
+from tests.attribution.purging.runs import PLAIN, SIZES, SPEC, copied, opened
 from tests.small_runs import contents
 from unlearning.cli import main
 
@@ -117,6 +117,18 @@ def test_where_nothing_is_locked_a_writer_that_was_overtaken_writes_no_block(
     assert not any("person-003" in store.ids("train") for store in rowed(opened(run)))
 
 
+@pytest.mark.usefixtures("_without_locks")
+def test_a_writer_of_a_run_with_gradients_that_was_overtaken_is_refused(
+    whole, tmp_path, monkeypatch
+):
+    run = copied(whole.path.url, tmp_path)
+    Store.open(run / "features/checkpoint-1").discard(0)
+    meanwhile(monkeypatch, lambda: purge(run, SPEC))
+    with pytest.raises(ValueError, match=r"or were meanwhile|was rewritten since it was"):
+        precompute(f"{tmp_path}/small.py:task", run, **SIZES)
+    assert not any("person-003" in store.ids("train") for store in rowed(opened(run)))
+
+
 def rowed(run):
     return [store for store in run.stores() if store.spec.kind in ("ensemble", "datamodel")]
 
@@ -132,7 +144,7 @@ def test_where_nothing_is_locked_a_writer_is_refused_at_its_end(run):
 
 
 def test_rows_purged_between_the_two_looks_of_a_new_run_are_found(run, spec, monkeypatch):
-    # A folder that is not there cannot be locked; the one that is spared may be purged at once.
+    # A folder that is not there cannot be locked; the one that is made may be purged at once.
     monkeypatch.setattr(MODULE, "task_left", lambda task, path: task)
     purge(run, SPEC)
     with pytest.raises(ValueError, match=r"rows were purged from .* meanwhile: call this again"):
