@@ -20,7 +20,7 @@ from attribution.run import CALIBRATION, Run
 from attribution.run_calibration import RunCalibration
 from stores import Place, Store, name_blocks, taken_out
 
-RESIDUAL_MODELS = 150  # at most; group Newton takes about a tenth of a second for each on digits
+RESIDUAL_MODELS = 150  # at most: group Newton predicts the outputs of each
 
 
 def calibrate_run(

@@ -37,8 +37,8 @@ from stores import (
 )
 
 STEP_BYTES = 2**27  # of outputs and what is computed of them, for the targets fitted at once
-FEWEST_MODELS = 10  # that the datamodels of a run are fitted to
 KEPT_BYTES = 2**27  # of what their effects are made of; more lies in a temporary file
+FEWEST_MODELS = 10  # that the datamodels of a run are fitted to
 
 REGRESSIONS: dict[str, type[Regression]] = {method.name: method for method in (Ridge, Lasso)}
 

@@ -155,14 +155,14 @@ def discard(place: Place, block: int) -> None:
     if not place.exists(mark_file(block)):
         raise ValueError(f"expected a done block to discard, got block {block}")
     # Before the mark goes, so that nobody who remembers a complete store trusts the block.
-    root = _noted(place)
+    root = _count_discard(place)
     place.remove(mark_file(block))
     # Again for who read the root and the marks in between, unless somebody wrote the root since.
     if read_root(place) == root:
-        _noted(place)
+        _count_discard(place)
 
 
-def _noted(place: Place) -> dict[str, Any]:
+def _count_discard(place: Place) -> dict[str, Any]:
     # Each time another root, or what tells of its generation in a bucket would stay the same.
     count = int(read_root(place).get(DISCARDS, 0)) + 1
     return write_attributes(place, {"state": "open", DISCARDS: count})

@@ -45,6 +45,10 @@ train_data = blobs(37, 1)
 recipe = Recipe(epochs=2, batch_size=8, peak_rate=0.2, weight_decay=0.05)
 task = Task("small", train_data, blobs(11, 2), mlp, recipe)
 """
+NORMALISED = TASK.replace(
+    "nn.ReLU(), nn.Linear(6, 3)",
+    "nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU(), nn.Linear(6, 3)",
+)
 
 
 def write_task(folder, text=TASK, name="small.py"):

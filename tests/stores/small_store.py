@@ -1,8 +1,9 @@
 """A small store whose blocks and objects divide nothing evenly, shared by the tests."""
 
 import numpy as np
+import pytest
 
-from stores import ArraySpec, Provenance, StoreSpec
+from stores import ArraySpec, Provenance, Store, StoreSpec
 
 IDS = {"train": [f"train-{row}" for row in range(10)], "target": ["é", "b", "c", "d", "e"]}
 ARRAYS = {
@@ -25,3 +26,18 @@ def values(block, seed=0):
 def whole(name, seed=0):
     parts = [values(block, seed)[name] for block in range(SPEC.blocks)]
     return np.concatenate(parts, SPEC.block_axis(name))
+
+
+def refuse_after_a_look_amid_discard(store, block, monkeypatch):
+    """Whoever looks between the root and the mark must not trust the block afterwards."""
+    kind, reader = type(store.place), Store.open(store.path)
+    remove = kind.remove
+
+    def looked_at(place, name):
+        reader.refuse_pending([block])
+        remove(place, name)
+
+    monkeypatch.setattr(kind, "remove", looked_at)
+    store.discard(block)
+    with pytest.raises(ValueError, match=f"block {block} of .* is pending"):
+        reader.refuse_pending([block])

@@ -9,6 +9,7 @@ from stores import ArraySpec, Provenance, Store, StoreSpec, bucket_memory, place
 from stores.bucket import Bucket
 from stores.bucket_client import client, plain_errors
 from tests.stores.place_contract import PlaceTests
+from tests.stores.small_store import refuse_after_a_look_amid_discard
 
 
 class TestBucket(PlaceTests):
@@ -72,16 +73,7 @@ def test_who_looks_while_a_block_is_discarded_does_not_trust_it_afterwards(bucke
     spec = StoreSpec("scores", "train", 2, {"scores": ArraySpec(("train",), (3,), "float32")})
     store = Store.create(place(f"{bucket}/store"), spec, Provenance({}))
     store.write_block(0, {"scores": np.ones(2, np.float32)})
-    remove, reader = Bucket.remove, Store.open(store.path)
-
-    def looked_at(where, name):
-        reader.refuse_pending([0])  # between the root and the mark
-        remove(where, name)
-
-    monkeypatch.setattr(Bucket, "remove", looked_at)
-    store.discard(0)
-    with pytest.raises(ValueError, match=r"block 0 of .* is pending"):
-        reader.refuse_pending([0])
+    refuse_after_a_look_amid_discard(store, 0, monkeypatch)
 
 
 def test_a_store_that_lost_its_root_is_not_made_again_over_its_blocks(bucket):

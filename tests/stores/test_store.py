@@ -14,7 +14,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from stores import ArraySpec, Store, StoreSpec
 from stores.folder import Folder
-from tests.stores.small_store import ARRAYS, IDS, MADE_BY, SPEC, values, whole
+from tests.stores.small_store import (
+    ARRAYS,
+    IDS,
+    MADE_BY,
+    SPEC,
+    refuse_after_a_look_amid_discard,
+    values,
+    whole,
+)
 
 
 def test_round_trip(full):
@@ -227,16 +235,7 @@ def test_what_another_process_may_be_writing_is_not_swept(full):
 
 
 def test_who_looks_while_a_block_is_discarded_does_not_trust_it_afterwards(full, monkeypatch):
-    remove, reader = Folder.remove, Store.open(full.path)
-
-    def looked_at(place, name):
-        reader.refuse_pending([1])  # between the root and the mark
-        remove(place, name)
-
-    monkeypatch.setattr(Folder, "remove", looked_at)
-    full.discard(1)
-    with pytest.raises(ValueError, match=r"block 1 of .* is pending"):
-        reader.refuse_pending([1])
+    refuse_after_a_look_amid_discard(full, 1, monkeypatch)
 
 
 def test_a_complete_store_is_finalised_without_a_look_at_its_files(full, monkeypatch):
