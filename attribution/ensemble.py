@@ -13,11 +13,12 @@ import torch
 
 from attribution.descent import Recordings, stack, unstack
 from attribution.devices import repeatable, visible_gpus
-from attribution.ensemble_store import ensemble_store, state_keys
+from attribution.ensemble_store import ensemble_store, segment_keys, state_keys
 from attribution.forget import ForgetSet
 from attribution.model import Model, check_state
 from attribution.outputs import Array, evaluate, evaluate_many, target_margins
 from attribution.paths import pays_at_once, why_one_by_one
+from attribution.segments import SegmentMeans
 from attribution.subsets import Subsets
 from attribution.task import State, Task
 from attribution.training import threads, train_many, train_one
@@ -124,6 +125,11 @@ class Ensemble:
         """Whether the models' weights were kept."""
         return bool(self.store.attributes["keys"])
 
+    @property
+    def segments(self) -> int:
+        """Parts of each training whose mean weights were kept."""
+        return int(str(self.store.attributes.get("segments", 0)))
+
     def states(self, models: Sequence[int] | None = None) -> State:
         """Stacked state dicts of some models, each tensor [model, ...]; None: of all."""
         if not self.keeps_weights:
@@ -133,24 +139,40 @@ class Ensemble:
             )
         numbers = range(len(self)) if models is None else map(operator.index, models)
         chosen = np.fromiter(numbers, np.int64)
-        keys = state_keys(self.store)
+        return self._gathered(state_keys(self.store), chosen)
+
+    def _gathered(self, keys: dict[str, str], models: Any) -> State:
         return {
-            key: torch.from_numpy(gather(self.store, name, chosen)) for name, key in keys.items()
+            key: torch.from_numpy(gather(self.store, name, models)) for name, key in keys.items()
         }
 
     def model(self, index: int) -> Model:
         """One of its models; the rows it never saw count as forgotten."""
         if not 0 <= index < len(self):
             raise ValueError(f"{self.store.path} has models 0 to {len(self) - 1}, not {index}")
-        state = unstack(self.states([index]), 0)
+        return self._model(index, self.states([index]), {})
+
+    def _model(self, index: int, stacked: State, more: dict[str, int]) -> Model:
         told = {"ensemble": os.path.basename(self.store.path), "index": index, "seed": self.seed}
         unseen = np.flatnonzero(~self.masks[index])
         forgotten = ForgetSet.at(self.task, unseen) if len(unseen) else None
-        return Model(self.task, state, forgotten, told)
+        return Model(self.task, unstack(stacked, 0), forgotten, told | more)
 
     def checkpoints(self, count: int) -> list[Model]:
         """Its first models."""
         return [self.model(index) for index in range(count)]
+
+    def along(self, count: int) -> list[Model]:
+        """Mean weights over the segments of its first trainings, all of one after the other."""
+        return [self._mean(i, s) for i in range(count) for s in range(self.segments)]
+
+    def _mean(self, index: int, segment: int) -> Model:
+        keys = segment_keys(self.store, segment)
+        return self._model(index, self._gathered(keys, np.array([index])), {"segment": segment})
+
+    def times(self, index: int) -> tuple[float, ...]:
+        """Times of the segments of a training, as they were; see `segment_times`."""
+        return tuple(self.store.constant("times")[index].tolist()) if self.segments else ()
 
 
 @dataclass(frozen=True)
@@ -167,8 +189,10 @@ class _TrainBlock:
         store = Store.open(self.path, "ensemble")
         span = store.spec.span(block)
         subsets = [np.flatnonzero(mask) for mask in store.constant("mask")[span]]
+        segments = int(str(store.attributes.get("segments", 0)))
+        means = SegmentMeans(segments) if segments else None
         with threads(1), repeatable(self.device, tf32=True):
-            states = self._trained(subsets, range(span.start, span.stop))
+            states = self._trained(subsets, range(span.start, span.stop), means)
             self._refuse_diverged(span, [list(state.values()) for state in states])
             for index, state in enumerate(states if not self.many else [], span.start):
                 check_state(self.task, state, f"model {index}, as trained,")
@@ -176,16 +200,28 @@ class _TrainBlock:
         self._refuse_diverged(span, [[torch.from_numpy(each)] for each in arrays["outputs"]])
         both = stack(states)
         arrays |= {name: both[key].numpy() for name, key in state_keys(store).items()}
+        if means is not None:
+            arrays |= _means(store, [means.states(place) for place in range(len(states))])
         store.write_block(block, arrays)
 
-    def _trained(self, subsets: list[Any], indices: range) -> list[State]:
+    def _trained(
+        self, subsets: list[Any], indices: range, means: SegmentMeans | None
+    ) -> list[State]:
         device = torch.device(self.device)
         if self.many:
             return train_many(
-                self.task, subsets, self.seed, indices, device, recordings=self.recordings
+                self.task,
+                subsets,
+                self.seed,
+                indices,
+                device,
+                recordings=self.recordings,
+                means=means,
             )
         if self.task.train is None:
-            return train_many(self.task, subsets, self.seed, indices, device, many=False)
+            return train_many(
+                self.task, subsets, self.seed, indices, device, many=False, means=means
+            )
         return self._trained_by_user(subsets, indices, device)
 
     def _refuse_diverged(self, span: slice, values: list[list[torch.Tensor]]) -> None:
@@ -217,12 +253,21 @@ class _TrainBlock:
         return torch.stack([evaluate(module, state, inputs) for state in each]).cpu().numpy()
 
 
+def _means(store: Store, means: list[list[State]]) -> dict[str, np.ndarray[Any, Any]]:
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for segment, states in enumerate(zip(*means, strict=True)):
+        both = stack(states)
+        found |= {name: both[key].numpy() for name, key in segment_keys(store, segment).items()}
+    return found
+
+
 def train_models(
     task: Task,
     subsets: Subsets,
     to: Where,
     *,
     keep: Literal["outputs", "weights"] = "outputs",
+    segments: int = 0,
     device: str | torch.device = "cpu",
     workers: int | None = None,
     scheduler: str | None = None,
@@ -240,6 +285,8 @@ def train_models(
         subsets: rows of each model.
         to: folder of the store.
         keep: "weights" to store the state dicts beside the outputs.
+        segments: equal parts of training by the recipe whose mean weights are stored beside the
+            last ones; see `Ensemble.along`.
         device: where to compute; cuda gives each local worker a GPU of its own, and asks a
             scheduler's workers for the resource GPU if some declare it.
         workers: processes; None for one per core or GPU, 0 for this process.
@@ -278,6 +325,7 @@ def train_models(
         device=str(device),
         many=many,
         models_at_once=models_at_once,
+        segments=segments,
     )
     if store.pending():
         if reason is not None and task.train is None:

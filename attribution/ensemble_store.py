@@ -1,10 +1,14 @@
 """The store of an ensemble: its arrays, and what it was made from."""
 
+from typing import Any
+
+import numpy as np
 import torch
 
 from attribution.outputs import evaluate
 from attribution.paths import takes_channels_last
 from attribution.products import products_by
+from attribution.segments import segment_times
 from attribution.subsets import Subsets
 from attribution.task import Task
 from stores import ArraySpec, Provenance, Store, StoreSpec, Where, digest, versions
@@ -23,6 +27,7 @@ def ensemble_store(
     device: str,
     many: bool,
     models_at_once: int | None,
+    segments: int = 0,
 ) -> Store:
     """Opens or creates the store of an ensemble.
 
@@ -35,6 +40,7 @@ def ensemble_store(
         many: whether a block's models are trained at once.
         models_at_once: models of a block; None: 50, on a processor fewer where they have more than
             10,000 parameters, and 1 where trained one by one.
+        segments: parts of training whose mean weights are kept as well.
 
     Returns:
         The store.
@@ -46,6 +52,7 @@ def ensemble_store(
         raise ValueError(f"keep must be 'outputs' or 'weights', got {keep!r}")
     if models_at_once is not None and models_at_once < 1:
         raise ValueError(f"models_at_once must be above 0, got {models_at_once}")
+    times = _times(task, subsets, keep, segments)
     rows = subsets.masks.shape[1]
     if rows != len(task.train_ids):
         raise ValueError(
@@ -54,18 +61,20 @@ def ensemble_store(
         )
     block = models_at_once or (_at_once(task, device) if many else 1)
     keys = list(task.new_model(0).state_dict()) if keep == "weights" else []
+    arrays = _arrays(task, len(subsets), keep, segments)
     return Store.open_or_create(
         to,
-        StoreSpec("ensemble", "model", min(block, len(subsets)), _arrays(task, len(subsets), keep)),
+        StoreSpec("ensemble", "model", min(block, len(subsets)), arrays),
         _provenance(task, subsets, device, many, block),
-        constants={"mask": subsets.masks, "judge": subsets.judges},
+        constants={"mask": subsets.masks, "judge": subsets.judges} | times,
         ids={"train": task.train_ids, "target": task.target_ids},
         attributes={
             "design": subsets.design,
             "seed": subsets.seed,
             "without": list(subsets.without),
             "keys": keys,
-        },
+        }
+        | ({"segments": segments} if segments else {}),
     )
 
 
@@ -81,6 +90,36 @@ def state_keys(store: Store) -> dict[str, str]:
     return {f"weights_{i}": str(key) for i, key in enumerate(store.attributes["keys"])}
 
 
+def segment_keys(store: Store, segment: int) -> dict[str, str]:
+    """Keys of the state dict by the names of the arrays that hold their means over a segment.
+
+    Args:
+        store: of an ensemble.
+        segment: number of the segment.
+
+    Returns:
+        Key by name.
+    """
+    return {f"segment_{segment}_{name}": key for name, key in state_keys(store).items()}
+
+
+def _times(
+    task: Task, subsets: Subsets, keep: str, segments: int
+) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+    if not segments:
+        return {}
+    if keep != "weights":
+        raise ValueError(f"mean weights of {segments} segments are kept with keep='weights' only")
+    if task.train is not None or task.recipe is None:
+        raise ValueError(
+            f"segments of training are those of a recipe, and task {task.name!r} trains without"
+            " one: give segments=0"
+        )
+    counts, inverse = np.unique(subsets.masks.sum(1), return_inverse=True)
+    each = [segment_times(task.recipe, rows, segments) for rows in counts.tolist()]
+    return {"times": np.array(each)[inverse]}
+
+
 def _at_once(task: Task, device: str) -> int:
     if torch.device(device).type != "cpu":
         return MODELS_AT_ONCE
@@ -88,7 +127,7 @@ def _at_once(task: Task, device: str) -> int:
     return min(MODELS_AT_ONCE, max(1, NUMBERS_AT_ONCE // max(1, parameters)))
 
 
-def _arrays(task: Task, models: int, keep: str) -> dict[str, ArraySpec]:
+def _arrays(task: Task, models: int, keep: str, segments: int) -> dict[str, ArraySpec]:
     module = task.new_model(0)
     outputs = evaluate(module, module.state_dict(), task.targets([0])[0])
     shape = (models, len(task.target_ids), outputs.shape[1])
@@ -98,7 +137,9 @@ def _arrays(task: Task, models: int, keep: str) -> dict[str, ArraySpec]:
         for i, tensor in enumerate(module.state_dict().values()):
             dtype = str(tensor.dtype).removeprefix("torch.")
             axes = ("model", *(None for _ in tensor.shape))
-            arrays[f"weights_{i}"] = ArraySpec(axes, (models, *tensor.shape), dtype)
+            parts = ["", *(f"segment_{segment}_" for segment in range(segments))]
+            spec = ArraySpec(axes, (models, *tensor.shape), dtype)
+            arrays |= {f"{part}weights_{i}": spec for part in parts}
     return arrays
 
 

@@ -1,8 +1,9 @@
 """Train one model by a task's recipe, or many small ones at once; same rows, order and steps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from attribution.descent import SGD, Batch, Descent, Recordings, stack, unstack
 from attribution.seeds import derive_seed, generator
+from attribution.segments import SegmentMeans
 from attribution.task import Recipe, Rows, State, Task
 from stores import advance
 
@@ -178,6 +180,7 @@ def train_many(
     *,
     many: bool = True,
     recordings: Recordings | None = None,
+    means: SegmentMeans | None = None,
 ) -> list[State]:
     """Trains models by the recipe, those with equally many steps all at once.
 
@@ -189,6 +192,7 @@ def train_many(
         device: where to compute.
         many: vectorise over the models; False trains one after the other.
         recordings: of earlier calls with this very task, see `Descent`.
+        means: takes the mean weights of each model's segments, by its place among these.
 
     Returns:
         Their state dicts, on the CPU.
@@ -219,6 +223,7 @@ def train_many(
                     many=many,
                     share=len(part) / len(subsets),
                     recordings=recordings,
+                    watch=partial(means, part) if means else None,
                 )
             states |= zip(part, group_states, strict=True)
     return [states[i] for i in range(len(subsets))]
@@ -242,10 +247,15 @@ def _train_group(
     many: bool,
     share: float,
     recordings: Recordings | None,
+    watch: Callable[[int, int, State], None] | None,
 ) -> list[State]:
     descent, steps = start_training(task, data, chosen, seed, many=many, recordings=recordings)
     count = require_recipe(task).steps(len(chosen[0][0]))
-    for step in steps:
+    held = descent.parameters | descent.rest
+    stacked = held if many else {name: tensor[None] for name, tensor in held.items()}
+    for number, step in enumerate(steps):
+        if watch:
+            watch(number, count, stacked)
         descent.step(step.batch, step.rate)
         advance(share / count)
     final = {name: tensor.cpu() for name, tensor in descent.state.items()}

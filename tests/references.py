@@ -70,13 +70,14 @@ def penalised_logistic(inputs, labels, penalty, classes):
     return weights.detach()
 
 
-def group_newton_step(features, outputs, labels, removed, *, loss, damping, temperature):
-    """(H - H_F + damping I)^-1 (sum_F J^T g - |F| / n sum J^T g) of a checkpoint, in float64.
+def group_newton_step(features, outputs, labels, removed, *, loss, damping, temperature, held=0):
+    """(H - H_F + damping I)^-1 (sum_F J^T g - |F| / n sum J^T g + held), in float64.
 
     features: of the training rows, [train, output, k]; H's part of a row is J^T R / T J at z / T.
+    held: what part of the damping pulls to, times that part.
     """
     width = features.shape[-1]
-    matrix, pull = damping * np.eye(width), np.zeros(width)
+    matrix, pull = damping * np.eye(width), np.zeros(width) + held
     for row, j in enumerate(features.astype(np.float64)):
         scaled = torch.from_numpy(outputs[row : row + 1]).double() / temperature
         slope = j.T @ loss.gradient(scaled, labels[row : row + 1]).numpy()[0]
@@ -135,8 +136,11 @@ def triangular_rate(recipe, step, steps):
     return recipe.peak_rate * share
 
 
-def plain_training(task, rows, seed, index, row_loss=functional.cross_entropy):
-    """State dict after training by the recipe with torch.optim.SGD, written out."""
+def plain_training(task, rows, seed, index, row_loss=functional.cross_entropy, *, visited=None):
+    """State dict after training by the recipe with torch.optim.SGD, written out.
+
+    visited: takes the state dict that each step starts from.
+    """
     recipe, random = task.recipe, generator(seed, "order", index)
     model = task.new_model(seed, index).train()
     settings = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
@@ -151,6 +155,8 @@ def plain_training(task, rows, seed, index, row_loss=functional.cross_entropy):
                 inputs = recipe.augment(inputs, own_seed, epoch, torch.from_numpy(chosen))
             optimizer.param_groups[0]["lr"] = triangular_rate(recipe, step, steps)
             optimizer.zero_grad()
+            if visited is not None:
+                visited.append(copy.deepcopy(model.state_dict()))
             row_loss(model(inputs), labels).backward()
             optimizer.step()
             step += 1
