@@ -1,6 +1,6 @@
 """One checkpoint's features on disk: layout, provenance, and how a block is computed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 from typing import Any
@@ -92,6 +92,7 @@ def create_store(
     factors: bool,
     block: int | None,
     device: str,
+    times: Sequence[float] = (),
 ) -> Store:
     """Opens or creates the store of one checkpoint's features.
 
@@ -105,6 +106,7 @@ def create_store(
         factors: whether to keep factors where it is worth it; an existing store stays as it is.
         block: targets of a block; None: as many as make about 16 MiB.
         device: where features are computed.
+        times: of the segments of its training, if it is the mean of one.
 
     Returns:
         The store.
@@ -113,7 +115,9 @@ def create_store(
         ValueError: it exists and was made from other data, another checkpoint or projection.
     """
     module = task.new_model(0)
-    projector = gradient_projector(module, projection, checkpoint)
+    # One step of the parameters goes through all segments of a training.
+    training, segment = divmod(checkpoint, len(times) or 1)
+    projector = gradient_projector(module, projection, training)
     run = projector.linearise(model.state, task.targets([0, 0])[0])
     forgotten = list(model.forgotten.ids) if model.forgotten else []
     settings = task.settings() | {
@@ -124,6 +128,8 @@ def create_store(
         "matrices": projector.plan.digest(),
         "device": torch.device(device).type,
     }
+    if times:
+        settings["segment"] = {"number": segment, "times": list(times)}
     recorded = {
         "versions": versions("torch", "numpy", "datamodel-matching"),
         "sources": task.sources(),
@@ -199,7 +205,9 @@ def stored_projector(task: Task, store: Store) -> GradientProjector:
     """
     settings = store.provenance.settings
     projection = Projection.of(settings["projection"])
-    projector = gradient_projector(task.new_model(0), projection, int(settings["checkpoint"]))
+    segments = len(settings["segment"]["times"]) if "segment" in settings else 1
+    training = int(settings["checkpoint"]) // segments
+    projector = gradient_projector(task.new_model(0), projection, training)
     if projector.plan.digest() != settings["matrices"]:
         raise ValueError(
             f"{store.path} was made with other projection matrices than this model and this"

@@ -111,6 +111,27 @@ class Features:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
+    def times(self) -> tuple[float, ...]:
+        """Of the segments of training whose mean weights the checkpoints are, in order.
+
+        (): they stand for themselves, as the ends of trainings do.
+        """
+        told = self.stores[0].provenance.settings.get("segment")
+        if told is None or told["number"] or len(self) % len(told["times"]):
+            return ()
+        return tuple(told["times"])
+
+    @property
+    def trainings(self) -> int:
+        """How many trainings the checkpoints come from."""
+        return len(self) // (len(self.times) or 1)
+
+    def path(self, training: int) -> range:
+        """Numbers of a training's checkpoints, in the order of its segments."""
+        segments = len(self.times) or 1
+        return range(segments * training, segments * (training + 1))
+
+    @property
     def width(self) -> int:
         """Number of features, k."""
         return self.stores[0].spec.array("features").shape[2]
@@ -231,8 +252,14 @@ class Features:
             yield rows, block_dense(store, block, few)
 
     def first(self, count: int) -> "Features":
-        """The features of its first checkpoints."""
-        return Features(self.task, self.stores[:count], self.device)
+        """The features of its first trainings."""
+        stores = self.stores[: self.path(count).start]
+        return Features(self.task, stores, self.device)
+
+    def ends(self) -> "Features":
+        """The features of the last checkpoint of each training."""
+        stores = (self.stores[self.path(training)[-1]] for training in range(self.trainings))
+        return Features(self.task, tuple(stores), self.device)
 
     def curvature(
         self, checkpoint: int, temperature: float = 1.0

@@ -21,6 +21,7 @@ def featurize(
     projection: Projection = Projection(),  # noqa: B008 - frozen
     dtype: str = "float32",
     factors: bool = True,
+    times: Sequence[float] = (),
     block: int | None = None,
     device: str = "cpu",
     workers: int | None = 0,
@@ -44,6 +45,9 @@ def featurize(
             are made of, where they are half as many numbers or less: products with the features
             then read those only. False for a model that calls its layers otherwise for some rows.
             What is there already stays as it is.
+        times: of the segments of training whose mean weights the checkpoints are, all segments of
+            one training one after the other, see `Ensemble.along` and `segment_times`; (): each
+            checkpoint is the end of a training.
         block: targets of a block; None: as many as make about 16 MiB. Another block changes the
             numbers in their last digits, so a store made with another one is refused.
         device: where to compute.
@@ -77,7 +81,7 @@ def featurize(
     Source: TRAK (arXiv 2303.14186) projects gradients of one output; the projection by layers is
     LoGra's (arXiv 2405.13954).
     """
-    _check_settings(checkpoints, dtype, block, targets)
+    _check_settings(checkpoints, dtype, block, targets, times)
     task.check()
     for number, model in enumerate(checkpoints):
         check_state(task, model.state, f"checkpoint {number}")
@@ -91,6 +95,7 @@ def featurize(
             projection,
             dtype=dtype,
             factors=factors,
+            times=times,
             block=block,
             device=device,
         )
@@ -122,7 +127,11 @@ def featurize(
 
 
 def _check_settings(
-    checkpoints: Sequence[Model], dtype: str, block: int | None, targets: str
+    checkpoints: Sequence[Model],
+    dtype: str,
+    block: int | None,
+    targets: str,
+    times: Sequence[float],
 ) -> None:
     if not checkpoints:
         raise ValueError("featurize needs at least one checkpoint, got none")
@@ -130,6 +139,13 @@ def _check_settings(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if block is not None and block < 1:
         raise ValueError(f"block must be 1 target or more, got {block}")
+    if times and len(checkpoints) % len(times):
+        raise ValueError(
+            f"expected checkpoints of all {len(times)} segments of each training, got"
+            f" {len(checkpoints)}: give the models of Ensemble.along"
+        )
+    if any(not 0 < time < float("inf") for time in times):
+        raise ValueError(f"times must be above 0 and finite, got {tuple(times)}")
     if targets not in get_args(Which):
         raise ValueError(f"targets must be 'all' or 'train', got {targets!r}")
 

@@ -2,7 +2,14 @@
 
 from attribution.newton.calibration import Calibration
 from attribution.newton.fitting import calibrate, predicted_changes
-from attribution.newton.group import GroupNewton
+from attribution.newton.group import GroupNewton, damping_per_row
 from attribution.newton.staged import StagedNewton
 
-__all__ = ["GroupNewton", "StagedNewton", "Calibration", "calibrate", "predicted_changes"]
+__all__ = [
+    "GroupNewton",
+    "StagedNewton",
+    "Calibration",
+    "calibrate",
+    "damping_per_row",
+    "predicted_changes",
+]

@@ -1,7 +1,7 @@
 """Fits a calibration on a bank of models, each retrained without one of some forget sets."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,10 @@ from attribution.calibration_bank import (
 from attribution.counterfactual import Change
 from attribution.deviations import deviation_factors, mean_squares, nonnegative_squares
 from attribution.ensemble import Ensemble
-from attribution.gradients import Features
-from attribution.newton.calibration import Calibration
+from attribution.gradients import Features, compute_curvatures
+from attribution.newton.calibration import STEPS, Calibration
 from attribution.newton.choosing import choose
-from attribution.newton.group import GroupNewton
+from attribution.newton.group import GroupNewton, damping_per_row
 from attribution.outputs import Array
 from attribution.training import threads
 from stores import (
@@ -43,8 +43,8 @@ def calibrate(
     to: Where,
     *,
     full: Ensemble | None = None,
-    temperatures: Sequence[float] = TEMPERATURES,
-    dampings: Sequence[float] = DAMPINGS,
+    temperatures: Sequence[float] | None = None,
+    dampings: Sequence[float] | None = None,
     workers: int | None = 0,
     scheduler: str | None = None,
 ) -> Calibration:
@@ -52,7 +52,9 @@ def calibrate(
 
     The first three minimise the squared error, on outputs and margins alike, of the mean that
     predictions of single checkpoints scatter around; two of them, a and b, tell it without bias:
-    (change - a)(change - b). While the best damping is the smallest or the largest tried, one
+    (change - a)(change - b). Along the segments of a training none of them is searched for: the
+    recipe tells the damping, the probabilities are those of the path, so that T = 1, and steps are
+    those of `newton`, or 3. While the best damping is the smallest or the largest tried, one
     beyond it is tried too, at most five times. Then scale s and the variances are least squares,
 
         change = s x predicted,
@@ -70,9 +72,10 @@ def calibrate(
         to: folder for the predictions that are compared; an interrupted call resumes there.
         full: models trained on all rows, whose mean the changes are taken from; None: the
             checkpoints of the features.
-        temperatures: candidates for T.
+        temperatures: candidates for T; None: 1, 1.4 and 2. Along segments there are none.
         dampings: candidates for lambda, in units of T^2 x (number of rows) x weight decay, or,
-            where none is known, of T^2 x the mean curvature. A single pair is taken as it is.
+            where none is known, of T^2 x the mean curvature; None: .7 and 1.4. A single pair is
+            taken as it is. Along segments there are none.
         workers: processes; None for one per core, 0 for this process.
         scheduler: address of an existing dask scheduler instead.
 
@@ -80,25 +83,40 @@ def calibrate(
         The calibration.
 
     Raises:
-        ValueError: the bank is of another task, some model of it saw all rows, or the features
-            are of one checkpoint only.
+        ValueError: the bank is of another task, some model of it saw all rows, the features are
+            of one training only, or candidates are given for features along segments.
     """
     newton.check_task(bank.task)
-    if len(newton.features) < 2:
+    if newton.features.trainings < 2:
         raise ValueError("a calibration needs the features of 2 checkpoints or more, got 1")
     where: dict[str, Any] = {"workers": None if scheduler else workers, "scheduler": scheduler}
     cases = cases_of(bank, mean_before(newton.features, full))
-    chosen = choose(
-        newton,
-        cases,
-        place(to),
-        temperatures=temperatures,
-        dampings=dampings,
-        settings=_settings(newton, bank),
-        where=where,
-    )
+    if newton.features.times:
+        if temperatures is not None or dampings is not None:
+            raise ValueError(
+                "along the segments of a training nothing is chosen from temperatures and dampings:"
+                " leave them out"
+            )
+        chosen = _told_by_the_recipe(newton)
+        compute_curvatures(chosen.features, [1.0], **where)
+    else:
+        chosen = choose(
+            newton,
+            cases,
+            place(to),
+            temperatures=TEMPERATURES if temperatures is None else temperatures,
+            dampings=DAMPINGS if dampings is None else dampings,
+            settings=_settings(newton, bank),
+            where=where,
+        )
     changes = predicted_changes(chosen, cases, bank, place(to) / "changes", **where)
     return _fitted(chosen, cases, changes)
+
+
+def _told_by_the_recipe(newton: GroupNewton) -> GroupNewton:
+    rows, times = len(newton.task.train_ids), newton.features.times
+    damping, steps = rows * damping_per_row(newton.task, times), newton.steps or STEPS
+    return replace(newton, calibration=None, damping=damping, temperature=1.0, steps=steps)
 
 
 def mean_before(features: Features, full: Ensemble | None) -> Array:
@@ -113,7 +131,8 @@ def mean_before(features: Features, full: Ensemble | None) -> Array:
     """
     if full is not None:
         return np.asarray(full.outputs.mean(0))
-    outputs = [features.outputs(checkpoint) for checkpoint in range(len(features))]
+    ends = features.ends()
+    outputs = [ends.outputs(checkpoint) for checkpoint in range(len(ends))]
     return np.asarray(np.mean(outputs, axis=0))
 
 

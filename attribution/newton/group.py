@@ -1,5 +1,6 @@
 """Group Newton: what retraining without a forget set does, from gradients of a few checkpoints."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -37,12 +38,17 @@ class GroupNewton(Counterfactual):
     where the task's objective is the sum of the losses. Further steps take R at the new outputs,
     until the linearised problem is solved. Targets need not be known in advance.
 
+    Of features along the segments of training, whose checkpoints are mean weights, segment l of
+    time t_l solves this with lambda_l in proportion to weight decay + 1 / t_l, of which the part of
+    1 / t_l pulls back to the step d of the segment before; J(x) is the last one's.
+
     Args:
         task: whose rows are forgotten.
         features: projected gradients of its checkpoints.
         damping: lambda, in units of the sum of the kept rows' losses, alike for all forget sets;
             None: the calibrated one, or without calibration (number of rows kept) x the recipe's
-            weight decay.
+            weight decay. Along segments that of a single one of all their time, by default (number
+            of rows kept) x (weight decay + 1 / time).
         temperature: T that outputs are divided by before the loss; None: the calibrated one, or 1.
         steps: Newton steps at most; 1 is the formula above. None: the calibrated number, or 3.
         calibration: fitted on models really retrained; None: std is the plain spread over the
@@ -53,7 +59,8 @@ class GroupNewton(Counterfactual):
             other rows than the task's.
 
     Source: group influence with the group's curvature removed; TRAK's projections (arXiv
-    2303.14186) and generalised Gauss-Newton curvature.
+    2303.14186) and generalised Gauss-Newton curvature; segments of training as in SOURCE (arXiv
+    2405.12186), which linearises the loss and leaves the forget set in the curvature.
 
     Example:
         >>> import tempfile
@@ -83,9 +90,8 @@ class GroupNewton(Counterfactual):
             raise ValueError(f"GroupNewton.steps must be 1 or more, got {self.steps}")
         if self.temperature not in (None, 1.0) and isinstance(self.task.loss, SquaredError):
             raise ValueError("GroupNewton.temperature must be 1 for the squared error")
-        recipe = self.task.recipe
         known = self.damping is not None or self.calibration is not None
-        if not known and (recipe is None or not recipe.weight_decay):
+        if not known and not damping_per_row(self.task, self.features.times):
             raise ValueError(
                 f"task {self.task.name!r} tells no weight decay: give it a recipe with the one it"
                 " was trained with, or GroupNewton a damping or a calibration"
@@ -119,7 +125,7 @@ class GroupNewton(Counterfactual):
             ValueError: a forget set of other data, or too little damping.
         """
         places = np.arange(len(self.task.target_ids)) if targets is None else targets
-        steps = self._steps(forget)
+        steps = self._moved(forget)
         wanted = self._along(steps, places)
         each = wanted if already is None else wanted - self.changes(already, places)
         plain = Change(
@@ -151,19 +157,52 @@ class GroupNewton(Counterfactual):
         Raises:
             ValueError: a forget set of other data, or too little damping.
         """
-        return self._along(self._steps(forget), targets)
+        return self._along(self._moved(forget), targets)
 
-    def _steps(self, forget: ForgetSet) -> list[Array]:
-        return [self.step(checkpoint, forget).numpy() for checkpoint in range(len(self.features))]
+    def _moved(self, forget: ForgetSet) -> list[Array]:
+        trainings = range(self.features.trainings)
+        return [self.moved(training, forget).numpy() for training in trainings]
+
+    def moved(self, training: int, forget: ForgetSet) -> Tensor:
+        """Step d of the projected parameters at the end of a training, [feature].
+
+        Args:
+            training: its number.
+            forget: the rows that are removed.
+
+        Returns:
+            d, through all its segments.
+
+        Raises:
+            ValueError: a forget set of other data, or too little damping.
+        """
+        first, *later = self.features.path(training)
+        step = self.step(first, forget)
+        for checkpoint in later:
+            step = self.step(checkpoint, forget, start=step)
+        return step
 
     def _along(self, steps: list[Array], targets: Rows) -> Array:
-        """First-order changes for a step of each checkpoint, [checkpoint, target, output]."""
+        """First-order changes for a step of each training, [training, target, output]."""
         return np.stack(
-            [self.features.product(number, step, targets) for number, step in enumerate(steps)]
+            [
+                self.features.product(end, step, targets)
+                for end, step in zip(self._ends, steps, strict=True)
+            ]
         )
 
+    @property
+    def _ends(self) -> list[int]:
+        return [self.features.path(t)[-1] for t in range(self.features.trainings)]
+
     def step(
-        self, checkpoint: int, forget: ForgetSet, before: float = 1.0, after: float = 0.0
+        self,
+        checkpoint: int,
+        forget: ForgetSet,
+        before: float = 1.0,
+        after: float = 0.0,
+        *,
+        start: Tensor | None = None,
     ) -> Tensor:
         """Step d of the projected parameters as the rows' weight falls, [feature].
 
@@ -172,6 +211,7 @@ class GroupNewton(Counterfactual):
             forget: the rows.
             before: their weight that the checkpoint is trained with.
             after: their weight that it is to be trained with.
+            start: d at the start of the checkpoint's segment; None: 0.
 
         Returns:
             d.
@@ -180,8 +220,9 @@ class GroupNewton(Counterfactual):
             ValueError: a forget set of other data, or too little damping.
         """
         removal = self.removal(checkpoint, forget, before, after)
-        damped = self.damped(checkpoint, self._damping(removal.kept))
-        return removal.steps(damped, [self.most_steps])[0]
+        damping, hold = self._damping(checkpoint, removal.kept)
+        held = None if start is None else hold * start
+        return removal.steps(self.damped(checkpoint, damping), [self.most_steps], held)[0]
 
     def removal(
         self, checkpoint: int, forget: ForgetSet, before: float = 1.0, after: float = 0.0
@@ -252,13 +293,16 @@ class GroupNewton(Counterfactual):
             return self.steps
         return self.calibration.steps if self.calibration else STEPS
 
-    def _damping(self, kept: float) -> float:
-        if self.damping is not None:
-            return self.damping
-        if self.calibration is not None:
-            return self.calibration.damping
-        assert self.task.recipe is not None
-        return kept * self.task.recipe.weight_decay
+    def _damping(self, checkpoint: int, kept: float) -> tuple[float, float]:
+        """Lambda of a checkpoint, and what part of it pulls back to the start of its segment."""
+        known = self.calibration.damping if self.calibration else None
+        given = known if self.damping is None else self.damping
+        decay, per_row = _decay(self.task), damping_per_row(self.task, self.features.times)
+        whole = kept * per_row if given is None else given
+        if not self.features.times:
+            return whole, 0.0
+        hold = whole / per_row / self.features.times[checkpoint % len(self.features.times)]
+        return whole / per_row * decay + hold, hold
 
     @cached_property
     def _kept_factors(self) -> dict[int, Damped]:
@@ -290,8 +334,32 @@ class GroupNewton(Counterfactual):
         return self.task.rows("train", np.arange(len(self.task.train_ids)))[1]
 
     def _outputs(self, targets: Rows) -> Array:
-        checkpoints = range(len(self.features))
-        return np.stack([self.features.outputs(checkpoint, targets) for checkpoint in checkpoints])
+        return np.stack([self.features.outputs(end, targets) for end in self._ends])
+
+
+def damping_per_row(task: Task, times: Sequence[float]) -> float:
+    """Lambda of one row that the recipe tells: its weight decay, and 1 / time of the training.
+
+    Gradient flow of that time leaves exp(-c time) of a component with curvature c where it was; one
+    implicit step, which a pull of 1 / time back to the start makes, 1 / (1 + c time).
+
+    Args:
+        task: gives the recipe.
+        times: of the segments of training; (): unknown, the weight decay alone.
+
+    Returns:
+        Lambda over the number of rows; 0 where nothing is told.
+
+    Example:
+        >>> from examples.digits import task
+        >>> damping_per_row(task, (1000.0, 1000.0))
+        0.001
+    """
+    return _decay(task) + (1 / sum(times) if times else 0.0)
+
+
+def _decay(task: Task) -> float:
+    return task.recipe.weight_decay if task.recipe else 0.0
 
 
 def spread_over_checkpoints(each: Array) -> Array:

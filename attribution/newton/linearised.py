@@ -100,6 +100,7 @@ def retrain(
     inverse: Inverse,
     *,
     steps: int,
+    held: Tensor | None = None,
 ) -> list[Tensor]:
     """The steps d that retraining with other weights of the rows takes in the linearised model.
 
@@ -116,6 +117,7 @@ def retrain(
         pull: sum_i (before_i - after_i) J_i^T g_i, [feature].
         inverse: solves with sum_i after_i J_i^T R_i J_i + lambda I, R at the checkpoint.
         steps: Newton steps at most, the first included.
+        held: lambda_0 d_0, [feature], where lambda_0 of lambda pulls back to d_0 instead of 0.
 
     Returns:
         d after each step, [feature]; the last one is the solution where there are fewer.
@@ -131,15 +133,18 @@ def retrain(
         >>> retrain(problem, weights, 0.0, pull, Inverse(torch.clone, torch.clone), steps=3)
         [tensor([-1.])]
     """
-    before, path, last = torch.zeros_like(pull), [inverse.exact(pull)], float(pull.norm())
+    held = torch.zeros_like(pull) if held is None else held
+    first = pull + held
+    before, path, last = torch.zeros_like(pull), [inverse.exact(first)], float(first.norm())
     for _ in range(steps - 1):
         step = path[-1]
         residual, curvatures = problem.residual(weights, damping, step)
+        residual = residual - held
         size = float(residual.norm())
         if size > last:
             path.append((before + step) / 2)
             continue
-        if size <= ENOUGH * float(pull.norm()):
+        if size <= ENOUGH * float(first.norm()):
             break
         before, last = step, size
         # R is positive semidefinite: what is found always leads down, settled or not.

@@ -39,12 +39,15 @@ class Removal:
     removed: Removed = field(repr=False)
     kept: float
 
-    def steps(self, damped: Damped, numbers: Sequence[int]) -> list[Tensor]:
+    def steps(
+        self, damped: Damped, numbers: Sequence[int], held: Tensor | None = None
+    ) -> list[Tensor]:
         """The step d of the projected parameters, [feature], for each number of Newton steps.
 
         Args:
             damped: H + lambda I of all rows.
             numbers: Newton steps at most.
+            held: see `retrain`.
 
         Returns:
             d for each of these numbers.
@@ -53,5 +56,13 @@ class Removal:
             TooLittleDamping: what is left is not positive definite.
         """
         inverse, most = without(damped, self.removed), max(numbers)
-        path = retrain(self.problem, self.weights, damped.damping, self.pull, inverse, steps=most)
+        path = retrain(
+            self.problem,
+            self.weights,
+            damped.damping,
+            self.pull,
+            inverse,
+            steps=most,
+            held=held,
+        )
         return [path[min(number, len(path)) - 1] for number in numbers]

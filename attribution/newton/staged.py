@@ -39,6 +39,11 @@ class StagedNewton(Counterfactual):
     def __post_init__(self) -> None:
         if self.stages < 1:
             raise ValueError(f"StagedNewton.stages must be 1 or more, got {self.stages}")
+        if self.newton.features.times:
+            raise ValueError(
+                "StagedNewton moves trained models on and needs the features of these: featurize"
+                " Ensemble.checkpoints, or precompute with segments=0"
+            )
 
     @property
     def gradient_evaluations(self) -> int:
