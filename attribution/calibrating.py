@@ -48,7 +48,7 @@ def calibrate_run(
     seed, to = run.settings.seed + 4, run.path / "calibration"
     bank = calibration_bank(run.task, to / "bank", seed=seed, device=device, **at)
     plain = GroupNewton(run.task, run.features, damping=1.0)
-    folder = to / f"newton-{len(run.features)}"
+    folder = to / f"newton-{run.features.trainings}"
     newton = calibrate(plain, bank, folder, full=run.full, **at)
     before = run.full.outputs.mean(0)
     cases = cases_of(bank, before)
@@ -107,7 +107,7 @@ def calibrated_before(run: Run) -> bool:
     Raises:
         ValueError: a block of it is pending, which cannot be computed alone.
     """
-    folder = run.path / "calibration" / f"newton-{len(run.features)}"
+    folder = run.path / "calibration" / f"newton-{run.features.trainings}"
     # The weights were fitted to all of it together.
     residual = run.path / "calibration" / "residual"
     whole = [run.path / CALIBRATION, folder, residual, run.residual_path]

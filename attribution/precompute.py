@@ -10,7 +10,7 @@ import torch
 
 from attribution.calibrating import calibrate_run, calibrated_before, made_before
 from attribution.datamodels import FEWEST_MODELS, REGRESSIONS, fit_datamodels
-from attribution.ensemble import subsets_left, train_models
+from attribution.ensemble import Ensemble, subsets_left, train_models
 from attribution.gradients import Projection, featurize, gradient_projector
 from attribution.model import Model, load_model
 from attribution.moments import compute_moments
@@ -31,6 +31,7 @@ def precompute(
     subset_models: int = 4000,
     design: str = "mixed",
     checkpoints: int | None = None,
+    segments: int | None = None,
     datamodel: str = "ridge",
     factors: bool = True,
     seed: int = 0,
@@ -48,6 +49,9 @@ def precompute(
         design: half, bernoulli, clusters or mixed.
         checkpoints: full models whose gradients group Newton averages over; 0 for none, None for
             8, or for all where there are fewer.
+        segments: equal parts of training; group Newton and TRAK take the mean weights over each of
+            them. 0: they take trained models, as they must where the task trains by itself. None:
+            those of the run that is there, or 0.
         datamodel: name of the regression, ridge or lasso.
         factors: whether features are kept as factors too, where they can be; see `featurize`.
         seed: of everything.
@@ -72,6 +76,7 @@ def precompute(
             seed,
             min(8, full_models) if checkpoints is None else checkpoints,
             datamodel=datamodel,
+            segments=_segments(path) if segments is None else segments,
         )
         _check_numbers(settings)
         # Drawing the subsets first refuses bad settings before anything is written.
@@ -103,7 +108,14 @@ def _fill(
     factors: bool,
 ) -> None:
     settings, seed = run.settings, run.settings.seed
-    full = train_models(run.task, full_subsets, run.path / "full", keep="weights", **where)
+    full = train_models(
+        run.task,
+        full_subsets,
+        run.path / "full",
+        keep="weights",
+        segments=settings.segments,
+        **where,
+    )
     ensemble = train_models(run.task, subsets, run.path / f"ensemble-{settings.subsets}", **where)
     to = run.path / f"datamodel-{settings.subsets}"
     if not made_before(to, remove=[to]):
@@ -111,15 +123,24 @@ def _fill(
         fit_datamodels(ensemble, anchor=full, to=to, method=method, seed=seed, **at)
     compute_moments(full, run.path / "moments", **where)
     if settings.checkpoints:
-        models, projection = full.checkpoints(settings.checkpoints), Projection(seed=seed)
-        features = run.path / "features"
-        featurize(run.task, models, features, projection=projection, factors=factors, **where)
+        _featurize(run, full, factors=factors, **where)
     if settings.checkpoints > 1 and calibrated_before(run):
         run.fit_trak(run.trak_damping, **at)  # what was discarded of it
     elif settings.checkpoints > 1:
         calibrate_run(run, **where)
     # The stores took this task for theirs, so it may be found where it lies now.
     _write_settings(run.path, settings)
+
+
+def _featurize(run: Run, full: Ensemble, **how: Any) -> None:
+    count, projection = run.settings.checkpoints, Projection(seed=run.settings.seed)
+    models = full.along(count) if full.segments else full.checkpoints(count)
+    to, times = run.path / "features", full.times(0)
+    featurize(run.task, models, to, projection=projection, times=times, **how)
+
+
+def _segments(path: Where) -> int:
+    return read_settings(path).segments if place(path).exists(SETTINGS) else 0
 
 
 def _refuse_purged(run: Run) -> None:
@@ -203,6 +224,8 @@ def _check_numbers(settings: RunSettings) -> None:
             f"group Newton takes 0 to {settings.full_models} of the full models as checkpoints,"
             f" got {settings.checkpoints}"
         )
+    if settings.segments < 0:
+        raise ValueError(f"segments must be 0 or more, got {settings.segments}")
     if settings.seed < 0:
         raise ValueError(f"a seed must not be negative, got {settings.seed}")
 

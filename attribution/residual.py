@@ -111,7 +111,7 @@ def residual_models(
             "a residual needs models that each lack some rows: choose them with"
             " models_like_requests"
         )
-    few = min(CHECKPOINTS, len(newton.features))
+    few = min(CHECKPOINTS, newton.features.trainings)
     plain = replace(_uncalibrated(newton), features=newton.features.first(few), steps=STEPS)
     where: dict[str, Any] = {"workers": None if scheduler else workers, "scheduler": scheduler}
     settings: dict[str, Any] = {

@@ -15,7 +15,7 @@ from attribution.gradients import Features
 from attribution.linear_datamodel import LinearDatamodel
 from attribution.model import Model
 from attribution.moments import Moments
-from attribution.newton import Calibration, GroupNewton
+from attribution.newton import Calibration, GroupNewton, damping_per_row
 from attribution.oracle import Oracle
 from attribution.purging.journal import refuse_unfinished
 from attribution.purging.tombstones import read_tombstones, task_left
@@ -47,6 +47,7 @@ class RunSettings:
         files: checkpoints of the user's own that stand in for trained models, by file name.
         damping: lambda of group Newton and TRAK for these; None: rows x the recipe's weight decay.
         datamodel: name of the regression, ridge or lasso.
+        segments: of training, whose mean weights group Newton takes; 0: it takes trained models.
     """
 
     task: str
@@ -58,6 +59,7 @@ class RunSettings:
     files: tuple[str, ...] = ()
     damping: float | None = None
     datamodel: str = "ridge"
+    segments: int = 0
 
     @property
     def subsets(self) -> str:
@@ -122,7 +124,7 @@ class Run:
 
     @cached_property
     def features(self) -> Features:
-        """Projected gradients of some full models."""
+        """Projected gradients of some full models, or of means along their training."""
         return Features.open(self.path / "features", self.task, self.device)
 
     @cached_property
@@ -159,23 +161,25 @@ class Run:
         """
         with writers_turn(self.path):
             if taken_out(self.trak_path / "scores"):  # they were made before rows were purged
-                scores = resume_trak(self.features, self.trak_path)
+                scores = resume_trak(self.features.ends(), self.trak_path)
             else:
-                scores = fit_trak(self.features, self.trak_path, damping=damping, **at)
+                scores = fit_trak(self.features.ends(), self.trak_path, damping=damping, **at)
         return LinearDatamodel.from_scores(scores)
 
     @property
     def trak_path(self) -> Place:
-        """Folder of the TRAK scores from as many checkpoints as there are."""
-        return self.path / f"trak-{len(self.features)}"
+        """Folder of the TRAK scores from as many trainings as there are."""
+        return self.path / f"trak-{self.features.trainings}"
 
     @property
     def trak_damping(self) -> float | None:
-        """Lambda of TRAK: what was given, rows x weight decay (None), or group Newton's."""
+        """Lambda of TRAK: what was given or the recipe tells, or else group Newton's."""
         return self.damping_by(self.calibration.newton if self.calibration else None)
 
     def damping_by(self, newton: Calibration | None) -> float | None:
         """The same with a calibration that the run does not have yet."""
+        if times := self.features.times:
+            return len(self.task.train_ids) * damping_per_row(self.task, times[-1:])
         if self.settings.damping is not None or self._decays:
             return self.settings.damping
         return newton.damping if newton else None
@@ -216,7 +220,10 @@ class Run:
     def predictors(self) -> tuple[str, ...]:
         """Names of the predictors that the run has, or can make from what it has."""
         gradients = (self.path / "features/checkpoint-0").taken() and (
-            self._decays or self.settings.damping is not None or self.calibration is not None
+            self._decays
+            or self.settings.damping is not None
+            or self.settings.segments > 0
+            or self.calibration is not None
         )
         has = {
             "datamodel": (self.path / f"datamodel-{self.settings.subsets}").taken(),

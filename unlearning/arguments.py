@@ -79,6 +79,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="full models whose gradients are stored, 8 if not told; 0: none",
     )
     make.add_argument(
+        "--newton-segments",
+        type=int,
+        metavar="S",
+        help="parts of training whose mean weights these gradients are taken at, say 2; 0, or not"
+        " told: those of the trained models",
+    )
+    make.add_argument(
         "--checkpoint",
         nargs="+",
         default=[],

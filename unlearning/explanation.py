@@ -155,7 +155,7 @@ def _trak_effects(run: Run) -> MarginEffects | None:
         scores = TrakScores.open(run.trak_path)
         return MarginEffects("trak", scores.margins, scores.strongest)
     return MarginEffects(
-        "trak", lambda target: margin_effects(run.features, target, damping=run.trak_damping)
+        "trak", lambda target: margin_effects(run.features.ends(), target, damping=run.trak_damping)
     )
 
 

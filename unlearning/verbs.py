@@ -65,6 +65,7 @@ def _precompute(options: argparse.Namespace) -> Told:
         subset_models=options.subset_models,
         design=options.design,
         checkpoints=options.newton_checkpoints,
+        segments=options.newton_segments,
         datamodel=options.datamodel,
         factors=options.factors,
         seed=options.seed,

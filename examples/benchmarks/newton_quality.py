@@ -6,7 +6,8 @@ prints for each kind of set: R2 on the forget rows (margins; logits over their c
 coverage and width of the 80 % intervals; and KLOM after matching with 5 and 10 % of a
 retraining's gradients, with the share of do-nothing's excess that it removes. "One step" is the
 first Newton step with the damping, temperature and factors fitted for three. It uses the run of
-`make demo` and stores its banks there (about twelve minutes on two cores).
+`make demo`, or another one (--run; say one of dmm precompute --newton-segments 2), and stores its
+banks there (about twelve minutes on two cores).
 """
 
 import argparse
