@@ -83,6 +83,11 @@ def _precompute(options: argparse.Namespace) -> Told:
 
 
 def _precompute_checkpoints(options: argparse.Namespace) -> Told:
+    if options.newton_segments:
+        raise ValueError(
+            "--newton-segments does not go with --checkpoint: the path that led to a checkpoint is"
+            " not known"
+        )
     run = precompute_checkpoints(
         options.task,
         options.run,

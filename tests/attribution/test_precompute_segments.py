@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from attribution import ForgetSet, LinearDatamodel, precompute
+from attribution import ForgetSet, TrakScores, precompute
 from attribution.newton import damping_per_row
 from attribution.purging.purge import purge
 from attribution.run import PREDICTORS, Run, read_settings
@@ -13,8 +13,6 @@ from attribution.segments import segment_times
 from attribution.trak import margin_effects
 from stores import Store
 from tests.small_runs import TASK, contents, copied, write_task
-from unlearning.cli import main
-from unlearning.explanation import run_scores
 
 SIZES = {"full_models": 6, "subset_models": 24, "checkpoints": 2, "workers": 0}
 SEGMENTED = SIZES | {"segments": 2}
@@ -61,8 +59,8 @@ def test_trak_takes_the_ends_with_the_lambda_of_the_last_segment(run, few):
     assert told["damping"] == pytest.approx(expected)
     assert [one["segment"]["number"] for one in told["features"]] == [1, 1]
     effects = margin_effects(run.features.ends(), 40, damping=expected)
-    np.testing.assert_allclose(run_scores(run, "trak").of(40), effects, rtol=1e-3, atol=1e-6)
-    assert isinstance(run.trak, LinearDatamodel)
+    margins = TrakScores.open(run.trak_path).margins(40)
+    np.testing.assert_allclose(margins, effects, rtol=1e-3, atol=1e-6)
 
 
 def test_the_same_call_computes_nothing_again_whether_it_tells_the_segments_or_not(run, tmp_path):
@@ -129,12 +127,3 @@ def test_a_task_that_trains_by_itself_has_no_segments(tmp_path):
 def test_a_negative_number_is_refused(tmp_path):
     with pytest.raises(ValueError, match="segments must be 0 or more, got -1"):
         precompute(write_task(tmp_path), tmp_path / "run", **SIZES | {"segments": -1})
-
-
-def test_the_command_line_asks_for_them(tmp_path, capsys):
-    words = ["precompute", write_task(tmp_path), "--run", f"{tmp_path}/run", "--full-models", "3"]
-    words += ["--subset-models", "12", "--newton-checkpoints", "1", "--newton-segments", "2"]
-    assert main([*words, "--workers", "0"]) == 0
-    assert Run.open(tmp_path / "run").features.trainings == 1
-    assert len(Run.open(tmp_path / "run").features) == 2
-    assert "full models" in capsys.readouterr().out

@@ -60,15 +60,20 @@ class TestPrecompute:
         )
         assert contents(run) == before
 
-    def test_gradients_are_of_eight_models_unless_told(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(("words", "segments"), [((), 0), (("--newton-segments", "2"), 2)])
+    def test_gradients_are_of_eight_trained_models_unless_told(
+        self, tmp_path, monkeypatch, words, segments
+    ):
         def stop(*_, **__):
             raise KeyboardInterrupt
 
         # The package has a function of the module's name.
         monkeypatch.setattr(sys.modules["attribution.precompute"], "_fill", stop)
-        words = ["precompute", write_task(tmp_path), "--run", f"{tmp_path}/run"]
-        assert main([*words, "--full-models", "9", "--subset-models", "24"]) == 130
-        assert read_settings(tmp_path / "run").checkpoints == 8
+        sizes = ["--full-models", "9", "--subset-models", "24", *words]
+        spec, run = write_task(tmp_path), tmp_path / "run"
+        assert main(["precompute", spec, "--run", str(run), *sizes]) == 130
+        found = read_settings(run)
+        assert (found.checkpoints, found.segments) == (8, segments)
 
     def test_a_task_file_that_moved_is_found_where_it_lies_now(self, dmm, run, tmp_path):
         copy = copied(run, tmp_path)

@@ -254,6 +254,10 @@ class TestRefusals:
         line = self.made(refused, spec, tmp_path, gone)
         assert line.startswith("'gone.safetensors' has forgotten 5 rows: precompute from models tr")
 
+    def test_segments_of_a_training_that_is_not_known(self, refused, spec, tmp_path, files):
+        line = self.made(refused, spec, tmp_path, files[0], "--newton-segments", "2")
+        assert line.startswith("--newton-segments does not go with --checkpoint: the path that led")
+
     def test_a_checkpoint_given_twice(self, refused, spec, tmp_path, files):
         line = self.made(refused, spec, tmp_path, files[0], files[0])
         assert line.endswith("hold the same weights: give each model once")
