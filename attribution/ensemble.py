@@ -148,9 +148,12 @@ class Ensemble:
 
     def model(self, index: int) -> Model:
         """One of its models; the rows it never saw count as forgotten."""
+        self._check(index)
+        return self._model(index, self.states([index]), {})
+
+    def _check(self, index: int) -> None:
         if not 0 <= index < len(self):
             raise ValueError(f"{self.store.path} has models 0 to {len(self) - 1}, not {index}")
-        return self._model(index, self.states([index]), {})
 
     def _model(self, index: int, stacked: State, more: dict[str, int]) -> Model:
         told = {"ensemble": os.path.basename(self.store.path), "index": index, "seed": self.seed}
@@ -167,11 +170,13 @@ class Ensemble:
         return [self._mean(i, s) for i in range(count) for s in range(self.segments)]
 
     def _mean(self, index: int, segment: int) -> Model:
+        self._check(index)
         keys = segment_keys(self.store, segment)
         return self._model(index, self._gathered(keys, np.array([index])), {"segment": segment})
 
     def times(self, index: int) -> tuple[float, ...]:
         """Times of the segments of a training, as they were; see `segment_times`."""
+        self._check(index)
         return tuple(self.store.constant("times")[index].tolist()) if self.segments else ()
 
 
@@ -300,7 +305,8 @@ def train_models(
 
     Raises:
         ValueError: the task cannot train, the store was made from other data or another recipe,
-            a trained model does not fit.
+            a trained model does not fit; segments of outputs alone, without a recipe, or more than
+            there are steps.
         BlocksFailed: blocks failed repeatedly, or the training of a model in them diverged; what
             was finished is kept.
 

@@ -8,10 +8,10 @@ import torch
 from attribution.outputs import evaluate
 from attribution.paths import takes_channels_last
 from attribution.products import products_by
-from attribution.segments import segment_times
+from attribution.segments import task_times
 from attribution.subsets import Subsets
 from attribution.task import Task
-from stores import ArraySpec, Provenance, Store, StoreSpec, Where, digest, versions
+from stores import ArraySpec, Provenance, Store, StoreSpec, Where, digest, place, versions
 
 # Models trained together; more of them no longer run faster. Weights of more than so many numbers
 # leave a processor's cache, and then few at once are as fast as many and lost sooner to a kill.
@@ -53,6 +53,7 @@ def ensemble_store(
     if models_at_once is not None and models_at_once < 1:
         raise ValueError(f"models_at_once must be above 0, got {models_at_once}")
     times = _times(task, subsets, keep, segments)
+    _refuse_other_segments(to, segments)
     rows = subsets.masks.shape[1]
     if rows != len(task.train_ids):
         raise ValueError(
@@ -103,6 +104,17 @@ def segment_keys(store: Store, segment: int) -> dict[str, str]:
     return {f"segment_{segment}_{name}": key for name, key in state_keys(store).items()}
 
 
+def _refuse_other_segments(to: Where, segments: int) -> None:
+    if not place(to).taken():
+        return
+    found = Store.open(to).attributes.get("segments", 0)
+    if found != segments:
+        raise ValueError(
+            f"{to} was trained with segments={found}, this call asks for {segments}: give another"
+            " folder, or the same number"
+        )
+
+
 def _times(
     task: Task, subsets: Subsets, keep: str, segments: int
 ) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
@@ -110,13 +122,8 @@ def _times(
         return {}
     if keep != "weights":
         raise ValueError(f"mean weights of {segments} segments are kept with keep='weights' only")
-    if task.train is not None or task.recipe is None:
-        raise ValueError(
-            f"segments of training are those of a recipe, and task {task.name!r} trains without"
-            " one: give segments=0"
-        )
     counts, inverse = np.unique(subsets.masks.sum(1), return_inverse=True)
-    each = [segment_times(task.recipe, rows, segments) for rows in counts.tolist()]
+    each = [task_times(task, rows, segments) for rows in counts.tolist()]
     return {"times": np.array(each)[inverse]}
 
 

@@ -17,6 +17,7 @@ from attribution.moments import compute_moments
 from attribution.purging.tombstones import purged_rows, read_tombstones, task_left
 from attribution.purging.turns import writers_turn
 from attribution.run import SCHEMA, SETTINGS, Run, RunSettings, read_settings
+from attribution.segments import task_times
 from attribution.subsets import Subsets, draw_subsets
 from attribution.task import Task
 from attribution.task_file import load_task, task_place
@@ -85,6 +86,8 @@ def precompute(
         subsets = subsets_left(place(path) / f"ensemble-{settings.subsets}") or draw_subsets(
             task, models=subset_models, design=design, seed=seed
         )
+        if settings.segments:
+            task_times(task, len(task.train_ids), settings.segments)
         task.check()
         if settings.checkpoints:
             cure = "; --newton-checkpoints 0 makes a run without it"

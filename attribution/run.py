@@ -173,15 +173,18 @@ class Run:
 
     @property
     def trak_damping(self) -> float | None:
-        """Lambda of TRAK: what was given or the recipe tells, or else group Newton's."""
+        """Lambda of TRAK: what was given, rows x weight decay (None), or another known one.
+
+        Without weight decay it is that of the last segment's time, or group Newton's.
+        """
         return self.damping_by(self.calibration.newton if self.calibration else None)
 
     def damping_by(self, newton: Calibration | None) -> float | None:
         """The same with a calibration that the run does not have yet."""
-        if times := self.features.times:
-            return len(self.task.train_ids) * damping_per_row(self.task, times[-1:])
         if self.settings.damping is not None or self._decays:
             return self.settings.damping
+        if times := self.features.times:
+            return len(self.task.train_ids) * damping_per_row(self.task, times[-1:])
         return newton.damping if newton else None
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from attribution.task import Recipe, State
+from attribution.task import Recipe, State, Task
 
 
 def segment_times(recipe: Recipe, rows: int, segments: int) -> tuple[float, ...]:
@@ -39,6 +39,33 @@ def segment_times(recipe: Recipe, rows: int, segments: int) -> tuple[float, ...]
     return tuple(times)
 
 
+def task_times(task: Task, rows: int, segments: int) -> tuple[float, ...]:
+    """The times of a task's training on so many rows; see `segment_times`.
+
+    Args:
+        task: the task.
+        rows: number of training rows.
+        segments: how many.
+
+    Returns:
+        Times, [segment].
+
+    Raises:
+        ValueError: as for `segment_times`, or the task does not train by a recipe.
+
+    Example:
+        >>> from examples.digits import task
+        >>> len(task_times(task, rows=1437, segments=3))
+        3
+    """
+    if task.train is not None or task.recipe is None:
+        raise ValueError(
+            f"segments of training are those of a recipe, and task {task.name!r} trains without"
+            " one: give segments=0"
+        )
+    return segment_times(task.recipe, rows, segments)
+
+
 def segment_of(step: int, steps: int, segments: int) -> int:
     """The segment that a step belongs to.
 
@@ -60,7 +87,8 @@ def segment_of(step: int, steps: int, segments: int) -> int:
 class SegmentMeans:
     """Mean weights over each segment of training, of models that `train_many` trains.
 
-    Statistics of BatchNorm are averaged too; numbers that are no floats are the segment's last.
+    Statistics of BatchNorm are averaged too, and are not quite those of the network with the mean
+    weights; numbers that are no floats are the segment's last.
 
     Args:
         segments: how many.
@@ -83,6 +111,7 @@ class SegmentMeans:
         self, places: Sequence[int], step: int, steps: int, state: Mapping[str, Tensor]
     ) -> None:
         """Takes the weights that a step starts from, of the models at these places, stacked."""
+        assert self.segments <= steps, "train_models refuses segments without a step"
         if step == 0:
             means: list[tuple[int, State]] = []
             self.found |= {place: (i, means) for i, place in enumerate(places)}

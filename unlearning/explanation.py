@@ -154,8 +154,9 @@ def _trak_effects(run: Run) -> MarginEffects | None:
     if stored.taken() and Store.open(stored).complete:
         scores = TrakScores.open(run.trak_path)
         return MarginEffects("trak", scores.margins, scores.strongest)
+    ends = run.features.ends()
     return MarginEffects(
-        "trak", lambda target: margin_effects(run.features.ends(), target, damping=run.trak_damping)
+        "trak", lambda target: margin_effects(ends, target, damping=run.trak_damping)
     )
 
 

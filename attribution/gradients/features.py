@@ -257,7 +257,10 @@ class Features:
         return Features(self.task, stores, self.device)
 
     def ends(self) -> "Features":
-        """The features of the last checkpoint of each training."""
+        """The features of the last checkpoint of each training.
+
+        They tell no times, unless that is the only one.
+        """
         stores = (self.stores[self.path(training)[-1]] for training in range(self.trainings))
         return Features(self.task, tuple(stores), self.device)
 

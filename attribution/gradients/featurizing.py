@@ -46,8 +46,8 @@ def featurize(
             then read those only. False for a model that calls its layers otherwise for some rows.
             What is there already stays as it is.
         times: of the segments of training whose mean weights the checkpoints are, all segments of
-            one training one after the other, see `Ensemble.along` and `segment_times`; (): each
-            checkpoint is the end of a training.
+            one training one after the other, see `Ensemble.along` and `Ensemble.times`; (): each
+            checkpoint stands for itself, as the end of a training does.
         block: targets of a block; None: as many as make about 16 MiB. Another block changes the
             numbers in their last digits, so a store made with another one is refused.
         device: where to compute.
@@ -144,10 +144,21 @@ def _check_settings(
             f"expected checkpoints of all {len(times)} segments of each training, got"
             f" {len(checkpoints)}: give the models of Ensemble.along"
         )
+    for number, model in enumerate(checkpoints):
+        told, wanted = model.provenance.get("segment"), number % len(times) if times else None
+        if "ensemble" in model.provenance and told != wanted:
+            raise ValueError(
+                f"checkpoint {number} is {_called(told)} where {_called(wanted)} is expected: give"
+                " Ensemble.along and its times, or Ensemble.checkpoints without times"
+            )
     if any(not 0 < time < float("inf") for time in times):
         raise ValueError(f"times must be above 0 and finite, got {tuple(times)}")
     if targets not in get_args(Which):
         raise ValueError(f"targets must be 'all' or 'train', got {targets!r}")
+
+
+def _called(segment: int | None) -> str:
+    return "a trained model" if segment is None else f"the mean of segment {segment}"
 
 
 def _check_rows_apart(features: Features) -> None:

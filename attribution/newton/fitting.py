@@ -52,9 +52,7 @@ def calibrate(
 
     The first three minimise the squared error, on outputs and margins alike, of the mean that
     predictions of single checkpoints scatter around; two of them, a and b, tell it without bias:
-    (change - a)(change - b). Along the segments of a training none of them is searched for: the
-    recipe tells the damping, the probabilities are those of the path, so that T = 1, and steps are
-    those of `newton`, or 3. While the best damping is the smallest or the largest tried, one
+    (change - a)(change - b). While the best damping is the smallest or the largest tried, one
     beyond it is tried too, at most five times. Then scale s and the variances are least squares,
 
         change = s x predicted,
@@ -65,13 +63,16 @@ def calibrate(
     go together change what the linear model takes as fixed. For the scale a forget set weighs one
     over the squared change of its rows of that kind, for the variances all weigh the same.
 
+    Along the segments of trainings only the factors are fitted: the recipe tells lambda, the
+    probabilities are those of the path, so that T = 1, and steps are those of `newton`, or 3.
+
     Args:
         newton: gives features, and the number of steps where it has one; how it is calibrated now
             is not used.
         bank: models that each never saw a forget set of their own.
         to: folder for the predictions that are compared; an interrupted call resumes there.
         full: models trained on all rows, whose mean the changes are taken from; None: the
-            checkpoints of the features.
+            checkpoints of the features, which mean weights cannot stand in for.
         temperatures: candidates for T; None: 1, 1.4 and 2. Along segments there are none.
         dampings: candidates for lambda, in units of T^2 x (number of rows) x weight decay, or,
             where none is known, of T^2 x the mean curvature; None: .7 and 1.4. A single pair is
@@ -84,19 +85,17 @@ def calibrate(
 
     Raises:
         ValueError: the bank is of another task, some model of it saw all rows, the features are
-            of one training only, or candidates are given for features along segments.
+            of one training only, or candidates are given or `full` is not for features along
+            segments.
     """
     newton.check_task(bank.task)
     if newton.features.trainings < 2:
-        raise ValueError("a calibration needs the features of 2 checkpoints or more, got 1")
+        raise ValueError("a calibration needs the features of 2 trainings or more, got 1")
+    if newton.features.times:
+        _check_along(full, temperatures, dampings)
     where: dict[str, Any] = {"workers": None if scheduler else workers, "scheduler": scheduler}
     cases = cases_of(bank, mean_before(newton.features, full))
     if newton.features.times:
-        if temperatures is not None or dampings is not None:
-            raise ValueError(
-                "along the segments of a training nothing is chosen from temperatures and dampings:"
-                " leave them out"
-            )
         chosen = _told_by_the_recipe(newton)
         compute_curvatures(chosen.features, [1.0], **where)
     else:
@@ -111,6 +110,19 @@ def calibrate(
         )
     changes = predicted_changes(chosen, cases, bank, place(to) / "changes", **where)
     return _fitted(chosen, cases, changes)
+
+
+def _check_along(full: Ensemble | None, *candidates: Sequence[float] | None) -> None:
+    if full is None:
+        raise ValueError(
+            "along segments the checkpoints are mean weights, whose outputs are not those of"
+            " trained models: give the models trained on all rows as full"
+        )
+    if any(given is not None for given in candidates):
+        raise ValueError(
+            "along the segments of a training nothing is chosen from temperatures and dampings:"
+            " leave them out"
+        )
 
 
 def _told_by_the_recipe(newton: GroupNewton) -> GroupNewton:
@@ -131,8 +143,7 @@ def mean_before(features: Features, full: Ensemble | None) -> Array:
     """
     if full is not None:
         return np.asarray(full.outputs.mean(0))
-    ends = features.ends()
-    outputs = [ends.outputs(checkpoint) for checkpoint in range(len(ends))]
+    outputs = [features.outputs(checkpoint) for checkpoint in range(len(features))]
     return np.asarray(np.mean(outputs, axis=0))
 
 

@@ -125,7 +125,7 @@ class GroupNewton(Counterfactual):
             ValueError: a forget set of other data, or too little damping.
         """
         places = np.arange(len(self.task.target_ids)) if targets is None else targets
-        steps = self._moved(forget)
+        steps = self._path_steps(forget)
         wanted = self._along(steps, places)
         each = wanted if already is None else wanted - self.changes(already, places)
         plain = Change(
@@ -145,25 +145,25 @@ class GroupNewton(Counterfactual):
         return replace(found, mean=found.mean - before.mean)
 
     def changes(self, forget: ForgetSet, targets: Rows) -> Array:
-        """Change that each checkpoint predicts, as it is without calibrated factors.
+        """Change that each training predicts, as it is without calibrated factors.
 
         Args:
             forget: the rows that are removed.
             targets: positions among the task's targets, [target].
 
         Returns:
-            The changes, [checkpoint, target, output].
+            The changes, [training, target, output].
 
         Raises:
             ValueError: a forget set of other data, or too little damping.
         """
-        return self._along(self._moved(forget), targets)
+        return self._along(self._path_steps(forget), targets)
 
-    def _moved(self, forget: ForgetSet) -> list[Array]:
+    def _path_steps(self, forget: ForgetSet) -> list[Array]:
         trainings = range(self.features.trainings)
-        return [self.moved(training, forget).numpy() for training in trainings]
+        return [self.path_step(training, forget).numpy() for training in trainings]
 
-    def moved(self, training: int, forget: ForgetSet) -> Tensor:
+    def path_step(self, training: int, forget: ForgetSet) -> Tensor:
         """Step d of the projected parameters at the end of a training, [feature].
 
         Args:

@@ -171,11 +171,11 @@ def main() -> None:
         "residual": lambda: run.residual,
         "linear": lambda: run.linear,
     }
+    chosen = {name: known[name]() for name in options.predictors}
     print(f"{hardware()}; {options.models} models a bank; {run.calibration}")
     told: dict[str, Any] = {}
     for group in groups(run, options.models, options.draws):
-        for name in options.predictors:
-            predictor = known[name]()
+        for name, predictor in chosen.items():
             found = compare(predictor, group)
             found["klom"] = matched(predictor, group, options.models)
             tell(name, group, found)

@@ -51,9 +51,9 @@ def test_the_calibration_takes_the_recipes_lambda(run):
     assert not any("choice" in store.path for store in run.stores())
 
 
-def test_trak_takes_the_ends_with_the_lambda_of_the_last_segment(run, few):
-    expected = 37 * (run.task.recipe.weight_decay + 1 / run.features.times[-1])
-    assert run.trak_damping == pytest.approx(expected)
+def test_trak_takes_the_ends(run, few):
+    expected = 37 * run.task.recipe.weight_decay
+    assert run.trak_damping is None  # as without segments
     assert run.trak_path.exists("scores/zarr.json")
     told = Store.open(run.trak_path / "scores").provenance.settings
     assert told["damping"] == pytest.approx(expected)
@@ -79,8 +79,10 @@ def test_an_interrupted_run_ends_with_the_same_bits(run, tmp_path):
         whole = path / name
         whole.unlink() if whole.is_file() else shutil.rmtree(whole)
     precompute(f"{tmp_path}/small.py:task", path, **SEGMENTED)
-    told = {name for name in before if contents(path).get(name) != before[name]}
-    assert all(name.endswith("zarr.json") for name in told)  # of a store that lost a block once
+    after = contents(path)
+    assert after.keys() == before.keys()
+    # Its root tells that a block was once discarded.
+    assert {name for name in before if after[name] != before[name]} == {f"{path}/full/zarr.json"}
 
 
 @pytest.mark.parametrize("segments", [0, 3])
@@ -122,6 +124,22 @@ def test_a_task_that_trains_by_itself_has_no_segments(tmp_path):
     spec = write_task(tmp_path, TASK.replace("mlp, recipe)", "mlp, train=lambda *_: {})"))
     with pytest.raises(ValueError, match="trains without one: give segments=0"):
         precompute(spec, tmp_path / "run", **SEGMENTED)
+    assert not (tmp_path / "run/run.json").exists()
+
+
+def test_more_segments_than_steps_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="of 10 steps has 1 to 10 segments, not 11"):
+        precompute(write_task(tmp_path), tmp_path / "run", **SIZES | {"segments": 11})
+    assert not (tmp_path / "run/run.json").exists()
+
+
+def test_the_time_of_training_is_enough_without_weight_decay(tmp_path):
+    spec = write_task(tmp_path, TASK.replace("weight_decay=0.05", "weight_decay=0.0"))
+    made = precompute(spec, tmp_path / "run", **SEGMENTED | {"checkpoints": 1})
+    assert made.predictors == ("datamodel", "newton", "trak")
+    assert made.trak_damping == pytest.approx(37 / made.features.times[-1])
+    for name in ("newton", "trak"):
+        assert np.isfinite(made.predictor(name).change(ForgetSet.at(made.task, [3])).mean).all()
 
 
 def test_a_negative_number_is_refused(tmp_path):

@@ -128,8 +128,15 @@ class TestEnsemble:
             assert one.digest() == other.digest()
 
     def test_another_number_of_segments_is_refused(self, task, bank):
-        with pytest.raises(ValueError, match="bank was made with other"):
-            trained(task, bank.store.path, segments=3, models_at_once=2)
+        for segments in (0, 3):
+            text = f"bank was trained with segments=2, this call asks for {segments}: give another"
+            with pytest.raises(ValueError, match=text):
+                trained(task, bank.store.path, segments=segments, models_at_once=2)
+
+    def test_models_that_are_not_there_are_refused(self, bank):
+        for ask in (lambda: bank.along(4), lambda: bank.times(3), lambda: bank.times(-1)):
+            with pytest.raises(ValueError, match="bank has models 0 to 2, not"):
+                ask()
 
     def test_outputs_alone_keep_no_means(self, task, tmp_path):
         with pytest.raises(ValueError, match="of 2 segments are kept with keep='weights' only"):

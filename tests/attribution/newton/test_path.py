@@ -100,6 +100,19 @@ class TestFeatures:
         with pytest.raises(ValueError, match=text):
             featurize(task, checkpoints(task, 3), tmp_path / "f", times=TIMES)
 
+    def test_models_of_an_ensemble_must_be_what_the_times_say(self, task, tmp_path):
+        subsets = Subsets(np.ones((2, 37), bool), "by hand", 7, np.ones(2, bool))
+        how = {"keep": "weights", "segments": 2, "workers": 0}
+        bank = train_models(task, subsets, tmp_path / "bank", **how)
+        wrong = {
+            "0 is the mean of segment 0 where a trained model": (bank.along(2), ()),
+            "0 is a trained model where the mean of segment 0": (bank.checkpoints(2), TIMES),
+            "0 is the mean of segment 1 where the mean of segment 0": (bank.along(2)[::-1], TIMES),
+        }
+        for text, (models, times) in wrong.items():
+            with pytest.raises(ValueError, match=f"checkpoint {text} is expected: give Ensemble"):
+                featurize(task, models, tmp_path / "f", times=times)
+
     @pytest.mark.parametrize("time", [0.0, -1.0, np.nan, np.inf])
     def test_times_out_of_range_are_refused(self, task, tmp_path, time):
         with pytest.raises(ValueError, match="times must be above 0 and finite"):
@@ -119,7 +132,7 @@ def test_one_step_a_segment_is_that_of_the_dense_reference(
     forget, each = ForgetSet.at(task, np.array(rows)), []
     for training, end in enumerate((1, 3)):
         step = reference(newton, training, rows)
-        found = newton.moved(training, forget).numpy()
+        found = newton.path_step(training, forget).numpy()
         np.testing.assert_allclose(found, step, rtol=0, atol=1e-4 * np.abs(step).max())
         each.append(newton.features.gather(end, np.arange(len(task.target_ids))) @ step)
     change, scale = newton.change(forget), np.abs(each).max()
@@ -169,40 +182,51 @@ def test_stages_need_trained_models(newton):
 
 class TestCalibration:
     @pytest.fixture
-    def bank(self, newton, tmp_path):
+    def full(self, newton, tmp_path):
+        """Trained models, whose outputs are others than those of mean weights."""
+        outputs = np.random.default_rng(0).normal(size=(3, 48, 2)).astype(np.float32)
+        return write_ensemble(tmp_path / "full", newton.task, np.ones((3, 37), bool), outputs)
+
+    @pytest.fixture
+    def bank(self, newton, full, tmp_path):
         """Outputs of models that changed twice as much as is predicted."""
         task, sets = newton.task, [[0, 5], [7, 8, 9], [11, 20], [30]]
         masks = np.ones((4, 37), dtype=bool)
         for mask, rows in zip(masks, sets, strict=True):
             mask[rows] = False
-        before = np.mean([newton.features.outputs(end) for end in (1, 3, 5)], 0)
+        before = full.outputs.mean(0)
         changes = [newton.change(ForgetSet.at(task, np.array(rows))).mean for rows in sets]
         outputs = np.stack([before + 2 * change for change in changes]).astype(np.float32)
         return write_ensemble(tmp_path / "bank", task, masks, outputs)
 
-    def test_the_recipe_tells_all_but_the_factors(self, newton, bank, tmp_path):
-        found = calibrate(newton, bank, tmp_path / "c")
+    def test_the_recipe_tells_all_but_the_factors(self, newton, bank, full, tmp_path):
+        found = calibrate(newton, bank, tmp_path / "c", full=full)
         expected = 37 * damping_per_row(newton.task, TIMES)
         assert (found.damping, found.temperature, found.steps) == (expected, 1.0, 3)
         assert found.scale["test"] == pytest.approx(2, rel=0.1)
-        assert calibrate(replace(newton, steps=2), bank, tmp_path / "d").steps == 2
+        fewer = calibrate(replace(newton, steps=2), bank, tmp_path / "d", full=full)
+        assert fewer.steps == 2
 
-    def test_it_is_used(self, newton, bank, tmp_path, task):
-        found = calibrate(newton, bank, tmp_path / "c")
+    def test_it_is_used(self, newton, bank, full, tmp_path, task):
+        found = calibrate(newton, bank, tmp_path / "c", full=full)
         forget = ForgetSet.at(task, np.array(FEW))
         plain = replace(newton, damping=found.damping).change(forget).mean
         known = replace(newton, calibration=found).change(forget).mean
         np.testing.assert_allclose(known[40:], found.scale["test"] * plain[40:], rtol=1e-5)
 
     @pytest.mark.parametrize("given", [{"temperatures": (1.0,)}, {"dampings": (1.0,)}])
-    def test_candidates_are_refused(self, newton, bank, tmp_path, given):
+    def test_candidates_are_refused(self, newton, bank, full, tmp_path, given):
         with pytest.raises(ValueError, match="nothing is chosen from temperatures and dampings"):
-            calibrate(newton, bank, tmp_path / "c", **given)
+            calibrate(newton, bank, tmp_path / "c", full=full, **given)
 
-    def test_one_training_is_not_enough(self, newton, bank, tmp_path):
+    def test_mean_weights_do_not_stand_in_for_trained_models(self, newton, bank, tmp_path):
+        with pytest.raises(ValueError, match="give the models trained on all rows as full"):
+            calibrate(newton, bank, tmp_path / "c")
+
+    def test_one_training_is_not_enough(self, newton, bank, full, tmp_path):
         alone = replace(newton, features=newton.features.first(1))
-        with pytest.raises(ValueError, match="needs the features of 2 checkpoints or more, got 1"):
-            calibrate(alone, bank, tmp_path / "c")
+        with pytest.raises(ValueError, match="needs the features of 2 trainings or more, got 1"):
+            calibrate(alone, bank, tmp_path / "c", full=full)
 
 
 def zeros():
