@@ -318,7 +318,7 @@ class TestResuming:
 
 def test_one_checkpoint_is_refused(newton, doubled, tmp_path):
     alone = replace(newton, features=newton.features.first(1))
-    with pytest.raises(ValueError, match="needs the features of 2 checkpoints or more, got 1"):
+    with pytest.raises(ValueError, match="needs the features of 2 trainings or more, got 1"):
         calibrate(alone, doubled, tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
