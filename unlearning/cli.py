@@ -1,6 +1,7 @@
 """The command line: reads the words, calls the verb, and tells what went wrong in one line."""
 
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, ImportError) as error:
         return _fail(error, BAD_INPUT)
     except KeyboardInterrupt:
+        # Of each read that was under way asyncio would tell that it is given up.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         return _fail("stopped; what is finished is kept, the same command resumes", INTERRUPTED)
     except (BlocksFailed, OSError, RuntimeError) as error:
         return _fail(error, FAILURE)

@@ -116,6 +116,30 @@ def test_ctrl_c_stops_at_once_in_one_line_and_the_same_command_finishes(slow, tm
     assert arrays(run) == without_interruption(slow, tmp_path / "whole")
 
 
+READING = """
+import asyncio, sys, time
+import zarr
+from zarr.core import sync
+from unlearning import cli
+
+def stopped_while_reading(options):
+    zarr.open_group(zarr.storage.MemoryStore(), mode="w")  # starts zarr's loop
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(60), sync._get_loop())
+    time.sleep(0.1)
+    raise KeyboardInterrupt
+
+cli.VERBS["status"] = stopped_while_reading
+sys.exit(cli.main(["status", "--run", "any"]))
+"""
+
+
+def test_reads_that_ctrl_c_gives_up_are_not_told_of():
+    words = [sys.executable, "-c", READING]
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (130, "")
+    assert found.stderr == "dmm: stopped; what is finished is kept, the same command resumes\n"
+
+
 def test_a_killed_run_resumes_to_the_same_bits_and_repeats_no_block(slow, tmp_path):
     run = tmp_path / "run"
     words = ["precompute", slow, "--run", str(run), *ENSEMBLES]
