@@ -4,7 +4,8 @@ from attribution.calibration_bank import calibration_bank
 from attribution.combined import Combined
 from attribution.counterfactual import Change, Counterfactual, Prediction
 from attribution.datamodels import fit_datamodels
-from attribution.ensemble import Ensemble, train_models
+from attribution.ensemble import Ensemble
+from attribution.ensemble_training import train_models
 from attribution.forget import ForgetSet, parse_forget
 from attribution.gradients import Features, Projection, featurize
 from attribution.in_run import InRunScores, record_run

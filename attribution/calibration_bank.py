@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from attribution.ensemble import Ensemble, subsets_left, train_models
+from attribution.ensemble import Ensemble, subsets_left
+from attribution.ensemble_training import train_models
 from attribution.forget import ForgetSet, Mask, cluster_rows, random_rows
 from attribution.outputs import Array, target_margins
 from attribution.seeds import derive_seed, generator

@@ -91,6 +91,18 @@ def state_keys(store: Store) -> dict[str, str]:
     return {f"weights_{i}": str(key) for i, key in enumerate(store.attributes["keys"])}
 
 
+def kept_segments(store: Store) -> int:
+    """Number of segments of each training whose mean weights are kept.
+
+    Args:
+        store: of an ensemble.
+
+    Returns:
+        The number; 0 where none are.
+    """
+    return int(str(store.attributes.get("segments", 0)))
+
+
 def segment_keys(store: Store, segment: int) -> dict[str, str]:
     """Keys of the state dict by the names of the arrays that hold their means over a segment.
 
@@ -107,7 +119,7 @@ def segment_keys(store: Store, segment: int) -> dict[str, str]:
 def _refuse_other_segments(to: Where, segments: int) -> None:
     if not place(to).taken():
         return
-    found = Store.open(to).attributes.get("segments", 0)
+    found = kept_segments(Store.open(to))
     if found != segments:
         raise ValueError(
             f"{to} was trained with segments={found}, this call asks for {segments}: give another"

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from attribution.bootstrap import bootstrap
-from attribution.ensemble import Ensemble, subsets_left, train_models
+from attribution.ensemble import Ensemble, subsets_left
+from attribution.ensemble_training import train_models
 from attribution.seeds import derive_seed
 from attribution.subsets import draw_subsets
 from attribution.task import Rows, Task

@@ -10,7 +10,8 @@ import torch
 
 from attribution.calibrating import calibrate_run, calibrated_before, made_before
 from attribution.datamodels import FEWEST_MODELS, REGRESSIONS, fit_datamodels
-from attribution.ensemble import Ensemble, subsets_left, train_models
+from attribution.ensemble import Ensemble, subsets_left
+from attribution.ensemble_training import train_models
 from attribution.gradients import Projection, featurize, gradient_projector
 from attribution.model import Model, load_model
 from attribution.moments import compute_moments

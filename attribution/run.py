@@ -8,7 +8,8 @@ from typing import Any
 
 from attribution.combined import Combined
 from attribution.counterfactual import Counterfactual
-from attribution.ensemble import Ensemble, train_models
+from attribution.ensemble import Ensemble
+from attribution.ensemble_training import train_models
 from attribution.folders import store_places
 from attribution.forget import ForgetSet
 from attribution.gradients import Features

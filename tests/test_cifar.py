@@ -12,7 +12,7 @@ from PIL import Image
 
 import examples.cifar
 from attribution import ForgetSet, draw_subsets, train_models
-from attribution.ensemble import why_not_many
+from attribution.ensemble_training import why_not_many
 from attribution.forget import cluster_rows
 from attribution.outputs import evaluate
 from attribution.task_file import load_task

@@ -118,8 +118,8 @@ class GroupNewton(Counterfactual):
             targets: positions among the task's targets; None: all.
 
         Returns:
-            The change of these targets; std and noise are unknown (not a number) with one
-            checkpoint.
+            The change of these targets; std, over trainings, and noise, the spread of their last
+            checkpoints' outputs, are unknown (not a number) with one training.
 
         Raises:
             ValueError: a forget set of other data, or too little damping.

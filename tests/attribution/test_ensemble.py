@@ -4,8 +4,16 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from attribution import Ensemble, ForgetSet, Recipe, Task, draw_subsets, ensemble, train_models
-from attribution.ensemble import why_not_many
+from attribution import (
+    Ensemble,
+    ForgetSet,
+    Recipe,
+    Task,
+    draw_subsets,
+    ensemble_training,
+    train_models,
+)
+from attribution.ensemble_training import why_not_many
 from attribution.training import train_many
 from stores import BlocksFailed, Store
 from tests.references import plain_training
@@ -113,7 +121,7 @@ def test_weights_are_kept_when_asked_for_only(task, tmp_path, trained):
 
 
 def test_a_finished_ensemble_is_opened_not_trained(task, trained, monkeypatch):
-    monkeypatch.setattr(ensemble, "train_many", None)
+    monkeypatch.setattr(ensemble_training, "train_many", None)
     assert_same_bits(bank(task, trained.store.path), trained)
     assert_same_bits(Ensemble.open(trained.store.path, task), trained)
 
@@ -134,14 +142,14 @@ def interrupting(function, calls):
 @pytest.mark.parametrize("calls", [0, 1, 2])
 def test_interrupted_equals_uninterrupted(task, trained, tmp_path, monkeypatch, calls):
     with monkeypatch.context() as patch:
-        patch.setattr(ensemble, "train_many", interrupting(train_many, calls))
+        patch.setattr(ensemble_training, "train_many", interrupting(train_many, calls))
         with pytest.raises(KeyboardInterrupt):
             bank(task, tmp_path / "half")
     with pytest.raises(ValueError, match=r"half is not finished: blocks? .* of 2 models each p"):
         Ensemble.open(tmp_path / "half", task)
     counted = []
     monkeypatch.setattr(
-        ensemble,
+        ensemble_training,
         "train_many",
         lambda *args, **named: counted.append(args) or train_many(*args, **named),
     )
