@@ -24,6 +24,8 @@ from attribution.task import Task
 from attribution.task_file import load_task, task_place
 from stores import Where, place
 
+PRINCIPAL = 256  # features along principal directions, of each layer in the mean, of a new run
+
 
 def precompute(
     task_spec: str,
@@ -34,6 +36,7 @@ def precompute(
     design: str = "mixed",
     checkpoints: int | None = None,
     segments: int | None = None,
+    principal: int | None = None,
     datamodel: str = "ridge",
     factors: bool = True,
     seed: int = 0,
@@ -54,6 +57,8 @@ def precompute(
         segments: equal parts of training; group Newton and TRAK take the mean weights over each of
             them. 0: they take trained models, as they must where the task trains by itself. None:
             those of the run that is there, or 0.
+        principal: features of their gradients along principal directions, see `Projection`; 0:
+            along random ones. None: as in the run that is there, or 256.
         datamodel: name of the regression, ridge or lasso.
         factors: whether features are kept as factors too, where they can be; see `featurize`.
         seed: of everything.
@@ -78,7 +83,8 @@ def precompute(
             seed,
             min(8, full_models) if checkpoints is None else checkpoints,
             datamodel=datamodel,
-            segments=_segments(path) if segments is None else segments,
+            segments=_known(path, "segments", 0) if segments is None else segments,
+            principal=_known(path, "principal", PRINCIPAL) if principal is None else principal,
         )
         _check_numbers(settings)
         # Drawing the subsets first refuses bad settings before anything is written.
@@ -137,14 +143,15 @@ def _fill(
 
 
 def _featurize(run: Run, full: Ensemble, **how: Any) -> None:
-    count, projection = run.settings.checkpoints, Projection(seed=run.settings.seed)
+    count, projection = run.settings.checkpoints, run.settings.projection
     models = full.along(count) if full.segments else full.checkpoints(count)
     to, times = run.path / "features", full.times(0)
     featurize(run.task, models, to, projection=projection, times=times, **how)
 
 
-def _segments(path: Where) -> int:
-    return read_settings(path).segments if place(path).exists(SETTINGS) else 0
+def _known(path: Where, name: str, new: int) -> int:
+    """A setting of the run that is there, or what a new run has."""
+    return int(getattr(read_settings(path), name)) if place(path).exists(SETTINGS) else new
 
 
 def _refuse_purged(run: Run) -> None:
@@ -158,6 +165,7 @@ def precompute_checkpoints(
     files: Sequence[str | os.PathLike[str]],
     *,
     damping: float | None = None,
+    principal: int | None = None,
     factors: bool = True,
     seed: int = 0,
     device: str = "cpu",
@@ -172,8 +180,10 @@ def precompute_checkpoints(
         files: checkpoints trained on all rows: .safetensors, .pt, .pth or .ckpt.
         damping: lambda of group Newton, in units of the sum of the rows' losses; None: the number
             of rows x the recipe's weight decay.
+        principal: features along principal directions, see `Projection`; 0: along random ones.
+            None: as in the run that is there, or 256.
         factors: whether features are kept as factors too, where they can be; see `featurize`.
-        seed: of the projections.
+        seed: of the random projections.
         device: where to compute.
         workers: processes; None for one per core, 0 for this process.
         scheduler: address of an existing dask scheduler instead.
@@ -192,20 +202,29 @@ def precompute_checkpoints(
         task = task_left(load_task(task_spec, outside=path), path)
         names = tuple(os.path.basename(os.fspath(file)) for file in files)
         settings = RunSettings(
-            task_place(task_spec), 0, 0, "none", seed, len(files), names, damping
+            task_place(task_spec),
+            0,
+            0,
+            "none",
+            seed,
+            len(files),
+            names,
+            damping,
+            principal=_known(path, "principal", PRINCIPAL) if principal is None else principal,
         )
         models = [load_model(task, file) for file in files]
         _check_damping(task, damping)
         _check_checkpoints(models, names)
         task.check()
-        projection = Projection(seed=seed)
-        _check_gradients(task, projection, "")
+        _check_principal(settings.principal)
+        _check_gradients(task, Projection(seed=seed), "")
         _record(path, settings)
         run = Run(place(path), settings, task, device)
         where: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler}
         with writers_turn(path):
             _refuse_purged(run)
             features = run.path / "features"
+            projection = settings.projection
             featurize(task, models, features, projection=projection, factors=factors, **where)
             _write_settings(path, settings)
     return run
@@ -228,10 +247,16 @@ def _check_numbers(settings: RunSettings) -> None:
             f"group Newton takes 0 to {settings.full_models} of the full models as checkpoints,"
             f" got {settings.checkpoints}"
         )
+    _check_principal(settings.principal)
     if settings.segments < 0:
         raise ValueError(f"segments must be 0 or more, got {settings.segments}")
     if settings.seed < 0:
         raise ValueError(f"a seed must not be negative, got {settings.seed}")
+
+
+def _check_principal(features: int) -> None:
+    if features < 0:
+        raise ValueError(f"principal must be 0 features or more, got {features}")
 
 
 def _check_damping(task: Task, damping: float | None) -> None:

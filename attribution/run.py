@@ -12,7 +12,7 @@ from attribution.ensemble import Ensemble
 from attribution.ensemble_training import train_models
 from attribution.folders import store_places
 from attribution.forget import ForgetSet
-from attribution.gradients import Features
+from attribution.gradients import Features, Projection
 from attribution.linear_datamodel import LinearDatamodel
 from attribution.model import Model
 from attribution.moments import Moments
@@ -49,6 +49,8 @@ class RunSettings:
         damping: lambda of group Newton and TRAK for these; None: rows x the recipe's weight decay.
         datamodel: name of the regression, ridge or lasso.
         segments: of training, whose mean weights group Newton takes; 0: it takes trained models.
+        principal: features of each layer in the mean along principal directions; 0: along random
+            ones.
     """
 
     task: str
@@ -61,11 +63,17 @@ class RunSettings:
     damping: float | None = None
     datamodel: str = "ridge"
     segments: int = 0
+    principal: int = 0
 
     @property
     def subsets(self) -> str:
         """Name of the subset models in folders."""
         return f"{self.design}-{self.subset_models}"
+
+    @property
+    def projection(self) -> Projection:
+        """How gradients of checkpoints are projected."""
+        return Projection(seed=self.seed, principal=self.principal)
 
 
 @dataclass(frozen=True)

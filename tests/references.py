@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 
 from attribution.seeds import derive_seed, generator
@@ -286,6 +287,41 @@ def group_patches(layer, images):
     if layer.groups == 1:
         return patches(layer, images)
     return torch.stack([patches(layer, own) for own in images.chunk(layer.groups, dim=1)])
+
+
+def second_moments(module, inputs, loss):
+    """G and A of every Linear and Conv2d layer, and their positions, from every row by itself."""
+    own = copy.deepcopy(module).eval()
+    layers = {n: m for n, m in own.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    calls, found = [], {name: [0.0, 0.0, 0] for name in layers}
+    for name, layer in layers.items():
+        # A copy, because the outputs themselves may be written into.
+        layer.register_forward_hook(
+            lambda layer, given, made, name=name: (
+                calls.append((name, layer, given[0].detach(), made)),
+                made.clone(),
+            )[1]
+        )
+    for row in inputs:
+        calls.clear()
+        outputs = own(row[None])
+        weight = loss.hessian(outputs.detach())[0]
+        for name, layer, given, made in calls:
+            deltas = torch.stack(
+                [torch.autograd.grad(z, made, retain_graph=True)[0] for z in outputs[0]]
+            )
+            if isinstance(layer, nn.Linear):
+                left, right = given.reshape(1, -1, given.shape[-1]), deltas.flatten(1, -2)[:, None]
+            else:
+                left = group_patches(layer, given)
+                left = left if layer.groups > 1 else left[None]
+                right = deltas.reshape(len(deltas), layer.groups, -1, left.shape[1]).mT
+            if layer.bias is not None:
+                left = functional.pad(left, (0, 1), value=1.0)
+            found[name][0] += torch.einsum("ogpa,oq,qgpb->gab", right, weight, right)
+            found[name][1] += left.mT @ left
+            found[name][2] += left.shape[1]
+    return found
 
 
 def klom_of_row(unlearned, oracles):

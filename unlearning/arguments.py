@@ -86,6 +86,13 @@ def make_parser() -> argparse.ArgumentParser:
         " told: those of the trained models",
     )
     make.add_argument(
+        "--newton-principal",
+        type=int,
+        metavar="K",
+        help="features of these gradients along principal directions, for each layer in the mean,"
+        " 256 if not told; 0: random directions",
+    )
+    make.add_argument(
         "--checkpoint",
         nargs="+",
         default=[],

@@ -1,6 +1,6 @@
 """Features of a convolution: its input patches are projected by a convolution."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attribution.gradients.layers import Block, Call, Sides
+from attribution.gradients.layers import Call, Sides, TwoSided
 from attribution.task import State
 
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -19,7 +19,7 @@ CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
 
 @final
 @dataclass(frozen=True)
-class ConvolutionBlock(Block):
+class ConvolutionBlock(TwoSided):
     """A convolution: a_t is the patch under output pixel t, with a constant 1 for the bias.
 
     P_in a_t for all t is a convolution with the rows of P_in as filters, so that no patch is
@@ -37,20 +37,6 @@ class ConvolutionBlock(Block):
     shape: tuple[int, ...]
     sides: Sides
 
-    @property
-    def size(self) -> int:
-        """Groups x k_out x k_in, or less."""
-        return self.sides.size
-
-    @property
-    def matrices(self) -> Sequence[Tensor]:
-        """Those of the projections."""
-        return self.sides.matrices
-
-    def captured_size(self, deltas: Tensor) -> int:
-        """Groups x k_in x positions."""
-        return self.sides.captured_size(deltas)
-
     def capture(self, call: Call) -> Tensor:
         """Projected patches, [row, group, k_in, position]."""
         inputs, (groups, _, k_in) = call.inputs, self.sides.shape
@@ -65,10 +51,9 @@ class ConvolutionBlock(Block):
         patches = _filtered(call.layer, inputs, filters, constants)
         return patches.reshape(len(inputs), groups, k_in, -1)
 
-    def features(self, captured: Tensor, deltas: Tensor) -> Tensor:
-        """S vec(P_out (sum_t delta_t a_t^T) P_in^T) of each row, all groups together."""
-        found = deltas.reshape(len(deltas), self.sides.groups, self.sides.out, -1)
-        return self.sides.features(found, captured)
+    def in_groups(self, captured: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the convolution."""
+        return deltas.reshape(len(deltas), self.sides.groups, self.sides.out, -1), captured
 
     def adjoint(self, features: Tensor) -> State:
         """Weight [out, in / groups, ...] and bias [out]."""

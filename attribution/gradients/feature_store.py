@@ -12,8 +12,9 @@ from torch import Tensor
 from attribution import effects
 from attribution.devices import repeatable
 from attribution.forget import ForgetSet
-from attribution.gradients.projection import Projection
+from attribution.gradients.projection import Directions, Projection
 from attribution.gradients.projector import GradientProjector, gradient_projector
+from attribution.gradients.stored_directions import direction_constants, stored_directions
 from attribution.gradients.stored_factors import (
     factor_attributes,
     factor_constants,
@@ -93,6 +94,7 @@ def create_store(
     block: int | None,
     device: str,
     times: Sequence[float] = (),
+    directions: Mapping[str, Directions] | None = None,
 ) -> Store:
     """Opens or creates the store of one checkpoint's features.
 
@@ -107,6 +109,7 @@ def create_store(
         block: targets of a block; None: as many as make about 16 MiB.
         device: where features are computed.
         times: of the segments of its training, if it is the mean of one.
+        directions: that its layers are projected onto; those of the store that is there.
 
     Returns:
         The store.
@@ -117,7 +120,7 @@ def create_store(
     module = task.new_model(0)
     # One step of the parameters goes through all segments of a training.
     training, segment = divmod(checkpoint, len(times) or 1)
-    projector = gradient_projector(module, projection, training)
+    projector = gradient_projector(module, projection, training, directions)
     run = projector.linearise(model.state, task.targets([0, 0])[0])
     forgotten = list(model.forgotten.ids) if model.forgotten else []
     settings = task.settings() | {
@@ -146,12 +149,17 @@ def create_store(
         str(run.outputs.dtype).removeprefix("torch."),
         kept.size(run.outputs.shape[1]) if kept else 0,
     )
-    constants = {f"weights_{i}": value.numpy() for i, value in enumerate(model.state.values())}
+    constants: dict[str, Numbers] = {
+        f"weights_{i}": value.numpy() for i, value in enumerate(model.state.values())
+    }
+    constants |= direction_constants(directions or {})
     attributes = {
         "keys": list(model.state),
         "forgotten": forgotten,
         "provenance": dict(model.provenance),
     }
+    if directions:
+        attributes["principal"] = list(directions)
     return Store.open_or_create(
         path,
         layout.spec(block),
@@ -207,7 +215,8 @@ def stored_projector(task: Task, store: Store) -> GradientProjector:
     projection = Projection.of(settings["projection"])
     segments = len(settings["segment"]["times"]) if "segment" in settings else 1
     training = int(settings["checkpoint"]) // segments
-    projector = gradient_projector(task.new_model(0), projection, training)
+    directions = stored_directions(store)
+    projector = gradient_projector(task.new_model(0), projection, training, directions)
     if projector.plan.digest() != settings["matrices"]:
         raise ValueError(
             f"{store.path} was made with other projection matrices than this model and this"

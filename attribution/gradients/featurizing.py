@@ -1,16 +1,18 @@
 """Computes and stores the features of checkpoints, block by block."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from attribution.devices import visible_gpus
 from attribution.gradients.feature_reading import Which, blocks_of
-from attribution.gradients.feature_store import DTYPES, FeatureBlock, create_store
+from attribution.gradients.feature_store import DTYPES, KIND, FeatureBlock, create_store
 from attribution.gradients.features import Features
-from attribution.gradients.projection import Projection
+from attribution.gradients.principal import principal_directions
+from attribution.gradients.projection import Directions, Projection
+from attribution.gradients.stored_directions import stored_directions
 from attribution.model import Model, check_state
 from attribution.task import Task
-from stores import Where, in_turns, place, run_blocks
+from stores import Place, Store, Where, in_turns, place, run_blocks
 
 
 def featurize(
@@ -85,6 +87,13 @@ def featurize(
     task.check()
     for number, model in enumerate(checkpoints):
         check_state(task, model.state, f"checkpoint {number}")
+    segments = len(times) or 1
+    directions = [
+        _directions(
+            task, checkpoints[n : n + segments], place(to) / f"checkpoint-{n}", projection, device
+        )
+        for n in range(0, len(checkpoints), segments)
+    ]
     # All of them first: an interrupted call must not look like one for fewer checkpoints.
     stores = tuple(
         create_store(
@@ -98,6 +107,7 @@ def featurize(
             times=times,
             block=block,
             device=device,
+            directions=directions[number // segments],
         )
         for number, model in enumerate(checkpoints)
     )
@@ -124,6 +134,18 @@ def featurize(
         if store.complete:
             store.finalize()
     return found
+
+
+def _directions(
+    task: Task, training: Sequence[Model], first: Place, projection: Projection, device: str
+) -> Mapping[str, Directions] | None:
+    """Those of a training, which the store of its first checkpoint keeps."""
+    if not projection.principal:
+        return None
+    # Another machine gives other last digits, and with them another store.
+    if first.taken():
+        return stored_directions(Store.open(first, KIND))
+    return principal_directions(task, training, projection, device)
 
 
 def _check_settings(

@@ -159,9 +159,48 @@ class Sides:
         return found if self.inputs is None else found @ self.inputs.to(found)
 
 
+class TwoSided(Block):
+    """Features of a weight whose gradient is sum_t delta_t a_t^T, by projections of both sides.
+
+    Subclasses have the projections, `sides`.
+    """
+
+    sides: Sides
+
+    @property
+    def size(self) -> int:
+        """That of the sides' projections: group x k_out x k_in, or less."""
+        return self.sides.size
+
+    @property
+    def matrices(self) -> Sequence[Tensor]:
+        """Those of the sides."""
+        return self.sides.matrices
+
+    def captured_size(self, deltas: Tensor) -> int:
+        """Numbers of P_in a_t over all positions and groups of a row."""
+        return self.sides.captured_size(deltas)
+
+    @abstractmethod
+    def in_groups(self, captured: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+        """The two sides of a call, each with its positions last.
+
+        Args:
+            captured: what was captured of it.
+            deltas: gradients of its outputs.
+
+        Returns:
+            delta_t, [row, group, out, position], and P_in a_t, [row, group, k_in, position].
+        """
+
+    def features(self, captured: Tensor, deltas: Tensor) -> Tensor:
+        """S vec(P_out (sum_t delta_t a_t^T) P_in^T) of each row, all groups together."""
+        return self.sides.features(*self.in_groups(captured, deltas))
+
+
 @final
 @dataclass(frozen=True)
-class LinearBlock(Block):
+class LinearBlock(TwoSided):
     """A Linear layer: inputs a [row, ..., in] with a constant 1 appended for the bias.
 
     Args:
@@ -174,20 +213,6 @@ class LinearBlock(Block):
     bias: str | None
     sides: Sides
 
-    @property
-    def size(self) -> int:
-        """k_out x k_in, or less."""
-        return self.sides.size
-
-    @property
-    def matrices(self) -> Sequence[Tensor]:
-        """Those of the projections."""
-        return self.sides.matrices
-
-    def captured_size(self, deltas: Tensor) -> int:
-        """Positions x k_in."""
-        return self.sides.captured_size(deltas)
-
     def capture(self, call: Call) -> Tensor:
         """Projected inputs, [row, position, k_in]."""
         rows = call.inputs.reshape(len(call.inputs), -1, call.inputs.shape[-1])
@@ -198,9 +223,9 @@ class LinearBlock(Block):
         matrix = self.sides.inputs[0].to(rows)
         return _affine(rows, matrix, self.bias is not None)
 
-    def features(self, captured: Tensor, deltas: Tensor) -> Tensor:
-        """S vec(P_out (sum_t delta_t a_t^T) P_in^T) of each row."""
-        return _over_positions(self.sides, captured, deltas)
+    def in_groups(self, captured: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+        """One group."""
+        return _one_group(captured, deltas)
 
     def adjoint(self, features: Tensor) -> State:
         """Weight [out, in] and bias [out]."""
@@ -211,7 +236,7 @@ class LinearBlock(Block):
 
 @final
 @dataclass(frozen=True)
-class EmbeddingBlock(Block):
+class EmbeddingBlock(TwoSided):
     """An Embedding: its inputs are rows of the identity.
 
     Args:
@@ -226,29 +251,15 @@ class EmbeddingBlock(Block):
     sides: Sides
     padding: int | None
 
-    @property
-    def size(self) -> int:
-        """k_out x k_in, or less."""
-        return self.sides.size
-
-    @property
-    def matrices(self) -> Sequence[Tensor]:
-        """Those of the projections."""
-        return self.sides.matrices
-
-    def captured_size(self, deltas: Tensor) -> int:
-        """Positions x k_in."""
-        return self.sides.captured_size(deltas)
-
     def capture(self, call: Call) -> Tensor:
         """Columns of P_in at the inputs, [row, position, k_in]."""
         entries = call.inputs.reshape(len(call.inputs), -1)
         matrix = self.sides.input_matrices(entries.device, call.dtype)[0]
         return self._without_padding(matrix.mT)[entries]
 
-    def features(self, captured: Tensor, deltas: Tensor) -> Tensor:
-        """S vec(P_out (sum_t delta_t e_t^T) P_in^T) of each row."""
-        return _over_positions(self.sides, captured, deltas)
+    def in_groups(self, captured: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+        """One group."""
+        return _one_group(captured, deltas)
 
     def adjoint(self, features: Tensor) -> State:
         """Weight [entry, width]."""
@@ -348,9 +359,9 @@ def _affine(rows: Tensor, matrix: Tensor, bias: bool) -> Tensor:
     return functional.linear(rows, matrix)
 
 
-def _over_positions(sides: Sides, captured: Tensor, deltas: Tensor) -> Tensor:
+def _one_group(captured: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
     found = deltas.reshape(*captured.shape[:2], -1)
-    return sides.features(found.mT.unsqueeze(1), captured.mT.unsqueeze(1))
+    return found.mT.unsqueeze(1), captured.mT.unsqueeze(1)
 
 
 def _products(deltas: Tensor, captured: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from attribution.gradients.layers import (
     Sides,
 )
 from attribution.gradients.projection import (
+    Directions,
     Projection,
     SparseProjection,
     orthogonal_matrices,
@@ -65,6 +66,12 @@ class Plan:
     others: Sequence[Other]
 
     @property
+    def firsts(self) -> list[str]:
+        """The first layer of each block."""
+        named = {number: name for name, number in reversed(list(self.layers.items()))}
+        return [named[number] for number in range(len(self.blocks))]
+
+    @property
     def sizes(self) -> list[int]:
         """Number of features of each block, then of each other parameter."""
         return [block.size for block in self.blocks] + [other.sparse.size for other in self.others]
@@ -76,7 +83,12 @@ class Plan:
         return digest(*(part.numpy() for part in parts))
 
 
-def make_plan(module: nn.Module, projection: Projection, checkpoint: int) -> Plan:
+def make_plan(
+    module: nn.Module,
+    projection: Projection,
+    checkpoint: int,
+    directions: Mapping[str, Directions] | None = None,
+) -> Plan:
     """Assigns every trainable parameter of a model to a block of features.
 
     Layers of one type that share all their parameters share a block. A parameter that is shared
@@ -86,19 +98,26 @@ def make_plan(module: nn.Module, projection: Projection, checkpoint: int) -> Pla
         module: the model.
         projection: settings.
         checkpoint: number of the checkpoint.
+        directions: of the layers whose sides are not projected at random, by the first name of
+            each; see `principal_directions`.
 
     Returns:
         The plan.
 
     Raises:
         ValueError: nothing is trainable, or a layer mixes rows or changes its weights in eval
-            mode; names it.
+            mode; names it. Or principal directions are asked for and none given.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 3))
         >>> make_plan(model, Projection(), 0).sizes
         [512, 63]
     """
+    if projection.principal and directions is None:
+        raise ValueError(
+            "principal directions follow from a model and data: compute them with"
+            " principal_directions, or give the projection principal=0"
+        )
     named = dict(module.named_modules())
     for name, layer in named.items():
         _refuse_layer(name, layer)
@@ -108,7 +127,7 @@ def make_plan(module: nn.Module, projection: Projection, checkpoint: int) -> Pla
     parameters = dict(module.named_parameters())
     owners = _owners(named.values())
     own = {id(parameters[name]): name for name in aliases if len(owners[id(parameters[name])]) == 1}
-    draw = _Draw(projection, checkpoint, own)
+    draw = _Draw(projection, checkpoint, own, directions or {})
     layers = {name: layer for name, layer in named.items() if draw.covers(layer)}
     # The first layer of each signature names the matrices.
     first = {_signature(layer): name for name, layer in reversed(layers.items())}
@@ -133,6 +152,7 @@ class _Draw:
     projection: Projection
     checkpoint: int
     own: Mapping[int, str]
+    directions: Mapping[str, Directions]
 
     def covers(self, layer: nn.Module) -> bool:
         return type(layer) in FACTORISED and any(self._names(layer))
@@ -176,6 +196,9 @@ class _Draw:
         return NormalisationBlock(weight, bias, tuple(layer.weight.shape), trailing, sparse)
 
     def _sides(self, name: str, groups: int, out: int, inner: int) -> Sides:
+        known = self.directions.get(name)
+        if known is not None:
+            return Sides(groups, out, inner, known.outputs, known.inputs, known.sparse)
         k_out, k_in = self.projection.outputs, self.projection.inputs
         outputs = orthogonal_matrices(self._random(f"{name}.outputs"), groups, k_out, out)
         inputs = orthogonal_matrices(self._random(f"{name}.inputs"), groups, k_in, inner)

@@ -1,4 +1,4 @@
-"""Random projections of gradients: settings, and matrices that depend on their names alone."""
+"""Projections of gradients: settings, and random matrices that depend on their names alone."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +20,8 @@ class Projection:
     The gradient of a layer with a factorised form, sum_t delta_t a_t^T over the positions t of
     its output gradients delta and its inputs a, becomes S vec(P_out (sum_t delta_t a_t^T) P_in^T):
     two projections that are small enough to be wide, so that they lose little, and a sparse one to
-    the size that is kept.
+    the size that is kept. All three are random, or P_out and P_in are principal directions of the
+    model's own gradients and inputs and S keeps some products of them, see `principal_directions`.
 
     Args:
         inputs: rows of P_in; a side that is not larger is kept as it is.
@@ -28,9 +29,11 @@ class Projection:
         features: size to which S projects, for each layer and each parameter without a factorised
             form; smaller ones are kept as they are.
         seed: of all projections.
+        principal: features that Linear and convolution layers keep along principal directions,
+            each in the mean; 0: they are projected at random, as all others are anyway.
 
     Raises:
-        ValueError: a size below 1 or a negative seed.
+        ValueError: a size below 1, or a negative seed or number of principal features.
         TypeError: a field is no integer.
 
     Example:
@@ -42,24 +45,27 @@ class Projection:
     outputs: int = 32
     features: int = 512
     seed: int = 0
+    principal: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, least = getattr(self, field.name), int(field.name != "seed")
+            value, least = getattr(self, field.name), int(field.name not in ("seed", "principal"))
             if type(value) is not int:
                 raise TypeError(f"projection.{field.name} must be an integer, got {value!r}")
             if value < least:
                 raise ValueError(f"projection.{field.name} must be {least} or more, got {value}")
 
     def settings(self) -> dict[str, Any]:
-        """The fields as plain values, for provenance."""
-        return asdict(self)
+        """The fields as plain values, for provenance; principal where it is not 0."""
+        told = asdict(self)
+        # Features that were stored before there were principal directions do not tell of them.
+        return told if self.principal else {n: v for n, v in told.items() if n != "principal"}
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Projection":
         """The projection of such settings, which are refused where another version made them."""
         names = [field.name for field in fields(cls)]
-        if set(settings) != set(names):
+        if set(settings) | {"principal"} != set(names):
             raise ValueError(
                 f"expected the settings {', '.join(names)} of a projection, got"
                 f" {', '.join(settings)}: another version made them; remove the features and what"
@@ -119,16 +125,17 @@ def orthogonal_matrices(
 
 @dataclass(frozen=True)
 class SparseProjection:
-    """A sparse projection S with one entry, 1 or -1, in each column; E[S^T S] = I.
+    """A sparse projection S with one entry, 1 or -1, in each column that it does not drop.
 
-    The columns are permuted, signed and dealt out to the rows in turn, so that each row gets
-    equally many. Nothing is added atomically: the same bits on every device.
+    The columns are put in order, signed and dealt out to the rows in turn, so that each row gets
+    equally many; if none is dropped and the order is random, E[S^T S] = I. Nothing is added
+    atomically: the same bits on every device.
 
     Args:
         width: number of columns.
         size: number of rows; `width` if the vectors are kept as they are.
-        order: permutation of the columns, [width]; None if they are kept.
-        signs: of the permuted columns, [width], float32; None if they are kept.
+        order: of the columns that are not dropped, [column]; None if all are kept as they are.
+        signs: of these columns, [column], float32; None if all are kept as they are.
 
     Source: sparse Johnson-Lindenstrauss transform, Kane and Nelson (arXiv 1012.1577), with one
     entry a column.
@@ -149,17 +156,17 @@ class SparseProjection:
         if self.order is None or self.signs is None:
             return vectors
         signed = vectors[..., self.order.to(vectors.device)] * self.signs.to(vectors)
-        turns = -(-self.width // self.size)
-        padded = torch.nn.functional.pad(signed, (0, turns * self.size - self.width))
+        turns = -(-len(self.order) // self.size)
+        padded = torch.nn.functional.pad(signed, (0, turns * self.size - len(self.order)))
         return padded.reshape(*vectors.shape[:-1], turns, self.size).sum(-2)
 
     def adjoint(self, features: Tensor) -> Tensor:
         """Transposed projection S^T v, [..., width], of [..., size]."""
         if self.order is None or self.signs is None:
             return features
-        turns = -(-self.width // self.size)
-        dealt = features.tile(turns)[..., : self.width] * self.signs.to(features)
-        found = torch.empty_like(dealt)
+        turns = -(-len(self.order) // self.size)
+        dealt = features.tile(turns)[..., : len(self.order)] * self.signs.to(features)
+        found = dealt.new_zeros(*dealt.shape[:-1], self.width)
         found[..., self.order.to(features.device)] = dealt
         return found
 
@@ -187,3 +194,42 @@ def sparse_projection(random: np.random.Generator, size: int, width: int) -> Spa
     order = torch.from_numpy(random.permutation(width))
     signs = torch.from_numpy((2 * random.integers(0, 2, width) - 1).astype(np.float32))
     return SparseProjection(width, size, order, signs)
+
+
+def selection(width: int, kept: Tensor) -> SparseProjection:
+    """The sparse projection that keeps some columns and drops all others.
+
+    Args:
+        width: number of columns.
+        kept: which of them, in order, [size].
+
+    Returns:
+        The projection.
+
+    Example:
+        >>> selection(4, torch.tensor([0, 2])).apply(torch.tensor([5.0, 6.0, 7.0, 8.0]))
+        tensor([5., 7.])
+    """
+    if len(kept) == width:
+        return SparseProjection(width, width)
+    return SparseProjection(width, len(kept), kept, torch.ones(len(kept)))
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Directions that a layer's two sides are projected onto, and the products that are kept.
+
+    Args:
+        outputs: orthonormal rows of P_out, [group, k_out, out].
+        inputs: orthonormal rows of P_in, [group, k_in, inner].
+        kept: which of the group x k_out x k_in products are features, in order, [feature].
+    """
+
+    outputs: Tensor
+    inputs: Tensor
+    kept: Tensor
+
+    @property
+    def sparse(self) -> SparseProjection:
+        """S, which keeps these products."""
+        return selection(self.outputs.shape[:2].numel() * self.inputs.shape[1], self.kept)

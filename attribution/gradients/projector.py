@@ -14,7 +14,7 @@ from attribution.gradients.jacobian import Factors
 from attribution.gradients.layers import LinearBlock
 from attribution.gradients.others import other_features
 from attribution.gradients.plan import Plan, make_plan
-from attribution.gradients.projection import Projection
+from attribution.gradients.projection import Directions, Projection
 from attribution.task import State
 
 CACHE_BYTES = 2**20  # of what is captured of a call at once; fits a core's cache
@@ -259,30 +259,34 @@ def _row_slices(deltas: Tensor, numbers: int) -> list[slice]:
 
 
 def gradient_projector(
-    module: nn.Module, projection: Projection, checkpoint: int = 0
+    module: nn.Module,
+    projection: Projection,
+    checkpoint: int = 0,
+    directions: Mapping[str, Directions] | None = None,
 ) -> GradientProjector:
     """Makes the projector of a model's gradients.
 
-    Its matrices depend on (seed, checkpoint, layer) alone: they are drawn by Philox, a
+    Its random matrices depend on (seed, checkpoint, layer) alone: they are drawn by Philox, a
     counter-based generator, on the CPU, and so are bit-identical wherever they are used.
 
     Args:
         module: the model; parameters that require no gradient are left out.
         projection: settings.
         checkpoint: number of the checkpoint.
+        directions: of the layers whose sides are not projected at random, by the first name of
+            each; see `principal_directions`.
 
     Returns:
         The projector.
 
     Raises:
         ValueError: nothing is trainable, or a layer mixes rows or changes its weights in eval
-            mode; names it.
+            mode; names it. Or principal directions are asked for and none given.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2))
         >>> gradient_projector(model, Projection(inputs=16, outputs=16)).size
         288
     """
-    return GradientProjector(
-        module, projection, checkpoint, make_plan(module, projection, checkpoint)
-    )
+    plan = make_plan(module, projection, checkpoint, directions)
+    return GradientProjector(module, projection, checkpoint, plan)

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from attribution.gradients.jacobian import Factors
 from attribution.gradients.projection import SparseProjection
@@ -54,7 +55,9 @@ def factor_attributes(factors: Factors) -> dict[str, list[list[int]]]:
 
 
 def factor_constants(factors: Factors) -> dict[str, Numbers]:
-    """Order and signs of all layers' S in one row: the place counted from 1, times the sign.
+    """Order and signs of all layers' S in one row: the column counted from 1, times the sign.
+
+    Zeros stand behind those of a layer where S drops columns.
 
     Args:
         factors: that a store keeps.
@@ -66,13 +69,14 @@ def factor_constants(factors: Factors) -> dict[str, Numbers]:
         >>> factor_constants(Factors((1,), (3,), (SparseProjection(3, 3),)))
         {'dealt': array([1, 2, 3])}
     """
-    parts = [
-        (1 + sparse.order) * sparse.signs.long()
-        if sparse.order is not None and sparse.signs is not None
-        else 1 + torch.arange(sparse.width)
-        for sparse in factors.sparse
-    ]
-    return {"dealt": torch.cat(parts).numpy()}
+    return {"dealt": torch.cat([_dealt(sparse) for sparse in factors.sparse]).numpy()}
+
+
+def _dealt(sparse: SparseProjection) -> Tensor:
+    if sparse.order is None or sparse.signs is None:
+        return 1 + torch.arange(sparse.width)
+    dealt = (1 + sparse.order) * sparse.signs.long()
+    return torch.nn.functional.pad(dealt, (0, sparse.width - len(dealt)))
 
 
 def stored_factors(store: Store) -> Factors | None:
@@ -90,9 +94,13 @@ def stored_factors(store: Store) -> Factors | None:
     widths = [a * b for a, b in zip(outputs, inputs, strict=True)]
     dealt = torch.from_numpy(store.constant("dealt")).split(widths)
     sparse = [
-        SparseProjection(width, width)
-        if size == width
-        else SparseProjection(width, size, part.abs() - 1, part.sign().float())
+        _sparse(width, size, part[part != 0])
         for width, size, part in zip(widths, sizes, dealt, strict=True)
     ]
     return Factors(inputs, outputs, tuple(sparse))
+
+
+def _sparse(width: int, size: int, dealt: Tensor) -> SparseProjection:
+    if size == width:
+        return SparseProjection(width, width)
+    return SparseProjection(width, size, dealt.abs() - 1, dealt.sign().float())

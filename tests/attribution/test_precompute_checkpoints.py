@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from attribution import ForgetSet, GroupNewton, Model, precompute_checkpoints
+from attribution.precompute import PRINCIPAL
 from attribution.run import Run, RunSettings, read_settings
 from tests.small_runs import (
     NORMALISED,
@@ -45,6 +46,7 @@ def test_features_are_made_and_nothing_else(given):
         "none",
         checkpoints=3,
         files=("model-0.safetensors", "model-1.pt", "model-2.ckpt"),
+        principal=PRINCIPAL,
     )
     made = {path.name for path in given.iterdir()}
     assert {"run.json", "features"} <= made <= {"run.json", "features", "trak"}

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from attribution import ForgetSet, Model, load_model
+from attribution.precompute import PRINCIPAL
 from attribution.run import Run, RunSettings, read_settings
 from stores import place
 from tests.small_runs import (
@@ -34,7 +35,9 @@ def test_a_run_opens_to_what_was_asked_for(run):
     settings = read_settings(run.path)
     assert settings == run.settings
     place = f"{run.path.parent}/small.py:task"
-    assert settings == RunSettings(place, FULL_MODELS, 24, "mixed", 0, CHECKPOINTS)
+    assert settings == RunSettings(
+        place, FULL_MODELS, 24, "mixed", 0, CHECKPOINTS, principal=PRINCIPAL
+    )
     assert len(run.full) == FULL_MODELS
     assert run.full.masks.all()
     assert run.full.keeps_weights

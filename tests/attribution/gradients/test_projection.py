@@ -95,7 +95,9 @@ def test_settings_come_back():
     projection = Projection(inputs=3, outputs=4, features=5, seed=6)
     assert Projection.of(projection.settings()) == projection
     before = {"inputs": 3, "outputs": 4, "vectors": 5, "seed": 6}
-    with pytest.raises(ValueError, match=r"features, seed of a projection, got .*, vectors, seed:"):
+    with pytest.raises(
+        ValueError, match=r"features, seed, principal of a projection, got .*, vectors, seed:"
+    ):
         Projection.of(before)
 
 

@@ -1,0 +1,282 @@
+"""Principal directions: where a model's inputs and output gradients vary most, layer by layer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeGuard
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attribution.devices import repeatable
+from attribution.gradients.capture import Capture, capture
+from attribution.gradients.convolution import ConvolutionBlock
+from attribution.gradients.layers import Block, LinearBlock, TwoSided
+from attribution.gradients.plan import make_plan
+from attribution.gradients.projection import Directions, Projection
+from attribution.losses import Loss
+from attribution.model import Model
+from attribution.task import State, Task
+from attribution.training import threads
+
+ROWS = 2048  # training rows, at most, that moments are taken over
+PULLS = 16  # directions of a row's outputs, at most, whose gradients are taken
+WIDEST = 8192  # side of a layer that is decomposed
+ROWS_AT_ONCE = 32  # of one forward pass: patches of convolutions are written out
+WHOLE = Projection(inputs=2**62, outputs=2**62, features=2**62)
+
+
+@dataclass
+class Moments:
+    """Uncentred second moments of the two sides of one layer's gradients, summed over rows.
+
+    Args:
+        outputs: G = sum_t delta_t delta_t^T, [group, out, out], float64.
+        inputs: A = sum_t a_t a_t^T, [group, inner, inner], float64.
+        positions: number of positions t, of all rows.
+    """
+
+    outputs: Tensor
+    inputs: Tensor
+    positions: int = 0
+
+    def add(self, other: "Moments") -> None:
+        """Adds those of another checkpoint."""
+        self.outputs.add_(other.outputs)
+        self.inputs.add_(other.inputs)
+        self.positions += other.positions
+
+
+def principal_directions(
+    task: Task, checkpoints: Sequence[Model], projection: Projection, device: str = "cpu"
+) -> dict[str, Directions]:
+    """Finds the directions in which each layer's inputs and output gradients vary most.
+
+    With inputs a_t (and a constant 1 for the bias), outputs s_t and their gradients delta_t =
+    R^(1/2) d f / d s_t, weighted by the loss's second derivative R: the eigenvectors of
+    A = sum_t a_t a_t^T and G = sum_t delta_t delta_t^T, summed over rows and checkpoints. The
+    product of two of them, with eigenvalues a and g, has the Kronecker-factored curvature
+    g a / (number of positions t). The `projection.principal` x layers products with the largest one
+    are kept, whatever layer they are of, and at least one of each.
+
+    Linear and convolution layers have them, if no side is wider than 8192. Moments are taken over
+    2048 training rows at most, evenly spaced, and over 16 directions of the outputs at most, which
+    are random where there are more outputs.
+
+    Args:
+        task: gives training rows, model and loss.
+        checkpoints: models of one training, which share the directions.
+        projection: settings.
+        device: where to compute; on another one directions with almost the same eigenvalue may mix.
+
+    Returns:
+        Directions by the first name of each layer.
+
+    Raises:
+        ValueError: the model has no per-example gradients, or they are not finite.
+
+    Example:
+        >>> from examples.digits import mlp, task
+        >>> models = [Model(task, mlp().state_dict())]
+        >>> found = principal_directions(task, models, Projection(principal=10))
+        >>> list(found), sum(len(layer.kept) for layer in found.values())
+        (['0', '2', '4'], 30)
+
+    Source: eigenvectors of Kronecker-factored curvature (arXiv 1503.05671; of convolutions, arXiv
+    1602.01407), as LoGra takes them to start from (arXiv 2405.13954).
+    """
+    count = len(task.train_ids)
+    few = min(count, ROWS)
+    inputs = task.rows("train", np.arange(few) * count // few)[0].to(device)
+    random, module = projection.random(0, "principal.pulls"), task.new_model(0).to(device)
+    with threads(1), repeatable(device):
+        found, *others = (
+            layer_moments(module, model.state, inputs, task.loss, random) for model in checkpoints
+        )
+        for other in others:
+            for name, moments in found.items():
+                moments.add(other[name])
+        return kept_directions(found, projection.principal)
+
+
+def layer_moments(
+    module: nn.Module, state: State, inputs: Tensor, loss: Loss, random: np.random.Generator
+) -> dict[str, Moments]:
+    """Second moments of the two sides of every layer that has principal directions.
+
+    Args:
+        module: the model.
+        state: its state dict.
+        inputs: of the rows, [row, ...].
+        loss: whose second derivative weights the outputs.
+        random: draws directions of the outputs where there are many.
+
+    Returns:
+        Moments by the first name of each layer.
+
+    Raises:
+        ValueError: the model has no per-example gradients.
+
+    Example:
+        >>> from attribution.losses import SquaredError
+        >>> model, random = nn.Linear(1, 1), np.random.default_rng(0)
+        >>> rows = torch.tensor([[2.0], [4.0]])
+        >>> found = layer_moments(model, model.state_dict(), rows, SquaredError(), random)
+        >>> found[""].inputs
+        tensor([[[20.,  6.],
+                 [ 6.,  2.]]], dtype=torch.float64)
+    """
+    plan = make_plan(module, WHOLE, 0)
+    state = {name: value.to(inputs.device) for name, value in state.items()}
+    blocks = {number: block for number, block in enumerate(plan.blocks) if _decomposed(block)}
+    found = {number: _none(block, inputs.device) for number, block in blocks.items()}
+    for rows in inputs.split(ROWS_AT_ONCE):
+        run = capture(module, plan, state, rows)
+        _add(found, blocks, run, weighted_directions(loss, run.outputs.detach(), random))
+    return {plan.firsts[number]: moments for number, moments in found.items()}
+
+
+def weighted_directions(loss: Loss, outputs: Tensor, random: np.random.Generator) -> Tensor:
+    """Directions v of each row's outputs with sum of v v^T = R, the loss's second derivative.
+
+    They are the rows of R^(1/2), or 16 random mixtures of them where there are more: then the sum
+    is R in the mean.
+
+    Args:
+        loss: the loss.
+        outputs: [row, output].
+        random: draws the mixtures.
+
+    Returns:
+        [row, direction, output].
+
+    Example:
+        >>> from attribution.losses import SquaredError
+        >>> weighted_directions(SquaredError(), torch.zeros(1, 2), np.random.default_rng(0))
+        tensor([[[1., 0.],
+                 [0., 1.]]])
+    """
+    values, vectors = torch.linalg.eigh(loss.hessian(outputs.double()))
+    root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1)).mT
+    count = root.shape[1]
+    if count > PULLS:
+        signs = 2 * random.integers(0, 2, (len(outputs), PULLS, count)) - 1
+        root = torch.from_numpy(signs).to(root) @ root / PULLS**0.5
+    directions: Tensor = root.to(outputs)
+    return directions
+
+
+def kept_directions(found: Mapping[str, Moments], features: int) -> dict[str, Directions]:
+    """Eigenvectors of moments, and the products of theirs with the largest curvature.
+
+    Args:
+        found: moments of each layer.
+        features: how many products to keep, for each layer in the mean.
+
+    Returns:
+        Directions of each layer, those with the largest eigenvalue first.
+
+    Raises:
+        ValueError: moments are not finite; names the layer.
+
+    Example:
+        >>> one, two = torch.tensor([[[4.0]]]), torch.diag(torch.tensor([1.0, 3.0])).unsqueeze(0)
+        >>> few = kept_directions({"head": Moments(one.double(), two.double(), 2)}, 1)
+        >>> few["head"].inputs.abs(), few["head"].kept
+        (tensor([[[0., 1.]]]), tensor([0]))
+    """
+    for name, moments in found.items():
+        if not (moments.outputs.isfinite().all() and moments.inputs.isfinite().all()):
+            raise ValueError(
+                f"inputs or gradients of layer {name!r} are not finite, so it has no principal"
+                " directions: has the model diverged?"
+            )
+    sides = {name: (_eigen(part.outputs), _eigen(part.inputs)) for name, part in found.items()}
+    curvatures = [
+        outputs.unsqueeze(2) * inputs.unsqueeze(1) / max(1, found[name].positions)
+        for name, ((outputs, _), (inputs, _)) in sides.items()
+    ]
+    kept = _largest(curvatures, features * len(found))
+    return {
+        name: _directions(outputs, inputs, mask)
+        for (name, ((_, outputs), (_, inputs))), mask in zip(sides.items(), kept, strict=True)
+    }
+
+
+def _decomposed(block: Block) -> TypeGuard[TwoSided]:
+    if not isinstance(block, LinearBlock | ConvolutionBlock):
+        return False
+    return max(block.sides.out, block.sides.inner) <= WIDEST
+
+
+def _none(block: TwoSided, device: torch.device) -> Moments:
+    sides = block.sides
+    outputs, inputs = (
+        torch.zeros(sides.groups, width, width, dtype=torch.float64, device=device)
+        for width in (sides.out, sides.inner)
+    )
+    return Moments(outputs, inputs)
+
+
+@torch.no_grad()
+def _add(
+    found: Mapping[int, Moments],
+    blocks: Mapping[int, TwoSided],
+    run: Capture,
+    directions: Tensor,
+) -> None:
+    """Adds the moments of the rows of one forward pass."""
+    captured = {
+        place: blocks[number].capture(call)
+        for place, (number, call) in enumerate(run.calls)
+        if number in blocks
+    }
+
+    def add(place: int, deltas: Tensor, *, first: bool) -> None:
+        if place not in captured:
+            return
+        number = run.calls[place][0]
+        outputs, inputs = blocks[number].in_groups(captured[place], deltas)
+        found[number].outputs.add_(_second(outputs))
+        if first:
+            found[number].inputs.add_(_second(inputs))
+            found[number].positions += len(inputs) * inputs.shape[-1]
+
+    for number, direction in enumerate(directions.unbind(1)):
+        run.pull(direction, partial(add, first=number == 0))
+
+
+def _second(values: Tensor) -> Tensor:
+    """Sum of v v^T over rows and positions of [row, group, width, position]."""
+    flat = values.movedim(0, 2).flatten(2)
+    return flat @ flat.mT
+
+
+def _eigen(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [group, width], the largest first, and eigenvectors as rows."""
+    values, vectors = torch.linalg.eigh(moments.cpu())
+    return values.flip(-1).clamp_min(0), vectors.mT.flip(-2)
+
+
+def _largest(curvatures: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Masks of so many largest numbers of all together, and of the largest one of each."""
+    flat = torch.cat([each.flatten() for each in curvatures])
+    sizes = [each.numel() for each in curvatures]
+    for part in flat.split(sizes):
+        part[part.argmax()] = torch.inf
+    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask[flat.topk(min(count, len(flat))).indices] = True
+    pairs = zip(mask.split(sizes), curvatures, strict=True)
+    return [part.reshape(each.shape) for part, each in pairs]
+
+
+def _directions(outputs: Tensor, inputs: Tensor, kept: Tensor) -> Directions:
+    """Those of a layer as far as any product with them is kept."""
+    _, last_output, last_input = (part.max() + 1 for part in kept.nonzero(as_tuple=True))
+    few = kept[:, :last_output, :last_input]
+    return Directions(
+        outputs[:, :last_output].float().contiguous(),
+        inputs[:, :last_input].float().contiguous(),
+        few.flatten().nonzero()[:, 0],
+    )

@@ -1,0 +1,152 @@
+"""Features along principal directions, which their stores keep."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from attribution import ForgetSet, GroupNewton
+from attribution.gradients import Features, Projection, featurize, featurizing
+from attribution.gradients.jacobian import Dense, Factored
+from attribution.gradients.stored_directions import stored_directions
+from tests.attribution.gradients.stored import ALL, bits, checkpoint, close, folder_of, gated_task
+from tests.references import gradients_of_rows, projected_gradients
+from tests.tasks import blobs
+
+FEW = Projection(features=4, seed=5, principal=7)
+EVERYTHING = Projection(principal=1000)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return gated_task()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(task):
+    return [checkpoint(task, seed) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def made(task, checkpoints, tmp_path_factory):
+    to = tmp_path_factory.mktemp("principal") / "features"
+    return featurize(task, checkpoints, to, projection=FEW, block=10)
+
+
+def six_outputs():
+    return nn.Sequential(nn.Linear(3, 12), nn.ReLU(), nn.Linear(12, 6))
+
+
+def refused(*_):
+    raise AssertionError("the directions are in the stores")
+
+
+def directions(features, number):
+    return stored_directions(features.stores[number])
+
+
+def test_features_are_gradients_along_the_directions(task, checkpoints, made):
+    assert made.width == 2 * 7 + 4 + 4  # of the two layers, the normalisation and the gate
+    inputs, _ = task.targets()
+    reopened = Features.open(folder_of(made), task)
+    for number, model in enumerate(checkpoints):
+        gradients = gradients_of_rows(task.new_model(0), model.state, inputs)
+        expected = projected_gradients(reopened.projector(number), gradients)
+        close(made.gather(number, np.arange(ALL)), expected.numpy())
+
+
+def test_each_checkpoint_has_directions_of_its_own(made):
+    first, second = directions(made, 0), directions(made, 1)
+    assert list(first) == list(second) == ["first", "last"]
+    assert not torch.equal(first["first"].outputs, second["first"].outputs)
+
+
+def test_directions_are_found_once(task, checkpoints, made, tmp_path, monkeypatch):
+    shutil.copytree(folder_of(made), tmp_path / "f")
+    monkeypatch.setattr(featurizing, "principal_directions", refused)
+    again = featurize(task, checkpoints, tmp_path / "f", projection=FEW, block=10)
+    assert bits(again) == bits(made)
+
+
+def test_an_interrupted_call_goes_on_with_the_same_bits(task, checkpoints, made, tmp_path):
+    to = tmp_path / "f"
+    featurize(task, checkpoints, to, projection=FEW, block=10, targets="train")
+    whole = featurize(task, checkpoints, to, projection=FEW, block=10, workers=2)
+    assert bits(whole) == bits(made)
+
+
+def test_features_on_demand_are_the_same(task, checkpoints, made, tmp_path):
+    to = tmp_path / "f"
+    part = featurize(task, checkpoints, to, projection=FEW, block=10, targets="train")
+    assert part.stores[2].pending()
+    np.testing.assert_array_equal(part.gather(2, np.arange(ALL)), made.gather(2, np.arange(ALL)))
+
+
+def test_the_segments_of_a_training_share_directions(task, checkpoints, made, tmp_path):
+    along = {"projection": FEW, "block": 10, "times": (3.0, 1.0)}
+    found = featurize(task, checkpoints, tmp_path / "f", **along)
+    parts = [directions(found, number)["first"].outputs for number in range(4)]
+    assert torch.equal(parts[0], parts[1])
+    assert torch.equal(parts[2], parts[3])
+    assert not torch.equal(parts[0], parts[2])
+    assert not torch.equal(parts[0], directions(made, 0)["first"].outputs)
+
+
+def test_a_training_that_was_half_there_takes_the_directions_it_has(task, checkpoints, tmp_path):
+    along = {"projection": FEW, "block": 10, "times": (3.0, 1.0)}
+    whole = bits(featurize(task, checkpoints, tmp_path / "f", **along))
+    shutil.rmtree(tmp_path / "f/checkpoint-1")
+    assert bits(featurize(task, checkpoints, tmp_path / "f", **along)) == whole
+
+
+@pytest.mark.parametrize("other", [Projection(features=4, seed=5), Projection(4, 2, principal=3)])
+def test_another_projection_is_refused(task, checkpoints, made, other):
+    with pytest.raises(ValueError, match=r"projection"):
+        featurize(task, checkpoints, folder_of(made), projection=other, block=10)
+
+
+def test_random_directions_are_not_taken_for_principal_ones(task, checkpoints, tmp_path):
+    featurize(task, checkpoints, tmp_path / "f", projection=Projection(features=4, seed=5))
+    with pytest.raises(ValueError, match=r"projection"):
+        featurize(task, checkpoints, tmp_path / "f", projection=FEW)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_products_are_those_of_the_features(tmp_path, dtype):
+    task = blobs(model=six_outputs)
+    models = [checkpoint(task, 0)]
+    small = Projection(principal=40)
+    found = featurize(task, models, tmp_path / "f", projection=small, block=10, dtype=dtype)
+    rows = np.array([40, 3, 3, 0])
+    kept = found.jacobian(0, rows)
+    assert isinstance(kept, Dense if dtype == "float16" else Factored)
+    close(kept.dense().numpy(), found.gather(0, rows), 1e-6)
+    direction = np.random.default_rng(0).normal(size=found.width).astype(np.float32)
+    close(found.product(0, direction, rows), found.gather(0, rows) @ direction)
+    weights = torch.randn(4, 6)
+    expected = torch.einsum("ro,rok->k", weights, torch.from_numpy(found.gather(0, rows)))
+    close(kept.pulled(weights).numpy(), expected.numpy())
+
+
+def test_all_directions_predict_what_all_parameters_do(tmp_path):
+    task = blobs()
+    models, forget = [checkpoint(task, 0)], ForgetSet.at(task, np.array([3, 8, 20]))
+    whole = Projection(1000, 1000, 10_000)
+    changes = [
+        GroupNewton(task, featurize(task, models, tmp_path / name, projection=projection), 0.5)
+        .change(forget)
+        .mean
+        for name, projection in (("turned", EVERYTHING), ("whole", whole))
+    ]
+    close(*changes, 1e-4)
+
+
+def test_settings_tell_of_principal_directions_where_there_are_any():
+    assert Projection.of(FEW.settings()) == FEW
+    random = Projection(seed=3)
+    assert "principal" not in random.settings()
+    assert Projection.of(random.settings()) == random
+    with pytest.raises(ValueError, match=r"projection\.principal must be 0 or more, got -1"):
+        Projection(principal=-1)
