@@ -57,8 +57,9 @@ def principal_directions(
     R^(1/2) d f / d s_t, weighted by the loss's second derivative R: the eigenvectors of
     A = sum_t a_t a_t^T and G = sum_t delta_t delta_t^T, summed over rows and checkpoints. The
     product of two of them, with eigenvalues a and g, has the Kronecker-factored curvature
-    g a / (number of positions t). The `projection.principal` x layers products with the largest one
-    are kept, whatever layer they are of, and at least one of each.
+    g a / (number of positions t). Of the first `projection.outputs` times the first
+    `projection.inputs` directions of each layer, the `projection.principal` x layers products with
+    the largest curvature are kept, whatever layer they are of, and at least one of each.
 
     Linear and convolution layers have them, if no side is wider than 8192. Moments are taken over
     2048 training rows at most, evenly spaced, and over 16 directions of the outputs at most, which
@@ -97,7 +98,7 @@ def principal_directions(
         for other in others:
             for name, moments in found.items():
                 moments.add(other[name])
-        return kept_directions(found, projection.principal)
+        return kept_directions(found, projection)
 
 
 def layer_moments(
@@ -167,12 +168,12 @@ def weighted_directions(loss: Loss, outputs: Tensor, random: np.random.Generator
     return directions
 
 
-def kept_directions(found: Mapping[str, Moments], features: int) -> dict[str, Directions]:
+def kept_directions(found: Mapping[str, Moments], projection: Projection) -> dict[str, Directions]:
     """Eigenvectors of moments, and the products of theirs with the largest curvature.
 
     Args:
         found: moments of each layer.
-        features: how many products to keep, for each layer in the mean.
+        projection: how many directions and products to keep.
 
     Returns:
         Directions of each layer, those with the largest eigenvalue first.
@@ -182,7 +183,8 @@ def kept_directions(found: Mapping[str, Moments], features: int) -> dict[str, Di
 
     Example:
         >>> one, two = torch.tensor([[[4.0]]]), torch.diag(torch.tensor([1.0, 3.0])).unsqueeze(0)
-        >>> few = kept_directions({"head": Moments(one.double(), two.double(), 2)}, 1)
+        >>> moments = Moments(one.double(), two.double(), 2)
+        >>> few = kept_directions({"head": moments}, Projection(principal=1))
         >>> few["head"].inputs.abs(), few["head"].kept
         (tensor([[[0., 1.]]]), tensor([0]))
     """
@@ -192,12 +194,16 @@ def kept_directions(found: Mapping[str, Moments], features: int) -> dict[str, Di
                 f"inputs or gradients of layer {name!r} are not finite, so it has no principal"
                 " directions: has the model diverged?"
             )
-    sides = {name: (_eigen(part.outputs), _eigen(part.inputs)) for name, part in found.items()}
+    most = projection.outputs, projection.inputs
+    sides = {
+        name: (_eigen(part.outputs, most[0]), _eigen(part.inputs, most[1]))
+        for name, part in found.items()
+    }
     curvatures = [
         outputs.unsqueeze(2) * inputs.unsqueeze(1) / max(1, found[name].positions)
         for name, ((outputs, _), (inputs, _)) in sides.items()
     ]
-    kept = _largest(curvatures, features * len(found))
+    kept = _largest(curvatures, projection.principal * len(found))
     return {
         name: _directions(outputs, inputs, mask)
         for (name, ((_, outputs), (_, inputs))), mask in zip(sides.items(), kept, strict=True)
@@ -253,10 +259,10 @@ def _second(values: Tensor) -> Tensor:
     return flat @ flat.mT
 
 
-def _eigen(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [group, width], the largest first, and eigenvectors as rows."""
+def _eigen(moments: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues [group, count], in order, and their eigenvectors as rows."""
     values, vectors = torch.linalg.eigh(moments.cpu())
-    return values.flip(-1).clamp_min(0), vectors.mT.flip(-2)
+    return values.flip(-1)[:, :most].clamp_min(0), vectors.mT.flip(-2)[:, :most]
 
 
 def _largest(curvatures: Sequence[Tensor], count: int) -> list[Tensor]:

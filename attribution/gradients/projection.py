@@ -30,7 +30,8 @@ class Projection:
             form; smaller ones are kept as they are.
         seed: of all projections.
         principal: features that Linear and convolution layers keep along principal directions,
-            each in the mean; 0: they are projected at random, as all others are anyway.
+            each in the mean, of inputs x outputs at most; 0: they are projected at random, as all
+            other parameters are anyway.
 
     Raises:
         ValueError: a size below 1, or a negative seed or number of principal features.

@@ -24,6 +24,7 @@ from attribution import (
 from attribution.devices import repeatable
 from attribution.gradients import Features, Projection, gradient_projector
 from attribution.gradients.feature_store import FeatureBlock
+from attribution.gradients.principal import layer_moments
 from attribution.in_run.recording import run_values
 from attribution.moments import compute_moments
 from tests.attribution.gradients.models import CASES as LAYERS
@@ -152,6 +153,31 @@ def test_features_curvature_and_moments_are_those_of_the_cpu(task, tmp_path):
     held = [each.layers([0, 1, 2]) for each in moments]
     for name, expected in held[1].items():
         near(held[0][name].numpy(), expected.numpy())
+
+
+def test_principal_features_are_those_of_the_cpu(task, tmp_path):
+    model, inputs = Model(task, task.new_model(3).state_dict()), task.targets()[0]
+    here, there = (
+        layer_moments(
+            task.new_model(0).to(device),
+            model.state,
+            inputs.to(device),
+            task.loss,
+            np.random.default_rng(0),
+        )
+        for device in ("cuda", "cpu")
+    )
+    for name, expected in there.items():
+        near(here[name].outputs.cpu(), expected.outputs)
+        near(here[name].inputs.cpu(), expected.inputs)
+    # Eigenvectors of almost equal eigenvalues may mix, all of them together are a rotation.
+    projection, rows = Projection(1000, 1000, principal=10_000), np.arange(len(task.target_ids))
+    found = [
+        featurize(task, [model], tmp_path / device, projection=projection, device=device)
+        for device in ("cuda", "cpu")
+    ]
+    products = [j @ j.T for j in (each.gather(0, rows).reshape(-1, each.width) for each in found)]
+    near(*products, 1e-3)
 
 
 @pytest.mark.parametrize("projection", SPARSE, ids=str)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from attribution import ForgetSet, GroupNewton, load_model
+from attribution.precompute import PRINCIPAL
 from attribution.run import Run
 from stores import Store
 from tests.small_runs import (
@@ -66,6 +67,18 @@ class TestPrecompute:
             told("precompute", spec, *where, *words)
             arrays = Store.open(tmp_path / run / "features/checkpoint-0").spec.arrays
             assert ("factors" in arrays) is (run == "with")
+
+    @pytest.mark.parametrize(
+        ("words", "principal", "width"),
+        [((), PRINCIPAL, 51), (("--newton-principal", "8"), 8, 16)],
+        ids=str,
+    )
+    def test_as_many_principal_features_as_told(self, told, tmp_path, words, principal, width):
+        spec, run = write_task(tmp_path), tmp_path / "run"
+        file = write_checkpoints(tmp_path, spec, 1)[0]
+        told("precompute", spec, "--run", run, "--checkpoint", file, "--workers", "0", *words)
+        opened = Run.open(run)
+        assert (opened.settings.principal, opened.features.width) == (principal, width)
 
 
 class TestPredict:

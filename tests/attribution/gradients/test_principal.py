@@ -37,6 +37,13 @@ def model(task):
     return checkpoint(task, 0)
 
 
+EVERYTHING = Projection(1000, 1000, principal=10_000)
+
+
+def few(features):
+    return Projection(principal=features)
+
+
 def random():
     return np.random.default_rng(0)
 
@@ -82,7 +89,7 @@ def test_a_layer_whose_outputs_are_not_used_keeps_one_product():
     module, inputs = CASES["views and unused outputs"]
     found = moments(module, inputs)
     assert not found["unused"].outputs.any()
-    assert len(kept_directions(found, 3)["unused"].kept) == 1
+    assert len(kept_directions(found, few(3))["unused"].kept) == 1
 
 
 def test_a_layer_with_a_frozen_weight_has_those_of_its_bias():
@@ -126,7 +133,7 @@ def test_the_products_with_the_largest_curvature_are_kept():
             "a": of_values([[1.0, 6.0]], [[2.0, 1.0, 0.1]], positions=2),  # 1 .5 .05, 6 3 .3
             "b": of_values([[4.0]], [[1.0, 5.0]]),  # 4 20
         },
-        2,
+        few(2),
     )
     # 20, 6, 4 and 3, each layer's largest eigenvalue first.
     np.testing.assert_array_equal(found["a"].outputs.abs(), [[[0, 1]]])
@@ -138,14 +145,23 @@ def test_the_products_with_the_largest_curvature_are_kept():
 
 def test_every_layer_keeps_one_and_no_layer_more_than_it_has():
     large, small = of_values([[9.0, 8.0]], [[9.0, 8.0]]), of_values([[1e-9]], [[1.0, 0.0]])
-    found = kept_directions({"large": large, "small": small}, 1)
+    found = kept_directions({"large": large, "small": small}, few(1))
     assert [found[name].kept.tolist() for name in found] == [[0], [0]]
-    found = kept_directions({"large": large, "small": small}, 100)
+    found = kept_directions({"large": large, "small": small}, few(100))
     assert [found[name].kept.tolist() for name in found] == [[0, 1, 2, 3], [0, 1]]
 
 
+def test_the_sides_bound_how_many_directions_there_are():
+    part = of_values([[4.0, 3.0, 2.0]], [[1.0, 0.1, 0.01, 0.001]])
+    found = kept_directions({"a": part}, Projection(inputs=2, outputs=1, principal=10))["a"]
+    assert (found.outputs.shape, found.inputs.shape) == ((1, 1, 3), (1, 2, 4))
+    assert found.kept.tolist() == [0, 1]
+
+
 def test_groups_compete_like_layers():
-    found = kept_directions({"a": of_values([[1.0, 2.0], [5.0, 4.0]], [[1.0, 0.0], [1.0, 0.5]])}, 3)
+    found = kept_directions(
+        {"a": of_values([[1.0, 2.0], [5.0, 4.0]], [[1.0, 0.0], [1.0, 0.5]])}, few(3)
+    )
     # 1 0 and 2 0 in the first group; 5 2.5 and 4 2 in the second.
     assert found["a"].outputs.shape == (2, 2, 2)
     assert found["a"].inputs.shape == (2, 2, 2)
@@ -155,7 +171,7 @@ def test_groups_compete_like_layers():
 def test_moments_that_are_not_finite_are_refused():
     bad = of_values([[1.0]], [[float("nan")]])
     with pytest.raises(ValueError, match=r"layer 'head' are not finite, .* has the model diverged"):
-        kept_directions({"head": bad}, 1)
+        kept_directions({"head": bad}, few(1))
 
 
 def every_output(module, inputs):
@@ -163,14 +179,14 @@ def every_output(module, inputs):
     return torch.eye(count, dtype=torch.float64).expand(len(inputs), -1, -1)
 
 
-@pytest.mark.parametrize("few", [1, 20])
+@pytest.mark.parametrize("features", [1, 20])
 @pytest.mark.parametrize("name", [*LAYERS, "Embedding and a raw parameter", "tied layers"])
-def test_features_are_gradients_along_the_directions(name, few):
+def test_features_are_gradients_along_the_directions(name, features):
     module, inputs = CASES[name]
-    kept = kept_directions(moments(module, inputs), few)
+    kept = kept_directions(moments(module, inputs), few(features))
     module, state = copy.deepcopy(module).double(), copy.deepcopy(module).double().state_dict()
     inputs = inputs.double() if inputs.is_floating_point() else inputs
-    projector = gradient_projector(module, Projection(features=4, principal=few), 0, kept)
+    projector = gradient_projector(module, Projection(features=4, principal=features), 0, kept)
     found = projector.features(state, inputs, every_output(module, inputs))
     expected = projected_gradients(projector, gradients_of_rows(module, state, inputs))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
@@ -185,9 +201,9 @@ def test_features_are_gradients_along_the_directions(name, few):
 def test_all_directions_together_only_turn_the_gradients(name):
     module, inputs = case(name)
     state, one = module.state_dict(), every_output(module, inputs)[:, :1]
-    kept = kept_directions(moments(module, inputs), 10_000)
+    kept = kept_directions(moments(module, inputs), EVERYTHING)
     whole = gradient_projector(module, Projection(1000, 1000, 10_000))
-    turned = gradient_projector(module, Projection(principal=10_000), 0, kept)
+    turned = gradient_projector(module, EVERYTHING, 0, kept)
     assert turned.size == whole.size
     found, expected = (each.features(state, inputs, one)[:, 0] for each in (turned, whole))
     torch.testing.assert_close(found @ found.T, expected @ expected.T, rtol=1e-5, atol=1e-6)
@@ -221,16 +237,16 @@ def test_directions_are_the_same_every_time_and_those_of_all_checkpoints_togethe
     for name, each in sums.items():
         each.add(more[name])
     found = principal_directions(task, [model, other], Projection(principal=5))
-    for name, layer in kept_directions(sums, 5).items():
+    for name, layer in kept_directions(sums, few(5)).items():
         assert torch.equal(layer.outputs, found[name].outputs)
 
 
 def test_many_rows_are_sampled_evenly(monkeypatch, task, model):
     monkeypatch.setattr(principal, "ROWS", 5)
     inputs, _ = task.rows("train", np.array([0, 7, 14, 22, 29]))
-    few = layer_moments(task.new_model(0), model.state, inputs, task.loss, random())
+    moments = layer_moments(task.new_model(0), model.state, inputs, task.loss, random())
     found = principal_directions(task, [model], Projection(principal=5))
-    for name, layer in kept_directions(few, 5).items():
+    for name, layer in kept_directions(moments, few(5)).items():
         assert torch.equal(layer.inputs, found[name].inputs)
 
 

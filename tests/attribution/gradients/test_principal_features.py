@@ -16,7 +16,7 @@ from tests.references import gradients_of_rows, projected_gradients
 from tests.tasks import blobs
 
 FEW = Projection(features=4, seed=5, principal=7)
-EVERYTHING = Projection(principal=1000)
+EVERYTHING = Projection(1000, 1000, principal=1000)
 
 
 @pytest.fixture(scope="module")
