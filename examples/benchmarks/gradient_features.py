@@ -2,9 +2,10 @@
 
 python examples/benchmarks/gradient_features.py prints, from one run on this machine:
 
-- the cost of `features` (the gradient of each row's margin, 256 features a layer, and as many as
-  there are by default) over that of a plain batched forward and backward pass on the cat/dog CNN,
-  timed in turns;
+- the cost of `features` (the gradient of each row's margin; at random 256 features a layer, and as
+  many as `Projection` has; along principal directions as many as a run has) over that of a plain
+  batched forward and backward pass on the cat/dog CNN, timed in turns;
+- the seconds in which the principal directions are found, once a training, from 2,048 rows;
 - where the `trak` package is installed, the cost of its `featurize` (proj_dim 2,048, CPU, float32,
   at the fastest of a few batch sizes) over ours, a row;
 - the peak memory of `featurize` at two numbers of rows, each in a process of its own.
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +29,16 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from attribution import CrossEntropy, Model, Task
-from attribution.gradients import Projection, featurize, gradient_projector, output_cotangents
+from attribution.gradients import (
+    Directions,
+    Projection,
+    featurize,
+    gradient_projector,
+    output_cotangents,
+    principal_directions,
+)
+from attribution.gradients.principal import ROWS as PRINCIPAL_ROWS
+from attribution.precompute import PRINCIPAL
 from attribution.training import threads
 from examples.cifar import cnn
 from examples.digits import mlp
@@ -37,6 +47,7 @@ from unlearning.cost import hardware
 
 BATCH = 64  # rows a pass, of the plain one and of ours
 SMALL = Projection(inputs=16, outputs=32, features=256)
+RUN = Projection(principal=PRINCIPAL)
 TRAK_WIDTH = 2048
 TRAK_BATCHES = (64, 256, 1024)  # rows
 OUR_REPEATS = 10  # passes of ours between two batches of trak's
@@ -68,11 +79,15 @@ def plain_pass(module: nn.Module) -> Callable[[], None]:
     return run
 
 
-def our_pass(module: nn.Module, projection: Projection = SMALL) -> Callable[[], Tensor]:
+def our_pass(
+    module: nn.Module,
+    projection: Projection = SMALL,
+    directions: Mapping[str, Directions] | None = None,
+) -> Callable[[], Tensor]:
     """Features of the margin of each row of a batch, [row, 1, k]."""
     inputs, labels = images(BATCH)
-    projector, state = gradient_projector(module, projection), module.state_dict()
-    loss = CrossEntropy()
+    projector = gradient_projector(module, projection, 0, directions)
+    state, loss = module.state_dict(), CrossEntropy()
 
     def run() -> Tensor:
         return projector.features(
@@ -80,6 +95,15 @@ def our_pass(module: nn.Module, projection: Projection = SMALL) -> Callable[[], 
         )
 
     return run
+
+
+def directions_of(module: nn.Module) -> tuple[Mapping[str, Directions], float]:
+    """Principal directions of random images, and the seconds that they take."""
+    data = TensorDataset(*images(PRINCIPAL_ROWS))
+    task = Task("random images", data, data, cnn)
+    models, found = [Model(task, module.state_dict())], {}
+    taken = seconds(lambda: found.update(principal_directions(task, models, RUN)))
+    return found, taken
 
 
 def in_turns(*works: Callable[[], object], repeats: int) -> list[list[float]]:
@@ -164,9 +188,14 @@ def main() -> None:
             f"CNN of {weights} parameters, batch {BATCH}, {options.repeats} repeats in turns,"
             " median (range)"
         )
-        for projection in (SMALL, Projection()):
-            ours = our_pass(module, projection)
+        directions, taken = directions_of(module)
+        for ours in (
+            our_pass(module),
+            our_pass(module, Projection()),
+            our_pass(module, RUN, directions),
+        ):
             _compare_with_plain(ours, *in_turns(plain_pass(module), ours, repeats=options.repeats))
+        print(f"principal directions of {PRINCIPAL_ROWS} rows: {taken:.3g} s")
         _compare_with_trak(module, options.trak_repeats)
     peaks = [peak_memory(rows) for rows in MEMORY_ROWS]
     for rows, peak in zip(MEMORY_ROWS, peaks, strict=True):
