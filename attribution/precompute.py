@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -57,8 +57,9 @@ def precompute(
         segments: equal parts of training; group Newton and TRAK take the mean weights over each of
             them. 0: they take trained models, as they must where the task trains by itself. None:
             those of the run that is there, or 0.
-        principal: features of their gradients along principal directions, see `Projection`; 0:
-            along random ones. None: as in the run that is there, or 256.
+        principal: features of their gradients along principal directions, for each layer in the
+            mean, 1024 at most, see `Projection`; 0: along random ones. None: as in the run that is
+            there, or 256. Where no gradients are stored yet it may change.
         datamodel: name of the regression, ridge or lasso.
         factors: whether features are kept as factors too, where they can be; see `featurize`.
         seed: of everything.
@@ -74,7 +75,7 @@ def precompute(
     """
     # A folder that is not there yet can be locked once it is made.
     with writers_turn(path):
-        task = task_left(load_task(task_spec, outside=path), path)
+        task, known = task_left(load_task(task_spec, outside=path), path), _settings_there(path)
         settings = RunSettings(
             task_place(task_spec),
             full_models,
@@ -83,8 +84,8 @@ def precompute(
             seed,
             min(8, full_models) if checkpoints is None else checkpoints,
             datamodel=datamodel,
-            segments=_known(path, "segments", 0) if segments is None else segments,
-            principal=_known(path, "principal", PRINCIPAL) if principal is None else principal,
+            segments=(known.segments if known else 0) if segments is None else segments,
+            principal=_principal(known) if principal is None else principal,
         )
         _check_numbers(settings)
         # Drawing the subsets first refuses bad settings before anything is written.
@@ -149,9 +150,12 @@ def _featurize(run: Run, full: Ensemble, **how: Any) -> None:
     featurize(run.task, models, to, projection=projection, times=times, **how)
 
 
-def _known(path: Where, name: str, new: int) -> int:
-    """A setting of the run that is there, or what a new run has."""
-    return int(getattr(read_settings(path), name)) if place(path).exists(SETTINGS) else new
+def _settings_there(path: Where) -> RunSettings | None:
+    return read_settings(path) if place(path).exists(SETTINGS) else None
+
+
+def _principal(known: RunSettings | None) -> int:
+    return known.principal if known else PRINCIPAL
 
 
 def _refuse_purged(run: Run) -> None:
@@ -180,8 +184,8 @@ def precompute_checkpoints(
         files: checkpoints trained on all rows: .safetensors, .pt, .pth or .ckpt.
         damping: lambda of group Newton, in units of the sum of the rows' losses; None: the number
             of rows x the recipe's weight decay.
-        principal: features along principal directions, see `Projection`; 0: along random ones.
-            None: as in the run that is there, or 256.
+        principal: features along principal directions, for each layer in the mean, 1024 at most,
+            see `Projection`; 0: along random ones. None: as in the run that is there, or 256.
         factors: whether features are kept as factors too, where they can be; see `featurize`.
         seed: of the random projections.
         device: where to compute.
@@ -210,7 +214,7 @@ def precompute_checkpoints(
             len(files),
             names,
             damping,
-            principal=_known(path, "principal", PRINCIPAL) if principal is None else principal,
+            principal=_principal(_settings_there(path)) if principal is None else principal,
         )
         models = [load_model(task, file) for file in files]
         _check_damping(task, damping)
@@ -256,7 +260,9 @@ def _check_numbers(settings: RunSettings) -> None:
 
 def _check_principal(features: int) -> None:
     if features < 0:
-        raise ValueError(f"principal must be 0 features or more, got {features}")
+        raise ValueError(
+            f"a layer has 0 principal features (random ones) or more, in the mean, got {features}"
+        )
 
 
 def _check_damping(task: Task, damping: float | None) -> None:
@@ -300,10 +306,14 @@ def _check_gradients(task: Task, projection: Projection, cure: str) -> None:
 
 
 def _record(path: Where, settings: RunSettings) -> None:
-    if place(path).exists(SETTINGS):
-        _refuse_other(path, read_settings(path), settings)
-    else:
+    known = _settings_there(path)
+    if known is None:
         _write_settings(path, settings)
+        return
+    _refuse_other(path, known, settings)
+    if known.principal != settings.principal:
+        # Told as soon as there may be gradients; all else when they are there.
+        _write_settings(path, replace(known, principal=settings.principal))
 
 
 def _write_settings(path: Where, settings: RunSettings) -> None:
@@ -319,6 +329,8 @@ def _refuse_other(path: Where, found: RunSettings, wanted: RunSettings) -> None:
     # of more checkpoints are added to those that are there.
     more = wanted.checkpoints >= found.checkpoints and not wanted.files
     free = {"task", "checkpoints"} if more else {"task"}
+    if not (place(path) / "features/checkpoint-0").taken():
+        free |= {"principal"}
     pairs: Sequence[tuple[str, Any]] = [p for p in asdict(wanted).items() if p[0] not in free]
     for name, value in pairs:
         if getattr(found, name) != value:

@@ -23,7 +23,7 @@ class ConvolutionBlock(TwoSided):
     """A convolution: a_t is the patch under output pixel t, with a constant 1 for the bias.
 
     P_in a_t for all t is a convolution with the rows of P_in as filters, so that no patch is
-    ever copied out.
+    copied out, unless all of it is wanted.
 
     Args:
         weight: name of the weight, if covered.
@@ -43,8 +43,10 @@ class ConvolutionBlock(TwoSided):
         if self.weight is None:
             positions = _filtered(call.layer, inputs, inputs.new_zeros(groups, *self.shape[1:]))
             return torch.ones_like(positions).reshape(len(inputs), groups, 1, -1)
-        matrices = self.sides.input_matrices(inputs.device, inputs.dtype)
-        matrix = matrices.reshape(groups * k_in, self.sides.inner)
+        if self.sides.inputs is None:
+            patches = _patches(call.layer, inputs).unflatten(1, (groups, -1))
+            return functional.pad(patches, (0, 0, 0, int(self.bias is not None)), value=1.0)
+        matrix = self.sides.inputs.to(inputs).reshape(groups * k_in, self.sides.inner)
         width = self.sides.inner - (self.bias is not None)
         filters = matrix[:, :width].reshape(-1, *self.shape[1:])
         constants = matrix[:, -1] if self.bias else None
@@ -65,6 +67,17 @@ class ConvolutionBlock(TwoSided):
         if self.bias is not None:
             named[self.bias] = found[:, width]
         return named
+
+
+def _patches(layer: Any, inputs: Tensor) -> Tensor:
+    """Patches under all output pixels, channel by channel, [row, width, position]."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = functional.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    if inputs.ndim == 3:
+        padded = padded.unsqueeze(2)
+    sizes = layer.kernel_size, layer.dilation, layer.stride
+    kernel, dilation, stride = ((1, *size)[-2:] for size in sizes)
+    return functional.unfold(padded, kernel, dilation, 0, stride)
 
 
 def _filtered(

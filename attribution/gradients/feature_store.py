@@ -109,7 +109,7 @@ def create_store(
         block: targets of a block; None: as many as make about 16 MiB.
         device: where features are computed.
         times: of the segments of its training, if it is the mean of one.
-        directions: that its layers are projected onto; those of the store that is there.
+        directions: principal ones, of its training; None: all are random.
 
     Returns:
         The store.
@@ -215,7 +215,7 @@ def stored_projector(task: Task, store: Store) -> GradientProjector:
     projection = Projection.of(settings["projection"])
     segments = len(settings["segment"]["times"]) if "segment" in settings else 1
     training = int(settings["checkpoint"]) // segments
-    directions = stored_directions(store)
+    directions = stored_directions(store) if projection.principal else None
     projector = gradient_projector(task.new_model(0), projection, training, directions)
     if projector.plan.digest() != settings["matrices"]:
         raise ValueError(

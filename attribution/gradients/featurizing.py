@@ -1,18 +1,17 @@
 """Computes and stores the features of checkpoints, block by block."""
 
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 from attribution.devices import visible_gpus
 from attribution.gradients.feature_reading import Which, blocks_of
-from attribution.gradients.feature_store import DTYPES, KIND, FeatureBlock, create_store
+from attribution.gradients.feature_store import DTYPES, FeatureBlock
 from attribution.gradients.features import Features
-from attribution.gradients.principal import principal_directions
 from attribution.gradients.projection import Directions, Projection
-from attribution.gradients.stored_directions import stored_directions
+from attribution.gradients.training_stores import TrainingStores
 from attribution.model import Model, check_state
 from attribution.task import Task
-from stores import Place, Store, Where, in_turns, place, run_blocks
+from stores import Store, Where, in_turns, run_blocks
 
 
 def featurize(
@@ -29,6 +28,7 @@ def featurize(
     workers: int | None = 0,
     scheduler: str | None = None,
     targets: Which = "all",
+    directions: Sequence[Mapping[str, Directions]] | None = None,
 ) -> Features:
     """Computes and stores the features of every output of some checkpoints on the targets.
 
@@ -56,13 +56,16 @@ def featurize(
         workers: processes; None for one per core, 0 for this process.
         scheduler: address of an existing dask scheduler instead.
         targets: "train" to leave blocks of test rows alone pending until they are asked for.
+        directions: principal ones of each training; None: where the projection asks for them, they
+            are found by `principal_directions`, one training a worker, and kept in the stores.
 
     Returns:
         The features.
 
     Raises:
-        ValueError: bad settings; a checkpoint or a layer of the model does not fit; or a store
-            was made from other data, another checkpoint or another projection.
+        ValueError: bad settings; a checkpoint or a layer of the model does not fit; its gradients
+            are not finite, so that they have no principal directions; or a store was made from
+            other data, another checkpoint or another projection.
         BlocksFailed: blocks failed repeatedly; what was finished is kept.
 
     Example:
@@ -87,30 +90,18 @@ def featurize(
     task.check()
     for number, model in enumerate(checkpoints):
         check_state(task, model.state, f"checkpoint {number}")
-    segments = len(times) or 1
-    directions = [
-        _directions(
-            task, checkpoints[n : n + segments], place(to) / f"checkpoint-{n}", projection, device
-        )
-        for n in range(0, len(checkpoints), segments)
-    ]
-    # All of them first: an interrupted call must not look like one for fewer checkpoints.
-    stores = tuple(
-        create_store(
-            place(to) / f"checkpoint-{number}",
-            task,
-            model,
-            number,
-            projection,
-            dtype=dtype,
-            factors=factors,
-            times=times,
-            block=block,
-            device=device,
-            directions=directions[number // segments],
-        )
-        for number, model in enumerate(checkpoints)
+    at = None if scheduler else workers
+    where: dict[str, Any] = {
+        "workers": at,
+        "scheduler": scheduler,
+        "gpus": visible_gpus(device, at, scheduler),
+    }
+    layout = {"dtype": dtype, "factors": factors, "block": block}
+    creating = TrainingStores(
+        task, checkpoints, str(to), projection, times, device, directions, layout
     )
+    # All of them first: an interrupted call must not look like one for fewer checkpoints.
+    stores = _created(creating, where)
     found = Features(task, stores, device)
     _check_rows_apart(found)
     wanted = set(blocks_of(task, stores[0].spec, targets))
@@ -121,31 +112,24 @@ def featurize(
         if pending in wanted
     ]
     work = FeatureBlock(task, tuple(store.path for store in stores), device)
-    at = None if scheduler else workers
-    run_blocks(
-        in_turns(work, *stores),
-        missing,
-        title=f"features of {task.name}",
-        workers=at,
-        scheduler=scheduler,
-        gpus=visible_gpus(device, at, scheduler),
-    )
+    run_blocks(in_turns(work, *stores), missing, title=f"features of {task.name}", **where)
     for store in stores:
         if store.complete:
             store.finalize()
     return found
 
 
-def _directions(
-    task: Task, training: Sequence[Model], first: Place, projection: Projection, device: str
-) -> Mapping[str, Directions] | None:
-    """Those of a training, which the store of its first checkpoint keeps."""
-    if not projection.principal:
-        return None
-    # Another machine gives other last digits, and with them another store.
-    if first.taken():
-        return stored_directions(Store.open(first, KIND))
-    return principal_directions(task, training, projection, device)
+def _created(creating: TrainingStores, where: Mapping[str, Any]) -> tuple[Store, ...]:
+    """The stores of all checkpoints; what is there already is checked first."""
+    trainings = range(len(creating))
+    known = {
+        training: creating.stores(training) for training in trainings if creating.there(training)
+    }
+    missing = [training for training in trainings if training not in known]
+    if creating.projection.principal and creating.directions is None:
+        run_blocks(creating, missing, title=f"directions of {creating.task.name}", **where)
+    opened = (known.get(training) or creating.stores(training) for training in trainings)
+    return tuple(store for stores in opened for store in stores)
 
 
 def _check_settings(

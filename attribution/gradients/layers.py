@@ -57,7 +57,7 @@ class Block(ABC):
     @property
     @abstractmethod
     def matrices(self) -> Sequence[Tensor]:
-        """The random numbers of the projection."""
+        """The numbers of the projection."""
 
     @abstractmethod
     def captured_size(self, deltas: Tensor) -> int:

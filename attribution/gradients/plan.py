@@ -106,17 +106,17 @@ def make_plan(
 
     Raises:
         ValueError: nothing is trainable, or a layer mixes rows or changes its weights in eval
-            mode; names it. Or principal directions are asked for and none given.
+            mode; names it. Or directions are asked for and not given, or do not fit the model.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 3))
         >>> make_plan(model, Projection(), 0).sizes
         [512, 63]
     """
-    if projection.principal and directions is None:
+    if bool(projection.principal) != (directions is not None):
         raise ValueError(
-            "principal directions follow from a model and data: compute them with"
-            " principal_directions, or give the projection principal=0"
+            "principal directions follow from a model and data: give those of principal_directions"
+            " with a projection that has principal features, and none with principal=0"
         )
     named = dict(module.named_modules())
     for name, layer in named.items():
@@ -137,6 +137,7 @@ def make_plan(
         if first[_signature(layer)] == name
     }
     numbers = {name: number for number, name in enumerate(blocks)}
+    _refuse_unknown(blocks, directions or {})
     covered = {name for block in blocks.values() for name in block.names}
     return Plan(
         aliases,
@@ -198,6 +199,7 @@ class _Draw:
     def _sides(self, name: str, groups: int, out: int, inner: int) -> Sides:
         known = self.directions.get(name)
         if known is not None:
+            known.check(name, groups, out, inner)
             return Sides(groups, out, inner, known.outputs, known.inputs, known.sparse)
         k_out, k_in = self.projection.outputs, self.projection.inputs
         outputs = orthogonal_matrices(self._random(f"{name}.outputs"), groups, k_out, out)
@@ -234,6 +236,15 @@ def _owners(modules: Iterable[nn.Module]) -> Mapping[int, set[Signature]]:
             usual = known and name in ("weight", "bias")
             owners[id(parameter)].add(_signature(module) if usual else (id(module), name))
     return owners
+
+
+def _refuse_unknown(blocks: Iterable[str], directions: Iterable[str]) -> None:
+    unknown = set(directions) - set(blocks)
+    if unknown:
+        raise ValueError(
+            f"there are directions of {min(unknown)!r}, but the model has no such layer, or not as"
+            " the first of its parameters: they were found for another model"
+        )
 
 
 def _refuse_layer(name: str, layer: nn.Module) -> None:

@@ -19,6 +19,7 @@ from attribution.losses import Loss
 from attribution.model import Model
 from attribution.task import State, Task
 from attribution.training import threads
+from stores import advance
 
 ROWS = 2048  # training rows, at most, that moments are taken over
 PULLS = 16  # directions of a row's outputs, at most, whose gradients are taken
@@ -27,8 +28,8 @@ ROWS_AT_ONCE = 32  # of one forward pass: patches of convolutions are written ou
 WHOLE = Projection(inputs=2**62, outputs=2**62, features=2**62)
 
 
-@dataclass
-class Moments:
+@dataclass(frozen=True)
+class SideMoments:
     """Uncentred second moments of the two sides of one layer's gradients, summed over rows.
 
     Args:
@@ -39,17 +40,20 @@ class Moments:
 
     outputs: Tensor
     inputs: Tensor
-    positions: int = 0
+    positions: int
 
-    def add(self, other: "Moments") -> None:
-        """Adds those of another checkpoint."""
-        self.outputs.add_(other.outputs)
-        self.inputs.add_(other.inputs)
-        self.positions += other.positions
+    def __add__(self, other: "SideMoments") -> "SideMoments":
+        """Those of other rows too, or of another checkpoint."""
+        outputs, inputs = self.outputs + other.outputs, self.inputs + other.inputs
+        return SideMoments(outputs, inputs, self.positions + other.positions)
 
 
 def principal_directions(
-    task: Task, checkpoints: Sequence[Model], projection: Projection, device: str = "cpu"
+    task: Task,
+    checkpoints: Sequence[Model],
+    projection: Projection,
+    training: int = 0,
+    device: str = "cpu",
 ) -> dict[str, Directions]:
     """Finds the directions in which each layer's inputs and output gradients vary most.
 
@@ -69,13 +73,14 @@ def principal_directions(
         task: gives training rows, model and loss.
         checkpoints: models of one training, which share the directions.
         projection: settings.
+        training: its number, which the random directions of many outputs depend on.
         device: where to compute; on another one directions with almost the same eigenvalue may mix.
 
     Returns:
-        Directions by the first name of each layer.
+        Directions by the first name of each layer; none where the model has no such layer.
 
     Raises:
-        ValueError: the model has no per-example gradients, or they are not finite.
+        ValueError: the model has no per-example gradients, or they are not finite; names the layer.
 
     Example:
         >>> from examples.digits import mlp, task
@@ -89,25 +94,24 @@ def principal_directions(
     """
     count = len(task.train_ids)
     few = min(count, ROWS)
-    inputs = task.rows("train", np.arange(few) * count // few)[0].to(device)
-    random, module = projection.random(0, "principal.pulls"), task.new_model(0).to(device)
+    inputs = task.rows("train", np.arange(few) * count // few)[0]
+    random = projection.random(training, "principal.directions")
+    module, found = task.new_model(0).to(device), dict[str, SideMoments]()
     with threads(1), repeatable(device):
-        found, *others = (
-            layer_moments(module, model.state, inputs, task.loss, random) for model in checkpoints
-        )
-        for other in others:
-            for name, moments in found.items():
-                moments.add(other[name])
+        for model in checkpoints:
+            own = layer_moments(module, model.state, inputs, task.loss, random)
+            _refuse_infinite(own)
+            found = {name: found[name] + own[name] if found else own[name] for name in own}
         return kept_directions(found, projection)
 
 
 def layer_moments(
     module: nn.Module, state: State, inputs: Tensor, loss: Loss, random: np.random.Generator
-) -> dict[str, Moments]:
+) -> dict[str, SideMoments]:
     """Second moments of the two sides of every layer that has principal directions.
 
     Args:
-        module: the model.
+        module: the model, on the device that is to compute.
         state: its state dict.
         inputs: of the rows, [row, ...].
         loss: whose second derivative weights the outputs.
@@ -128,21 +132,22 @@ def layer_moments(
         tensor([[[20.,  6.],
                  [ 6.,  2.]]], dtype=torch.float64)
     """
-    plan = make_plan(module, WHOLE, 0)
-    state = {name: value.to(inputs.device) for name, value in state.items()}
+    plan, device = make_plan(module, WHOLE, 0), next(module.parameters()).device
+    state = {name: value.to(device) for name, value in state.items()}
     blocks = {number: block for number, block in enumerate(plan.blocks) if _decomposed(block)}
-    found = {number: _none(block, inputs.device) for number, block in blocks.items()}
+    sums = {number: _Sums.nothing(block, device) for number, block in blocks.items()}
     for rows in inputs.split(ROWS_AT_ONCE):
-        run = capture(module, plan, state, rows)
-        _add(found, blocks, run, weighted_directions(loss, run.outputs.detach(), random))
-    return {plan.firsts[number]: moments for number, moments in found.items()}
+        advance()
+        run = capture(module, plan, state, rows.to(device))
+        _add(sums, blocks, run, weighted_directions(loss, run.outputs.detach(), random))
+    return {plan.firsts[number]: each.moments() for number, each in sums.items()}
 
 
 def weighted_directions(loss: Loss, outputs: Tensor, random: np.random.Generator) -> Tensor:
     """Directions v of each row's outputs with sum of v v^T = R, the loss's second derivative.
 
-    They are the rows of R^(1/2), or 16 random mixtures of them where there are more: then the sum
-    is R in the mean.
+    They are the rows of the symmetric R^(1/2), or 16 random mixtures of them where there are more:
+    then the sum is R in the mean.
 
     Args:
         loss: the loss.
@@ -159,7 +164,8 @@ def weighted_directions(loss: Loss, outputs: Tensor, random: np.random.Generator
                  [0., 1.]]])
     """
     values, vectors = torch.linalg.eigh(loss.hessian(outputs.double()))
-    root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1)).mT
+    # Of all roots this one does not depend on the signs that eigenvectors happen to have.
+    root = vectors * values.clamp_min(0).sqrt().unsqueeze(1) @ vectors.mT
     count = root.shape[1]
     if count > PULLS:
         signs = 2 * random.integers(0, 2, (len(outputs), PULLS, count)) - 1
@@ -168,7 +174,9 @@ def weighted_directions(loss: Loss, outputs: Tensor, random: np.random.Generator
     return directions
 
 
-def kept_directions(found: Mapping[str, Moments], projection: Projection) -> dict[str, Directions]:
+def kept_directions(
+    found: Mapping[str, SideMoments], projection: Projection
+) -> dict[str, Directions]:
     """Eigenvectors of moments, and the products of theirs with the largest curvature.
 
     Args:
@@ -178,35 +186,28 @@ def kept_directions(found: Mapping[str, Moments], projection: Projection) -> dic
     Returns:
         Directions of each layer, those with the largest eigenvalue first.
 
-    Raises:
-        ValueError: moments are not finite; names the layer.
-
     Example:
         >>> one, two = torch.tensor([[[4.0]]]), torch.diag(torch.tensor([1.0, 3.0])).unsqueeze(0)
-        >>> moments = Moments(one.double(), two.double(), 2)
+        >>> moments = SideMoments(one.double(), two.double(), 2)
         >>> few = kept_directions({"head": moments}, Projection(principal=1))
         >>> few["head"].inputs.abs(), few["head"].kept
         (tensor([[[0., 1.]]]), tensor([0]))
     """
-    for name, moments in found.items():
-        if not (moments.outputs.isfinite().all() and moments.inputs.isfinite().all()):
-            raise ValueError(
-                f"inputs or gradients of layer {name!r} are not finite, so it has no principal"
-                " directions: has the model diverged?"
-            )
-    most = projection.outputs, projection.inputs
+    if not found:
+        return {}
+    outputs, inputs = projection.outputs, projection.inputs
     sides = {
-        name: (_eigen(part.outputs, most[0]), _eigen(part.inputs, most[1]))
+        name: (_principal(part.outputs, outputs), _principal(part.inputs, inputs))
         for name, part in found.items()
     }
     curvatures = [
-        outputs.unsqueeze(2) * inputs.unsqueeze(1) / max(1, found[name].positions)
-        for name, ((outputs, _), (inputs, _)) in sides.items()
+        g.unsqueeze(2) * a.unsqueeze(1) / max(1, found[name].positions)
+        for name, ((g, _), (a, _)) in sides.items()
     ]
     kept = _largest(curvatures, projection.principal * len(found))
     return {
-        name: _directions(outputs, inputs, mask)
-        for (name, ((_, outputs), (_, inputs))), mask in zip(sides.items(), kept, strict=True)
+        name: _trimmed(left, right, mask)
+        for (name, ((_, left), (_, right))), mask in zip(sides.items(), kept, strict=True)
     }
 
 
@@ -216,21 +217,30 @@ def _decomposed(block: Block) -> TypeGuard[TwoSided]:
     return max(block.sides.out, block.sides.inner) <= WIDEST
 
 
-def _none(block: TwoSided, device: torch.device) -> Moments:
-    sides = block.sides
-    outputs, inputs = (
-        torch.zeros(sides.groups, width, width, dtype=torch.float64, device=device)
-        for width in (sides.out, sides.inner)
-    )
-    return Moments(outputs, inputs)
+@dataclass
+class _Sums:
+    """Moments in the making; wide ones are added to in place."""
+
+    outputs: Tensor
+    inputs: Tensor
+    positions: int = 0
+
+    @classmethod
+    def nothing(cls, block: TwoSided, device: torch.device) -> "_Sums":
+        sides = block.sides
+        outputs, inputs = (
+            torch.zeros(sides.groups, width, width, dtype=torch.float64, device=device)
+            for width in (sides.out, sides.inner)
+        )
+        return cls(outputs, inputs)
+
+    def moments(self) -> SideMoments:
+        return SideMoments(self.outputs, self.inputs, self.positions)
 
 
 @torch.no_grad()
 def _add(
-    found: Mapping[int, Moments],
-    blocks: Mapping[int, TwoSided],
-    run: Capture,
-    directions: Tensor,
+    sums: Mapping[int, _Sums], blocks: Mapping[int, TwoSided], run: Capture, directions: Tensor
 ) -> None:
     """Adds the moments of the rows of one forward pass."""
     captured = {
@@ -244,24 +254,34 @@ def _add(
             return
         number = run.calls[place][0]
         outputs, inputs = blocks[number].in_groups(captured[place], deltas)
-        found[number].outputs.add_(_second(outputs))
+        sums[number].outputs.add_(_second_moment(outputs))
         if first:
-            found[number].inputs.add_(_second(inputs))
-            found[number].positions += len(inputs) * inputs.shape[-1]
+            sums[number].inputs.add_(_second_moment(inputs))
+            sums[number].positions += len(inputs) * inputs.shape[-1]
 
     for number, direction in enumerate(directions.unbind(1)):
         run.pull(direction, partial(add, first=number == 0))
 
 
-def _second(values: Tensor) -> Tensor:
+def _second_moment(values: Tensor) -> Tensor:
     """Sum of v v^T over rows and positions of [row, group, width, position]."""
     flat = values.movedim(0, 2).flatten(2)
     return flat @ flat.mT
 
 
-def _eigen(moments: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def _refuse_infinite(found: Mapping[str, SideMoments]) -> None:
+    for name, moments in found.items():
+        if not (moments.outputs.isfinite().all() and moments.inputs.isfinite().all()):
+            raise ValueError(
+                f"inputs or gradients of layer {name!r} are not finite, so it has no principal"
+                " directions: has the training of this model diverged? Leave it out, or give the"
+                " projection principal=0"
+            )
+
+
+def _principal(moments: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues [group, count], in order, and their eigenvectors as rows."""
-    values, vectors = torch.linalg.eigh(moments.cpu())
+    values, vectors = (part.cpu() for part in torch.linalg.eigh(moments))
     return values.flip(-1)[:, :most].clamp_min(0), vectors.mT.flip(-2)[:, :most]
 
 
@@ -277,7 +297,7 @@ def _largest(curvatures: Sequence[Tensor], count: int) -> list[Tensor]:
     return [part.reshape(each.shape) for part, each in pairs]
 
 
-def _directions(outputs: Tensor, inputs: Tensor, kept: Tensor) -> Directions:
+def _trimmed(outputs: Tensor, inputs: Tensor, kept: Tensor) -> Directions:
     """Those of a layer as far as any product with them is kept."""
     _, last_output, last_input = (part.max() + 1 for part in kept.nonzero(as_tuple=True))
     few = kept[:, :last_output, :last_input]

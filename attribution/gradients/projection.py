@@ -29,9 +29,9 @@ class Projection:
         features: size to which S projects, for each layer and each parameter without a factorised
             form; smaller ones are kept as they are.
         seed: of all projections.
-        principal: features that Linear and convolution layers keep along principal directions,
-            each in the mean, of inputs x outputs at most; 0: they are projected at random, as all
-            other parameters are anyway.
+        principal: features of a Linear or convolution layer along principal directions, in the
+            mean over these layers; one of them has inputs x outputs at most. 0: they are projected
+            at random, as all other parameters always are.
 
     Raises:
         ValueError: a size below 1, or a negative seed or number of principal features.
@@ -229,6 +229,26 @@ class Directions:
     outputs: Tensor
     inputs: Tensor
     kept: Tensor
+
+    def check(self, layer: str, groups: int, out: int, inner: int) -> None:
+        """Refuses a layer with other sides.
+
+        Args:
+            layer: its name.
+            groups: number of its groups.
+            out: width of the side of its output gradients, in one group.
+            inner: width of the side of its inputs, in one group.
+
+        Raises:
+            ValueError: the directions were found for another layer.
+        """
+        found = len(self.outputs), self.outputs.shape[2], self.inputs.shape[2]
+        if found != (groups, out, inner) or len(self.inputs) != groups:
+            raise ValueError(
+                f"the directions of {layer!r} are of {found[0]} groups with sides of {found[1]} and"
+                f" {found[2]}, the layer has {groups} with {out} and {inner}: they were found for"
+                " another model"
+            )
 
     @property
     def sparse(self) -> SparseProjection:

@@ -281,7 +281,7 @@ def gradient_projector(
 
     Raises:
         ValueError: nothing is trainable, or a layer mixes rows or changes its weights in eval
-            mode; names it. Or principal directions are asked for and none given.
+            mode; names it. Or directions are asked for and not given, or do not fit the model.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2))

@@ -10,6 +10,7 @@ from attribution.calibration_bank import KINDS, common_share
 from attribution.counterfactual import Change, Counterfactual
 from attribution.forget import ForgetSet
 from attribution.gradients import Features, featurize
+from attribution.gradients.stored_directions import stored_directions
 from attribution.model import Model
 from attribution.newton.group import GroupNewton, spread_over_checkpoints
 from attribution.outputs import Array
@@ -91,20 +92,23 @@ class StagedNewton(Counterfactual):
         for stage in range(self.stages):
             with tempfile.TemporaryDirectory() as folder:
                 if stage:
-                    features, number = self._anew(state, folder), 0
+                    features, number = self._anew(checkpoint, state, folder), 0
                 newton = replace(self.newton, features=features)
                 step = newton.step(number, forget, float(shares[stage]), float(shares[stage + 1]))
                 state = _added(state, features.projector(number).adjoint(step))
         after = Model(task, state).outputs(targets, device=self.newton.features.device)
         return after - self.newton.features.outputs(checkpoint, targets)
 
-    def _anew(self, state: State, folder: str) -> Features:
+    def _anew(self, checkpoint: int, state: State, folder: str) -> Features:
         task, features = self.newton.task, self.newton.features
+        projection = features.projector(0).projection
+        known = [stored_directions(features.stores[checkpoint])] if projection.principal else None
         return featurize(
             task,
             [Model(task, state)],
             f"{folder}/features",
-            projection=features.projector(0).projection,
+            projection=projection,
+            directions=known,
             factors="factors" in features.stores[0].spec.arrays,
             device=features.device,
             targets="train",

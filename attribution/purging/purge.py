@@ -66,9 +66,10 @@ def purge(path: Where, forget: str | None = None) -> Purged:
     Rows, columns, masks, features, lists of strongest rows and ids lose them; sums over the
     training rows are formed without them; evaluations, reports, tuned settings, tables of
     predictions, and pages and banks of oracles that tell of them are removed. Files of another kind
-    stay, and are named. Weights of models that were trained on them stay as they are:
-    unlearning is another step. Salted digests of the ids stay as tombstones, by which the run
-    leaves the rows out of a task that still holds them.
+    stay, and are named. Weights of models that were trained on them stay as they are, and so do the
+    principal directions that features are projected onto: unlearning is another step. Salted
+    digests of the ids stay as tombstones, by which the run leaves the rows out of a task that still
+    holds them.
 
     Args:
         path: the run's folder.

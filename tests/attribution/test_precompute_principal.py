@@ -1,6 +1,7 @@
 """Runs whose gradients are projected along principal or random directions."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from attribution import ForgetSet, Projection, precompute, precompute_checkpoints
 from attribution.purging.purge import purge
 from attribution.run import Run, read_settings
-from tests.small_runs import contents, copied, write_checkpoints, write_task
+from tests.small_runs import TASK, contents, copied, write_checkpoints, write_task
 
 SIZES = {"full_models": 6, "subset_models": 24, "checkpoints": 2, "workers": 0}
 
@@ -54,6 +55,29 @@ def test_another_number_is_refused(few, tmp_path):
         precompute(f"{tmp_path}/small.py:task", path, principal=0, **SIZES)
 
 
+def test_it_may_change_while_no_gradients_are_stored(tmp_path):
+    spec, run = write_task(tmp_path), tmp_path / "run"
+    precompute(spec, run, principal=0, **SIZES | {"checkpoints": 0})
+    made = precompute(spec, run, principal=8, **SIZES)
+    assert (made.settings.principal, read_settings(run).principal) == (8, 8)
+    assert made.features.width == 16
+
+
+def test_a_run_that_stopped_before_its_gradients_knows_what_it_was_asked_for(tmp_path, monkeypatch):
+    spec, run = write_task(tmp_path), tmp_path / "run"
+    precompute(spec, run, principal=0, **SIZES | {"checkpoints": 0})
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    # The package has a function of the module's name.
+    monkeypatch.setattr(sys.modules["attribution.precompute"], "featurize", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        precompute(spec, run, principal=8, **SIZES)
+    settings = read_settings(run)
+    assert (settings.principal, settings.checkpoints) == (8, 0)
+
+
 def test_a_run_of_before_stays_random(random, tmp_path):
     path = copied(random.path, tmp_path)
     settings = json.loads((path / "run.json").read_text())
@@ -80,6 +104,9 @@ def test_a_purged_run_keeps_its_directions(few, tmp_path):
     np.testing.assert_array_equal(left.features.gather(1, rows), few.features.gather(1, rows))
     before, after = (run.features.projector(1).plan.digest() for run in (few, left))
     assert before == after
+    with pytest.warns(UserWarning, match="2 rows of task 'small' were purged"):
+        more = precompute(f"{tmp_path}/small.py:task", path, **SIZES | {"checkpoints": 3})
+    assert (len(more.features), more.features.width) == (3, 16)
 
 
 def test_checkpoints_have_principal_features_too(tmp_path):
@@ -92,7 +119,19 @@ def test_checkpoints_have_principal_features_too(tmp_path):
         precompute_checkpoints(spec, tmp_path / "run", files, principal=5)
 
 
+def test_a_model_without_layers_of_two_sides_has_none(tmp_path):
+    layers = "nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)"
+    normed = "nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))"
+    assert layers in TASK
+    spec = write_task(tmp_path, TASK.replace(layers, normed))
+    files = write_checkpoints(tmp_path, spec, 1)
+    made = precompute_checkpoints(spec, tmp_path / "run", files)
+    assert made.features.width == 3 + 3 + 12  # bias, lengths and directions of the weight
+
+
 def test_a_negative_number_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="principal must be 0 features or more, got -1"):
+    with pytest.raises(
+        ValueError, match=r"a layer has 0 principal features .* in the mean, got -1"
+    ):
         precompute(write_task(tmp_path), tmp_path / "run", principal=-1, **SIZES)
     assert not (tmp_path / "run/run.json").exists()

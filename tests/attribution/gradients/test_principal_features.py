@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from attribution import ForgetSet, GroupNewton
-from attribution.gradients import Features, Projection, featurize, featurizing
+from attribution import ForgetSet, GroupNewton, StagedNewton
+from attribution.gradients import Features, Projection, featurize, principal, training_stores
 from attribution.gradients.jacobian import Dense, Factored
+from attribution.gradients.principal import principal_directions
 from attribution.gradients.stored_directions import stored_directions
 from tests.attribution.gradients.stored import ALL, bits, checkpoint, close, folder_of, gated_task
 from tests.references import gradients_of_rows, projected_gradients
@@ -65,9 +66,49 @@ def test_each_checkpoint_has_directions_of_its_own(made):
 
 def test_directions_are_found_once(task, checkpoints, made, tmp_path, monkeypatch):
     shutil.copytree(folder_of(made), tmp_path / "f")
-    monkeypatch.setattr(featurizing, "principal_directions", refused)
+    monkeypatch.setattr(training_stores, "principal_directions", refused)
     again = featurize(task, checkpoints, tmp_path / "f", projection=FEW, block=10)
     assert bits(again) == bits(made)
+
+
+def test_a_call_that_is_interrupted_before_any_feature_keeps_the_directions_it_found(
+    task, checkpoints, made, tmp_path, monkeypatch
+):
+    found = []
+
+    def stopped(*asked):
+        if len(found) == 2:
+            raise KeyboardInterrupt
+        found.append(asked)
+        return principal_directions(*asked)
+
+    monkeypatch.setattr(training_stores, "principal_directions", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        featurize(task, checkpoints, tmp_path / "f", projection=FEW, block=10)
+    with pytest.raises(ValueError, match=r"is not finished: 4 blocks of training rows are"):
+        Features.open(tmp_path / "f", task)
+    numbers = []
+
+    def counted(*asked):
+        numbers.append(asked[3])
+        return principal_directions(*asked)
+
+    monkeypatch.setattr(training_stores, "principal_directions", counted)
+    assert bits(featurize(task, checkpoints, tmp_path / "f", projection=FEW, block=10)) == bits(
+        made
+    )
+    assert numbers == [2, 3]
+
+
+def test_workers_find_the_same_directions(task, checkpoints, made, tmp_path):
+    found = featurize(task, checkpoints, tmp_path / "f", projection=FEW, block=10, workers=2)
+    assert bits(found) == bits(made)
+
+
+def test_what_is_there_is_checked_before_more_is_found(task, checkpoints, made, monkeypatch):
+    monkeypatch.setattr(training_stores, "principal_directions", refused)
+    with pytest.raises(ValueError, match="weights"):
+        featurize(task, checkpoints[1:] * 2, folder_of(made), projection=FEW, block=10)
 
 
 def test_an_interrupted_call_goes_on_with_the_same_bits(task, checkpoints, made, tmp_path):
@@ -113,7 +154,45 @@ def test_random_directions_are_not_taken_for_principal_ones(task, checkpoints, t
         featurize(task, checkpoints, tmp_path / "f", projection=FEW)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+class Raw(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 2))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_models_without_layers_of_two_sides_are_projected_at_random(tmp_path):
+    task = blobs(model=Raw)
+    models = [checkpoint(task, 0)]
+    found, random = (
+        featurize(
+            task, models, tmp_path / f"{few}", projection=Projection(features=4, principal=few)
+        )
+        for few in (3, 0)
+    )
+    rows = np.arange(ALL)
+    np.testing.assert_array_equal(found.gather(0, rows), random.gather(0, rows))
+
+
+def test_a_layer_that_is_too_wide_is_projected_at_random(tmp_path, monkeypatch):
+    monkeypatch.setattr(principal, "WIDEST", 6)
+    task = blobs(model=six_outputs)  # sides of 12 and 4, then of 6 and 13
+    found = featurize(task, [checkpoint(task, 0)], tmp_path / "f", projection=FEW)
+    assert directions(found, 0) == {}
+    assert found.width == 8
+
+
+def test_staged_newton_takes_the_directions_of_its_checkpoint(task, made, monkeypatch):
+    monkeypatch.setattr(training_stores, "principal_directions", refused)
+    staged = StagedNewton(GroupNewton(task, made.first(1), damping=1.0), stages=2)
+    found = staged.change(ForgetSet.at(task, np.array([3, 8, 20]))).mean
+    assert np.isfinite(found).all()
+    assert found.any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_products_are_those_of_the_features(tmp_path, dtype):
     task = blobs(model=six_outputs)
     models = [checkpoint(task, 0)]
@@ -125,8 +204,9 @@ def test_products_are_those_of_the_features(tmp_path, dtype):
     close(kept.dense().numpy(), found.gather(0, rows), 1e-6)
     direction = np.random.default_rng(0).normal(size=found.width).astype(np.float32)
     close(found.product(0, direction, rows), found.gather(0, rows) @ direction)
-    weights = torch.randn(4, 6)
-    expected = torch.einsum("ro,rok->k", weights, torch.from_numpy(found.gather(0, rows)))
+    dense = torch.from_numpy(found.gather(0, rows))
+    weights = torch.randn(4, 6).to(dense)
+    expected = torch.einsum("ro,rok->k", weights, dense)
     close(kept.pulled(weights).numpy(), expected.numpy())
 
 
