@@ -63,8 +63,8 @@ def featurize(
         The features.
 
     Raises:
-        ValueError: bad settings; a checkpoint or a layer of the model does not fit; its gradients
-            are not finite, so that they have no principal directions; or a store was made from
+        ValueError: bad settings; a checkpoint or a layer of the model does not fit; its outputs
+            are not finite, so that there are no principal directions; or a store was made from
             other data, another checkpoint or another projection.
         BlocksFailed: blocks failed repeatedly; what was finished is kept.
 

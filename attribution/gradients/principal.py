@@ -80,7 +80,7 @@ def principal_directions(
         Directions by the first name of each layer; none where the model has no such layer.
 
     Raises:
-        ValueError: the model has no per-example gradients, or they are not finite; names the layer.
+        ValueError: the model has no per-example gradients, or outputs that are not finite.
 
     Example:
         >>> from examples.digits import mlp, task
@@ -100,7 +100,6 @@ def principal_directions(
     with threads(1), repeatable(device):
         for model in checkpoints:
             own = layer_moments(module, model.state, inputs, task.loss, random)
-            _refuse_infinite(own)
             found = {name: found[name] + own[name] if found else own[name] for name in own}
         return kept_directions(found, projection)
 
@@ -121,7 +120,7 @@ def layer_moments(
         Moments by the first name of each layer.
 
     Raises:
-        ValueError: the model has no per-example gradients.
+        ValueError: the model has no per-example gradients, or outputs that are not finite.
 
     Example:
         >>> from attribution.losses import SquaredError
@@ -139,6 +138,7 @@ def layer_moments(
     for rows in inputs.split(ROWS_AT_ONCE):
         advance()
         run = capture(module, plan, state, rows.to(device))
+        _refuse_infinite(run.outputs)
         _add(sums, blocks, run, weighted_directions(loss, run.outputs.detach(), random))
     return {plan.firsts[number]: each.moments() for number, each in sums.items()}
 
@@ -269,14 +269,12 @@ def _second_moment(values: Tensor) -> Tensor:
     return flat @ flat.mT
 
 
-def _refuse_infinite(found: Mapping[str, SideMoments]) -> None:
-    for name, moments in found.items():
-        if not (moments.outputs.isfinite().all() and moments.inputs.isfinite().all()):
-            raise ValueError(
-                f"inputs or gradients of layer {name!r} are not finite, so it has no principal"
-                " directions: has the training of this model diverged? Leave it out, or give the"
-                " projection principal=0"
-            )
+def _refuse_infinite(outputs: Tensor) -> None:
+    if not outputs.isfinite().all():
+        raise ValueError(
+            "outputs are not finite on some training row, so there are no principal directions: has"
+            " the training of this model diverged? Leave it out, or give the projection principal=0"
+        )
 
 
 def _principal(moments: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -186,11 +186,9 @@ def test_groups_compete_like_layers():
     assert found["a"].kept.tolist() == [4, 5, 6]
 
 
-def test_gradients_that_are_not_finite_are_refused(task, model):
+def test_outputs_that_are_not_finite_are_refused(task, model):
     state = {name: value * float("nan") for name, value in model.state.items()}
-    with pytest.raises(
-        ValueError, match=r"of layer '0' are not finite, .* give the projection pri"
-    ):
+    with pytest.raises(ValueError, match=r"^outputs are not finite .* projection principal=0$"):
         principal_directions(task, [model, Model(task, state)], few(3))
 
 
