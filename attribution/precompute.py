@@ -58,8 +58,8 @@ def precompute(
             them. 0: they take trained models, as they must where the task trains by itself. None:
             those of the run that is there, or 0.
         principal: features of their gradients along principal directions, for each layer in the
-            mean, 1024 at most, see `Projection`; 0: along random ones. None: as in the run that is
-            there, or 256. Where no gradients are stored yet it may change.
+            mean, see `Projection`; 0: along random ones. None: as in the run that is there, or 256.
+            It may change as long as no gradients are stored.
         datamodel: name of the regression, ridge or lasso.
         factors: whether features are kept as factors too, where they can be; see `featurize`.
         seed: of everything.
@@ -184,8 +184,9 @@ def precompute_checkpoints(
         files: checkpoints trained on all rows: .safetensors, .pt, .pth or .ckpt.
         damping: lambda of group Newton, in units of the sum of the rows' losses; None: the number
             of rows x the recipe's weight decay.
-        principal: features along principal directions, for each layer in the mean, 1024 at most,
-            see `Projection`; 0: along random ones. None: as in the run that is there, or 256.
+        principal: features along principal directions, for each layer in the mean, see
+            `Projection`; 0: along random ones. None: as in the run that is there, or 256. It may
+            change as long as no gradients are stored.
         factors: whether features are kept as factors too, where they can be; see `featurize`.
         seed: of the random projections.
         device: where to compute.
@@ -329,7 +330,8 @@ def _refuse_other(path: Where, found: RunSettings, wanted: RunSettings) -> None:
     # of more checkpoints are added to those that are there.
     more = wanted.checkpoints >= found.checkpoints and not wanted.files
     free = {"task", "checkpoints"} if more else {"task"}
-    if not (place(path) / "features/checkpoint-0").taken():
+    numbers = range(wanted.checkpoints * max(1, wanted.segments))
+    if not any((place(path) / f"features/checkpoint-{n}").taken() for n in numbers):
         free |= {"principal"}
     pairs: Sequence[tuple[str, Any]] = [p for p in asdict(wanted).items() if p[0] not in free]
     for name, value in pairs:

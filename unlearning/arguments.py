@@ -89,8 +89,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--newton-principal",
         type=int,
         metavar="K",
-        help="features of these gradients along principal directions, for each layer in the mean,"
-        " 256 if not told; 0: random directions",
+        help="features of these gradients along principal directions, for each layer in the mean;"
+        " 0: random directions; not told: as in the run, or 256 in a new one",
     )
     make.add_argument(
         "--checkpoint",

@@ -306,9 +306,9 @@ def purge_notes(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 _WEIGHTS_STAY = (
-    "\nthe run's weights that were trained on these rows are as they were, and so are the principal"
-    " directions of their gradients; dmm unlearn no longer knows the rows: to make models forget"
-    " rows, unlearn before you purge"
+    "\nthe run's weights that were trained on these rows are as they were, and so are principal"
+    " directions where gradients have them; dmm unlearn no longer knows the rows: to make models"
+    " forget rows, unlearn before you purge"
 )
 
 

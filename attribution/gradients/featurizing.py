@@ -56,16 +56,16 @@ def featurize(
         workers: processes; None for one per core, 0 for this process.
         scheduler: address of an existing dask scheduler instead.
         targets: "train" to leave blocks of test rows alone pending until they are asked for.
-        directions: principal ones of each training; None: where the projection asks for them, they
-            are found by `principal_directions`, one training a worker, and kept in the stores.
+        directions: principal ones, of each training; None: where the projection asks for them,
+            they are found by `principal_directions`, one training a worker, and kept in the stores.
 
     Returns:
         The features.
 
     Raises:
-        ValueError: bad settings; a checkpoint or a layer of the model does not fit; its outputs
-            are not finite, so that there are no principal directions; or a store was made from
-            other data, another checkpoint or another projection.
+        ValueError: bad settings; directions of another number of trainings, or that the projection
+            does not ask for; a checkpoint or a layer of the model does not fit; its outputs are not
+            finite; or a store was made from other data, another checkpoint or another projection.
         BlocksFailed: blocks failed repeatedly; what was finished is kept.
 
     Example:
@@ -87,6 +87,7 @@ def featurize(
     LoGra's (arXiv 2405.13954).
     """
     _check_settings(checkpoints, dtype, block, targets, times)
+    _check_directions(directions, projection, len(checkpoints) // (len(times) or 1))
     task.check()
     for number, model in enumerate(checkpoints):
         check_state(task, model.state, f"checkpoint {number}")
@@ -100,7 +101,8 @@ def featurize(
     creating = TrainingStores(
         task, checkpoints, str(to), projection, times, device, directions, layout
     )
-    # All of them first: an interrupted call must not look like one for fewer checkpoints.
+    # All of them before any block: `Features.open` refuses what has pending ones, so that an
+    # interrupted call does not look like one for fewer checkpoints.
     stores = _created(creating, where)
     found = Features(task, stores, device)
     _check_rows_apart(found)
@@ -130,6 +132,19 @@ def _created(creating: TrainingStores, where: Mapping[str, Any]) -> tuple[Store,
         run_blocks(creating, missing, title=f"directions of {creating.task.name}", **where)
     opened = (known.get(training) or creating.stores(training) for training in trainings)
     return tuple(store for stores in opened for store in stores)
+
+
+def _check_directions(
+    directions: Sequence[Mapping[str, Directions]] | None, projection: Projection, trainings: int
+) -> None:
+    if directions is None:
+        return
+    if not projection.principal:
+        raise ValueError("directions go with a projection that has principal features")
+    if len(directions) != trainings:
+        raise ValueError(
+            f"expected the directions of each of {trainings} trainings, got {len(directions)}"
+        )
 
 
 def _check_settings(

@@ -22,7 +22,7 @@ from attribution.training import threads
 from stores import advance
 
 ROWS = 2048  # training rows, at most, that moments are taken over
-PULLS = 16  # directions of a row's outputs, at most, whose gradients are taken
+VECTORS = 16  # of a row's outputs, at most, whose gradients are taken
 WIDEST = 8192  # side of a layer that is decomposed
 ROWS_AT_ONCE = 32  # of one forward pass: patches of convolutions are written out
 WHOLE = Projection(inputs=2**62, outputs=2**62, features=2**62)
@@ -66,14 +66,14 @@ def principal_directions(
     the largest curvature are kept, whatever layer they are of, and at least one of each.
 
     Linear and convolution layers have them, if no side is wider than 8192. Moments are taken over
-    2048 training rows at most, evenly spaced, and over 16 directions of the outputs at most, which
-    are random where there are more outputs.
+    2048 training rows at most, evenly spaced; where there are more than 16 outputs, over 16 random
+    mixtures of the rows of R^(1/2).
 
     Args:
         task: gives training rows, model and loss.
         checkpoints: models of one training, which share the directions.
         projection: settings.
-        training: its number, which the random directions of many outputs depend on.
+        training: its number, which the mixtures depend on.
         device: where to compute; on another one directions with almost the same eigenvalue may mix.
 
     Returns:
@@ -95,7 +95,7 @@ def principal_directions(
     count = len(task.train_ids)
     few = min(count, ROWS)
     inputs = task.rows("train", np.arange(few) * count // few)[0]
-    random = projection.random(training, "principal.directions")
+    random = projection.random(training, "principal.mixtures")
     module, found = task.new_model(0).to(device), dict[str, SideMoments]()
     with threads(1), repeatable(device):
         for model in checkpoints:
@@ -114,7 +114,7 @@ def layer_moments(
         state: its state dict.
         inputs: of the rows, [row, ...].
         loss: whose second derivative weights the outputs.
-        random: draws directions of the outputs where there are many.
+        random: draws mixtures of the outputs where there are many.
 
     Returns:
         Moments by the first name of each layer.
@@ -139,12 +139,12 @@ def layer_moments(
         advance()
         run = capture(module, plan, state, rows.to(device))
         _refuse_infinite(run.outputs)
-        _add(sums, blocks, run, weighted_directions(loss, run.outputs.detach(), random))
+        _add(sums, blocks, run, root_vectors(loss, run.outputs.detach(), random))
     return {plan.firsts[number]: each.moments() for number, each in sums.items()}
 
 
-def weighted_directions(loss: Loss, outputs: Tensor, random: np.random.Generator) -> Tensor:
-    """Directions v of each row's outputs with sum of v v^T = R, the loss's second derivative.
+def root_vectors(loss: Loss, outputs: Tensor, random: np.random.Generator) -> Tensor:
+    """Vectors v of each row's outputs with sum of v v^T = R, the loss's second derivative.
 
     They are the rows of the symmetric R^(1/2), or 16 random mixtures of them where there are more:
     then the sum is R in the mean.
@@ -155,11 +155,11 @@ def weighted_directions(loss: Loss, outputs: Tensor, random: np.random.Generator
         random: draws the mixtures.
 
     Returns:
-        [row, direction, output].
+        [row, vector, output].
 
     Example:
         >>> from attribution.losses import SquaredError
-        >>> weighted_directions(SquaredError(), torch.zeros(1, 2), np.random.default_rng(0))
+        >>> root_vectors(SquaredError(), torch.zeros(1, 2), np.random.default_rng(0))
         tensor([[[1., 0.],
                  [0., 1.]]])
     """
@@ -167,11 +167,11 @@ def weighted_directions(loss: Loss, outputs: Tensor, random: np.random.Generator
     # Of all roots this one does not depend on the signs that eigenvectors happen to have.
     root = vectors * values.clamp_min(0).sqrt().unsqueeze(1) @ vectors.mT
     count = root.shape[1]
-    if count > PULLS:
-        signs = 2 * random.integers(0, 2, (len(outputs), PULLS, count)) - 1
-        root = torch.from_numpy(signs).to(root) @ root / PULLS**0.5
-    directions: Tensor = root.to(outputs)
-    return directions
+    if count > VECTORS:
+        signs = 2 * random.integers(0, 2, (len(outputs), VECTORS, count)) - 1
+        root = torch.from_numpy(signs).to(root) @ root / VECTORS**0.5
+    found: Tensor = root.to(outputs)
+    return found
 
 
 def kept_directions(
@@ -240,7 +240,7 @@ class _Sums:
 
 @torch.no_grad()
 def _add(
-    sums: Mapping[int, _Sums], blocks: Mapping[int, TwoSided], run: Capture, directions: Tensor
+    sums: Mapping[int, _Sums], blocks: Mapping[int, TwoSided], run: Capture, vectors: Tensor
 ) -> None:
     """Adds the moments of the rows of one forward pass."""
     captured = {
@@ -259,8 +259,8 @@ def _add(
             sums[number].inputs.add_(_second_moment(inputs))
             sums[number].positions += len(inputs) * inputs.shape[-1]
 
-    for number, direction in enumerate(directions.unbind(1)):
-        run.pull(direction, partial(add, first=number == 0))
+    for number, vector in enumerate(vectors.unbind(1)):
+        run.pull(vector, partial(add, first=number == 0))
 
 
 def _second_moment(values: Tensor) -> Tensor:
@@ -272,8 +272,7 @@ def _second_moment(values: Tensor) -> Tensor:
 def _refuse_infinite(outputs: Tensor) -> None:
     if not outputs.isfinite().all():
         raise ValueError(
-            "outputs are not finite on some training row, so there are no principal directions: has"
-            " the training of this model diverged? Leave it out, or give the projection principal=0"
+            "outputs are not finite on some training row: leave out a model whose training diverged"
         )
 
 

@@ -30,8 +30,8 @@ class Projection:
             form; smaller ones are kept as they are.
         seed: of all projections.
         principal: features of a Linear or convolution layer along principal directions, in the
-            mean over these layers; one of them has inputs x outputs at most. 0: they are projected
-            at random, as all other parameters always are.
+            mean over these layers; one of them has inputs x outputs at most, for each of its
+            groups. 0: they are projected at random, as all other parameters always are.
 
     Raises:
         ValueError: a size below 1, or a negative seed or number of principal features.

@@ -81,12 +81,24 @@ class TrainingStores:
             return None
         if self.directions is not None:
             return self.directions[training]
+        stored = self._stored(training)
+        return self._found(training) if stored is None else stored
+
+    def _stored(self, training: int) -> Mapping[str, Directions] | None:
+        """Those of a checkpoint that is there: another machine gives other last digits."""
+        taken = (path for path in map(self._path, self._numbers(training)) if path.taken())
+        return next((stored_directions(Store.open(path, KIND)) for path in taken), None)
+
+    def _found(self, training: int) -> Mapping[str, Directions]:
         numbers = self._numbers(training)
-        # Another machine gives other last digits, and with them another store.
-        if self._path(numbers[0]).taken():
-            return stored_directions(Store.open(self._path(numbers[0]), KIND))
         models = self.checkpoints[numbers.start : numbers.stop]
-        return principal_directions(self.task, models, self.projection, training, self.device)
+        try:
+            found = principal_directions(self.task, models, self.projection, training, self.device)
+        except ValueError as error:
+            raise ValueError(f"checkpoint {' or '.join(map(str, numbers))}: {error}") from error
+        # Another command may have been first meanwhile.
+        stored = self._stored(training)
+        return found if stored is None else stored
 
     @property
     def _segments(self) -> int:

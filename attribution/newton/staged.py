@@ -23,8 +23,9 @@ class StagedNewton(Counterfactual):
 
     Stage s of S takes the weight of the forget rows from 1 - s / S to 1 - (s + 1) / S by a step of
     group Newton, moves the parameters by P^T d and computes all gradients of the training rows
-    again. The change is that of the outputs of the moved model, f(theta_S) - f(theta_0), without a
-    linearisation; mean over checkpoints. Calibrated variances are taken over, scales are not.
+    again, along the same principal directions where they have some. The change is that of the
+    outputs of the moved model, f(theta_S) - f(theta_0), without a linearisation; mean over
+    checkpoints. Calibrated variances are taken over, scales are not.
 
     Args:
         newton: one stage; gives checkpoints, damping, temperature and steps.

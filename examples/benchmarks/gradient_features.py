@@ -152,7 +152,8 @@ def featurize_rows(rows: int) -> None:
     data = TensorDataset(inputs, labels)
     task = Task("random rows", data, TensorDataset(inputs[:1], labels[:1]), mlp)
     with tempfile.TemporaryDirectory() as folder:
-        featurize(task, [Model(task, task.new_model(0).state_dict())], f"{folder}/features")
+        model = Model(task, task.new_model(0).state_dict())
+        featurize(task, [model], f"{folder}/features", projection=RUN)
     print(_own_peak())
 
 

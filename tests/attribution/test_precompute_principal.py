@@ -1,6 +1,7 @@
 """Runs whose gradients are projected along principal or random directions."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -49,8 +50,11 @@ def test_the_same_call_computes_nothing_again_whether_it_tells_the_features_or_n
         assert contents(path) == before
 
 
-def test_another_number_is_refused(few, tmp_path):
+@pytest.mark.parametrize("lost", [None, "checkpoint-0"])
+def test_another_number_is_refused(few, tmp_path, lost):
     path = copied(few.path, tmp_path)
+    if lost:  # workers do not create them in order
+        shutil.rmtree(path / "features" / lost)
     with pytest.raises(ValueError, match="with principal = 8, this call asks for 0"):
         precompute(f"{tmp_path}/small.py:task", path, principal=0, **SIZES)
 

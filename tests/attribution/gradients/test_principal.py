@@ -1,6 +1,7 @@
 """Moments of the two sides of layers, their eigenvectors, and which products are kept."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -9,12 +10,14 @@ from torch import nn
 
 from attribution import Model
 from attribution.gradients import Directions, Projection, gradient_projector, principal
+from attribution.gradients.capture import capture
+from attribution.gradients.convolution import CONVOLUTIONS
 from attribution.gradients.principal import (
     SideMoments,
     kept_directions,
     layer_moments,
     principal_directions,
-    weighted_directions,
+    root_vectors,
 )
 from attribution.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from tests.attribution.gradients.models import CASES
@@ -37,6 +40,11 @@ def model(task):
     return checkpoint(task, 0)
 
 
+CONVOLVING = [
+    name
+    for name, (module, _) in CASES.items()
+    if type(getattr(module, "layer", None)) in CONVOLUTIONS and module.layer.weight.requires_grad
+]
 EVERYTHING = Projection(1000, 1000, principal=10_000)
 
 
@@ -119,28 +127,28 @@ def test_a_side_that_is_too_wide_is_left_to_random_directions(monkeypatch):
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(), SquaredError(), BinaryCrossEntropy()], ids=str)
-def test_weighted_directions_have_the_hessian_as_second_moment(loss):
+def test_root_vectors_have_the_hessian_as_second_moment(loss):
     outputs = torch.randn(5, 1 if isinstance(loss, BinaryCrossEntropy) else 4, dtype=torch.float64)
-    found = weighted_directions(loss, outputs, random())
+    found = root_vectors(loss, outputs, random())
     torch.testing.assert_close(found.mT @ found, loss.hessian(outputs))
 
 
 def test_mixtures_do_not_depend_on_the_signs_of_eigenvectors(monkeypatch):
     outputs, decompose = torch.randn(3, 40, dtype=torch.float64), torch.linalg.eigh
-    expected = weighted_directions(CrossEntropy(), outputs, random())
+    expected = root_vectors(CrossEntropy(), outputs, random())
 
     def turned(matrices):
         values, vectors = decompose(matrices)
         return values, vectors * (2 * torch.randint(2, values.shape) - 1).unsqueeze(1)
 
     monkeypatch.setattr(torch.linalg, "eigh", turned)
-    torch.testing.assert_close(weighted_directions(CrossEntropy(), outputs, random()), expected)
+    torch.testing.assert_close(root_vectors(CrossEntropy(), outputs, random()), expected)
 
 
 def test_many_outputs_are_mixed_at_random():
     outputs = torch.randn(1, 40, dtype=torch.float64).expand(1000, -1)
-    found = weighted_directions(CrossEntropy(), outputs, random())
-    assert found.shape == (1000, principal.PULLS, 40)
+    found = root_vectors(CrossEntropy(), outputs, random())
+    assert found.shape == (1000, principal.VECTORS, 40)
     mean, expected = (found.mT @ found).mean(0), CrossEntropy().hessian(outputs[:1])[0]
     assert (mean - expected).norm() < 0.05 * expected.norm()
 
@@ -188,7 +196,7 @@ def test_groups_compete_like_layers():
 
 def test_outputs_that_are_not_finite_are_refused(task, model):
     state = {name: value * float("nan") for name, value in model.state.items()}
-    with pytest.raises(ValueError, match=r"^outputs are not finite .* projection principal=0$"):
+    with pytest.raises(ValueError, match=r"^outputs are not finite .* whose training diverged$"):
         principal_directions(task, [model, Model(task, state)], few(3))
 
 
@@ -234,22 +242,41 @@ def test_all_directions_together_only_turn_the_gradients(name):
 def test_more_of_the_curvature_is_kept_than_by_as_many_random_directions(task, model):
     inputs, _ = task.rows("train", np.arange(37))
     module = task.new_model(0)
-    cotangents = weighted_directions(
-        task.loss, torch.from_numpy(model.outputs(range(37))), random()
-    )
+    cotangents = root_vectors(task.loss, torch.from_numpy(model.outputs(range(37))), random())
 
     def curvature(projector):
         return float(projector.features(model.state, inputs, cotangents).square().sum())
 
     kept = principal_directions(task, [model], Projection(principal=6))
     found = gradient_projector(module, Projection(principal=6), 0, kept)
-    # An orthonormal projection onto as many directions in all, three times as few in each layer.
     drawn = gradient_projector(module, Projection(inputs=3, outputs=2))
     assert drawn.size == found.size == 12
+    parts = drawn.features(model.state, inputs, cotangents).square()
+    # Rows of random matrices are longer than 1, so that they keep lengths in the mean.
+    longer = [
+        math.prod(matrix.shape[-1] / matrix.shape[-2] for matrix in block.matrices)
+        for block in drawn.plan.blocks
+    ]
+    pairs = zip(drawn.spans, longer, strict=True)
+    at_random = sum(float(parts[..., span].sum()) / factor for span, factor in pairs)
     whole = curvature(gradient_projector(module, Projection(1000, 1000, 10_000)))
-    scale = sum(a.shape[-1] / a.shape[-2] for block in drawn.plan.blocks for a in block.matrices)
-    assert 0.8 < curvature(found) / whole <= 1
-    assert curvature(drawn) / whole < 0.8 * scale
+    assert at_random < 0.8 * whole < curvature(found) <= whole
+
+
+@pytest.mark.parametrize("name", CONVOLVING)
+def test_patches_are_what_a_convolution_multiplies_with_its_weight(name):
+    module, inputs = CASES[name]
+    plan = gradient_projector(module, principal.WHOLE).plan
+    run = capture(module, plan, module.state_dict(), inputs)
+    number = plan.layers["layer"]
+    call = next(call for place, call in run.calls if place == number)
+    block, layer = plan.blocks[number], module.layer
+    patches = block.capture(call)
+    weight = layer.weight.reshape(layer.groups, -1, layer.weight[0].numel())
+    if layer.bias is not None:
+        weight = torch.cat([weight, layer.bias.reshape(layer.groups, -1, 1)], 2)
+    expected = layer(inputs)
+    torch.testing.assert_close((weight @ patches).reshape(expected.shape), expected)
 
 
 def test_directions_are_the_same_every_time_and_those_of_all_checkpoints_together(task, model):

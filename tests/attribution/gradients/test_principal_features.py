@@ -1,13 +1,14 @@
 """Features along principal directions, which their stores keep."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from attribution import ForgetSet, GroupNewton, StagedNewton
+from attribution import ForgetSet, GroupNewton, Model, StagedNewton
 from attribution.gradients import Features, Projection, featurize, principal, training_stores
 from attribution.gradients.jacobian import Dense, Factored
 from attribution.gradients.principal import principal_directions
@@ -135,11 +136,50 @@ def test_the_segments_of_a_training_share_directions(task, checkpoints, made, tm
     assert not torch.equal(parts[0], directions(made, 0)["first"].outputs)
 
 
-def test_a_training_that_was_half_there_takes_the_directions_it_has(task, checkpoints, tmp_path):
+def test_a_training_that_was_half_there_takes_the_directions_it_has(
+    task, checkpoints, tmp_path, monkeypatch
+):
     along = {"projection": FEW, "block": 10, "times": (3.0, 1.0)}
     whole = bits(featurize(task, checkpoints, tmp_path / "f", **along))
-    shutil.rmtree(tmp_path / "f/checkpoint-1")
+    for lost in ("checkpoint-1", "checkpoint-2"):
+        shutil.rmtree(tmp_path / "f" / lost)
+    monkeypatch.setattr(training_stores, "principal_directions", refused)
     assert bits(featurize(task, checkpoints, tmp_path / "f", **along)) == whole
+
+
+def test_another_command_may_be_first(task, checkpoints, made, tmp_path, monkeypatch):
+    def late(*asked):
+        if not (tmp_path / "f/checkpoint-0").exists():
+            shutil.copytree(folder_of(made), tmp_path / "f")
+        found = principal_directions(*asked)
+        return {name: replace(layer, inputs=-layer.inputs) for name, layer in found.items()}
+
+    monkeypatch.setattr(training_stores, "principal_directions", late)
+    found = featurize(task, checkpoints, tmp_path / "f", projection=FEW, block=10)
+    assert bits(found) == bits(made)
+
+
+def test_directions_may_be_given(task, checkpoints, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_stores, "principal_directions", refused)
+    known = [directions(made, number) for number in range(4)]
+    given = {"projection": FEW, "block": 10, "directions": known}
+    assert bits(featurize(task, checkpoints, tmp_path / "f", **given)) == bits(made)
+    with pytest.raises(ValueError, match="directions of each of 4 trainings, got 3"):
+        featurize(task, checkpoints, tmp_path / "g", **given | {"directions": known[:3]})
+    with pytest.raises(ValueError, match="go with a projection that has principal features"):
+        featurize(task, checkpoints, tmp_path / "g", **given | {"projection": Projection()})
+
+
+def test_a_model_that_diverged_is_named(task, checkpoints, tmp_path):
+    state = {
+        name: value * 1e25 if value.is_floating_point() else value
+        for name, value in checkpoints[1].state.items()
+    }
+    models = [checkpoints[0], Model(task, state)]
+    with pytest.raises(ValueError, match=r"^checkpoint 1: outputs are not finite on"):
+        featurize(task, models, tmp_path / "f", projection=FEW)
+    with pytest.raises(ValueError, match=r"^checkpoint 0 or 1: outputs are not finite"):
+        featurize(task, models, tmp_path / "g", projection=FEW, times=(3.0, 1.0))
 
 
 @pytest.mark.parametrize("other", [Projection(features=4, seed=5), Projection(4, 2, principal=3)])
