@@ -157,7 +157,9 @@ class SparseProjection:
         if self.order is None or self.signs is None:
             return vectors
         signed = vectors[..., self.order.to(vectors.device)] * self.signs.to(vectors)
-        turns = -(-len(self.order) // self.size)
+        turns = self._turns(self.order)
+        if turns == 1:
+            return signed
         padded = torch.nn.functional.pad(signed, (0, turns * self.size - len(self.order)))
         return padded.reshape(*vectors.shape[:-1], turns, self.size).sum(-2)
 
@@ -165,11 +167,16 @@ class SparseProjection:
         """Transposed projection S^T v, [..., width], of [..., size]."""
         if self.order is None or self.signs is None:
             return features
-        turns = -(-len(self.order) // self.size)
-        dealt = features.tile(turns)[..., : len(self.order)] * self.signs.to(features)
+        turns = self._turns(self.order)
+        repeated = features if turns == 1 else features.tile(turns)[..., : len(self.order)]
+        dealt = repeated * self.signs.to(features)
         found = dealt.new_zeros(*dealt.shape[:-1], self.width)
         found[..., self.order.to(features.device)] = dealt
         return found
+
+    def _turns(self, order: Tensor) -> int:
+        """How many columns a row gets at most."""
+        return -(-len(order) // self.size)
 
 
 def sparse_projection(random: np.random.Generator, size: int, width: int) -> SparseProjection:
