@@ -1,11 +1,12 @@
 """LDS of our TRAK against the `trak` package, at the same checkpoints and number of features.
 
 python examples/benchmarks/trak_lds.py trains a few models on all rows, takes TRAK scores of the
-test rows' margins from them, ours and the package's (float32, its own projector and score
-computer), chooses lambda of each over one grid on one bank of models retrained on halves, and
-prints their LDS on another bank with the 95 % interval of the paired bootstrap over targets. The
-grid is in units of the mean eigenvalue of each one's own Gram matrix, so that both search the same
-range. Tasks whose data is not there are left out. Digits take about two minutes on one core.
+test rows' margins from them, ours (along random directions, with and without R, and along as many
+principal ones as a run has) and the package's (float32, its own projector and score computer),
+chooses lambda of each over one grid on one bank of models retrained on halves, and prints their LDS
+on another bank with the 95 % interval of the paired bootstrap over targets. The grid is in units of
+the mean eigenvalue of each one's own Gram matrix, so that both search the same range. Tasks whose
+data is not there are left out. Digits take about two minutes on one core.
 """
 
 import argparse
@@ -21,8 +22,9 @@ from trak.score_computers import BasicScoreComputer
 
 from attribution import Ensemble, Task, draw_subsets, train_models
 from attribution.bootstrap import paired_difference
-from attribution.gradients import Features, featurize
+from attribution.gradients import Features, Projection, featurize
 from attribution.lds import LDS, lds_bank, linear_datamodeling_score
+from attribution.precompute import PRINCIPAL
 from attribution.task_file import load_task
 from attribution.trak import margin_effects
 from attribution.trak.curvature import gram_matrix
@@ -126,6 +128,8 @@ def compare(task: Task, folder: Path, options: argparse.Namespace) -> None:
     full = train_models(task, subsets, folder / "full", keep="weights", **where)
     models = [full.model(number) for number in range(len(full))]
     features = featurize(task, models, folder / "features", **where)
+    few = Projection(principal=PRINCIPAL)
+    principal = featurize(task, models, folder / "principal", projection=few, **where)
     tuning = lds_bank(task, folder / "tuning", models=options.tuning, repeats=1, seed=1, **where)
     bank = lds_bank(task, folder / "bank", models=options.models, repeats=2, seed=2, **where)
     package = run_package(task, models, features.width, folder / "package")
@@ -135,6 +139,7 @@ def compare(task: Task, folder: Path, options: argparse.Namespace) -> None:
     candidates = {
         "ours": our_scores(features, weighting=True),
         "ours without R": our_scores(features, weighting=False),
+        "ours, principal": our_scores(principal, weighting=True),
         "trak package": package_scores(package),
     }
     check(features, candidates["ours"])
@@ -144,8 +149,9 @@ def compare(task: Task, folder: Path, options: argparse.Namespace) -> None:
         low, high = found[name].interval
         print(f"  {name:15s} LDS {found[name].mean:.4f} [{low:.4f}, {high:.4f}]  lambda"
               f" {GRID[best]:.3g} x mean eigenvalue")  # fmt: skip
+    print(f"  principal directions: {principal.width} features")
     print(f"  ceiling of these models {np.nanmean(found['ours'].ceiling):.4f}")
-    for name in ("ours", "ours without R"):
+    for name in ("ours", "ours without R", "ours, principal"):
         gap = paired_difference(found[name].values, found["trak package"].values)
         low, high = gap.interval
         print(f"  {name} - trak package {gap.mean:+.4f}, 95 % [{low:+.4f}, {high:+.4f}]")
