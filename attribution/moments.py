@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from attribution.devices import visible_gpus
 from attribution.ensemble import Ensemble
+from attribution.gradients.convolution import patches
 from attribution.model import Model
 from attribution.outputs import evaluate
 from attribution.task import State, Task
@@ -93,12 +93,8 @@ def layer_vectors(layer: nn.Module, inputs: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return inputs.reshape(-1, inputs.shape[-1])
     assert isinstance(layer, nn.Conv2d)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = functional.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-    patches = functional.unfold(
-        padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride
-    )
-    vectors = patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    found = patches(layer, inputs)
+    vectors = found.transpose(1, 2).reshape(-1, found.shape[1])
     if layer.groups == 1:
         return vectors
     return vectors.reshape(len(vectors), layer.groups, -1).transpose(0, 1)

@@ -44,14 +44,14 @@ class ConvolutionBlock(TwoSided):
             positions = _filtered(call.layer, inputs, inputs.new_zeros(groups, *self.shape[1:]))
             return torch.ones_like(positions).reshape(len(inputs), groups, 1, -1)
         if self.sides.inputs is None:
-            patches = _patches(call.layer, inputs).unflatten(1, (groups, -1))
-            return functional.pad(patches, (0, 0, 0, int(self.bias is not None)), value=1.0)
+            whole = patches(call.layer, inputs).unflatten(1, (groups, -1))
+            return functional.pad(whole, (0, 0, 0, int(self.bias is not None)), value=1.0)
         matrix = self.sides.inputs.to(inputs).reshape(groups * k_in, self.sides.inner)
         width = self.sides.inner - (self.bias is not None)
         filters = matrix[:, :width].reshape(-1, *self.shape[1:])
         constants = matrix[:, -1] if self.bias else None
-        patches = _filtered(call.layer, inputs, filters, constants)
-        return patches.reshape(len(inputs), groups, k_in, -1)
+        projected = _filtered(call.layer, inputs, filters, constants)
+        return projected.reshape(len(inputs), groups, k_in, -1)
 
     def in_groups(self, captured: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the convolution."""
@@ -69,8 +69,21 @@ class ConvolutionBlock(TwoSided):
         return named
 
 
-def _patches(layer: Any, inputs: Tensor) -> Tensor:
-    """Patches under all output pixels, channel by channel, [row, width, position]."""
+def patches(layer: Any, inputs: Tensor) -> Tensor:
+    """Input patches under all output pixels of a convolution, unfolded channel by channel.
+
+    Args:
+        layer: Conv1d or Conv2d; its own stride, padding and dilation are used.
+        inputs: its inputs, [row, in, width] or [row, in, height, width].
+
+    Returns:
+        [row, in x kernel size, position].
+
+    Example:
+        >>> patches(nn.Conv1d(1, 1, 2), torch.tensor([[[1.0, 2.0, 3.0]]]))
+        tensor([[[1., 2.],
+                 [2., 3.]]])
+    """
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = functional.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
     if inputs.ndim == 3:
