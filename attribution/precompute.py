@@ -97,9 +97,10 @@ def precompute(
         if settings.segments:
             task_times(task, len(task.train_ids), settings.segments)
         task.check()
+        projection = settings.projection
         if settings.checkpoints:
             cure = "; --newton-checkpoints 0 makes a run without it"
-            _check_gradients(task, Projection(seed=seed), cure)
+            _check_gradients(task, projection, cure)
         _record(path, settings)
         run = Run(place(path), settings, task, device)
         at: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
@@ -221,15 +222,14 @@ def precompute_checkpoints(
         _check_damping(task, damping)
         _check_checkpoints(models, names)
         task.check()
-        _check_principal(settings.principal)
-        _check_gradients(task, Projection(seed=seed), "")
+        projection = settings.projection
+        _check_gradients(task, projection, "")
         _record(path, settings)
         run = Run(place(path), settings, task, device)
         where: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler}
         with writers_turn(path):
             _refuse_purged(run)
             features = run.path / "features"
-            projection = settings.projection
             featurize(task, models, features, projection=projection, factors=factors, **where)
             _write_settings(path, settings)
     return run
@@ -252,18 +252,10 @@ def _check_numbers(settings: RunSettings) -> None:
             f"group Newton takes 0 to {settings.full_models} of the full models as checkpoints,"
             f" got {settings.checkpoints}"
         )
-    _check_principal(settings.principal)
     if settings.segments < 0:
         raise ValueError(f"segments must be 0 or more, got {settings.segments}")
     if settings.seed < 0:
         raise ValueError(f"a seed must not be negative, got {settings.seed}")
-
-
-def _check_principal(features: int) -> None:
-    if features < 0:
-        raise ValueError(
-            f"a layer has 0 principal features (random ones) or more, in the mean, got {features}"
-        )
 
 
 def _check_damping(task: Task, damping: float | None) -> None:
@@ -298,7 +290,9 @@ def _check_gradients(task: Task, projection: Projection, cure: str) -> None:
     module, (inputs, _) = task.new_model(0), task.targets([0])
     rows = inputs.expand(2, *inputs.shape[1:])
     try:
-        run = gradient_projector(module, projection).linearise(module.state_dict(), rows)
+        # Which directions are kept does not change whether there are gradients.
+        at_random = replace(projection, principal=0)
+        run = gradient_projector(module, at_random).linearise(module.state_dict(), rows)
         run.features(torch.eye(run.outputs.shape[1]).to(run.outputs).expand(2, -1, -1))
     except ValueError as error:
         raise ValueError(
