@@ -16,7 +16,7 @@ from attribution.moments import (
 )
 from attribution.outputs import evaluate
 from stores import Store
-from tests.references import group_patches
+from tests.gradient_references import group_patches
 from tests.tasks import RECIPE, blobs, normalised_mlp
 
 CONVOLUTIONS = {

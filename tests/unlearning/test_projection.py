@@ -10,7 +10,8 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from attribution import ForgetSet, Model, Task
-from tests.references import dense_projector, group_patches
+from tests.gradient_references import group_patches
+from tests.references import dense_projector
 from tests.unlearning.cases import HeldMoments, copied, fresh_models, request_of
 from unlearning import GradientAscent, GradientProjection, Matching, ProjectedGradient
 from unlearning.execution import execute

@@ -5,7 +5,7 @@ from torch.nn import functional
 
 from attribution.gradients import Projection, gradient_projector
 from tests.attribution.gradients.models import CASES, mlp
-from tests.references import gradients_of_rows, projected_gradients
+from tests.gradient_references import gradients_of_rows, projected_gradients
 
 SMALL = Projection(inputs=5, outputs=3, features=4)
 

@@ -17,7 +17,7 @@ from tests.attribution.gradients.stored import (
     folder_of,
     gated_task,
 )
-from tests.references import gradients_of_rows, projected_gradients
+from tests.gradient_references import gradients_of_rows, projected_gradients
 from tests.tasks import RECIPE, blobs, line, ridge_task
 
 ORDERS = {

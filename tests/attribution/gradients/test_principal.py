@@ -22,7 +22,7 @@ from attribution.gradients.principal import (
 from attribution.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from tests.attribution.gradients.models import CASES
 from tests.attribution.gradients.stored import checkpoint
-from tests.references import gradients_of_rows, projected_gradients, second_moments
+from tests.gradient_references import gradients_of_rows, projected_gradients, second_moments
 from tests.tasks import blobs
 
 LAYERS = ("plain", "without bias", "stride", "padding", "dilation", "groups", "depthwise")

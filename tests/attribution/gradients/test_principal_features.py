@@ -14,7 +14,7 @@ from attribution.gradients.jacobian import Dense, Factored
 from attribution.gradients.principal import principal_directions
 from attribution.gradients.stored_directions import stored_directions
 from tests.attribution.gradients.stored import ALL, bits, checkpoint, close, folder_of, gated_task
-from tests.references import gradients_of_rows, projected_gradients
+from tests.gradient_references import gradients_of_rows, projected_gradients
 from tests.tasks import blobs
 
 FEW = Projection(features=4, seed=5, principal=7)

@@ -6,7 +6,7 @@ from torch import nn
 
 from attribution.gradients import Projection, gradient_projector
 from tests.attribution.gradients.models import CASES, Twice, mlp
-from tests.references import gradients_of_rows, projected_gradients
+from tests.gradient_references import gradients_of_rows, projected_gradients
 
 PROJECTIONS = {
     "small": Projection(inputs=5, outputs=3, features=4, seed=1),
