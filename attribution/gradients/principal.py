@@ -35,17 +35,12 @@ class SideMoments:
     Args:
         outputs: G = sum_t delta_t delta_t^T, [group, out, out], float64.
         inputs: A = sum_t a_t a_t^T, [group, inner, inner], float64.
-        positions: number of positions t, of all rows.
+        positions: number of positions t, of all rows, [].
     """
 
     outputs: Tensor
     inputs: Tensor
-    positions: int
-
-    def __add__(self, other: "SideMoments") -> "SideMoments":
-        """Those of other rows too, or of another checkpoint."""
-        outputs, inputs = self.outputs + other.outputs, self.inputs + other.inputs
-        return SideMoments(outputs, inputs, self.positions + other.positions)
+    positions: Tensor
 
 
 def principal_directions(
@@ -96,22 +91,24 @@ def principal_directions(
     few = min(count, ROWS)
     inputs = task.rows("train", np.arange(few) * count // few)[0]
     random = projection.random(training, "principal.mixtures")
-    module, found = task.new_model(0).to(device), dict[str, SideMoments]()
+    module, states = task.new_model(0).to(device), [model.state for model in checkpoints]
     with threads(1), repeatable(device):
-        for model in checkpoints:
-            own = layer_moments(module, model.state, inputs, task.loss, random)
-            found = {name: found[name] + own[name] if found else own[name] for name in own}
+        found = layer_moments(module, states, inputs, task.loss, random)
         return kept_directions(found, projection)
 
 
 def layer_moments(
-    module: nn.Module, state: State, inputs: Tensor, loss: Loss, random: np.random.Generator
+    module: nn.Module,
+    states: Sequence[State],
+    inputs: Tensor,
+    loss: Loss,
+    random: np.random.Generator,
 ) -> dict[str, SideMoments]:
     """Second moments of the two sides of every layer that has principal directions.
 
     Args:
         module: the model, on the device that is to compute.
-        state: its state dict.
+        states: its state dicts, whose moments are summed.
         inputs: of the rows, [row, ...].
         loss: whose second derivative weights the outputs.
         random: draws mixtures of the outputs where there are many.
@@ -126,21 +123,22 @@ def layer_moments(
         >>> from attribution.losses import SquaredError
         >>> model, random = nn.Linear(1, 1), np.random.default_rng(0)
         >>> rows = torch.tensor([[2.0], [4.0]])
-        >>> found = layer_moments(model, model.state_dict(), rows, SquaredError(), random)
+        >>> found = layer_moments(model, [model.state_dict()], rows, SquaredError(), random)
         >>> found[""].inputs
         tensor([[[20.,  6.],
                  [ 6.,  2.]]], dtype=torch.float64)
     """
     plan, device = make_plan(module, WHOLE, 0), next(module.parameters()).device
-    state = {name: value.to(device) for name, value in state.items()}
     blocks = {number: block for number, block in enumerate(plan.blocks) if _decomposed(block)}
-    sums = {number: _Sums.nothing(block, device) for number, block in blocks.items()}
-    for rows in inputs.split(ROWS_AT_ONCE):
-        advance()
-        run = capture(module, plan, state, rows.to(device))
-        _refuse_infinite(run.outputs)
-        _add(sums, blocks, run, root_vectors(loss, run.outputs.detach(), random))
-    return {plan.firsts[number]: each.moments() for number, each in sums.items()}
+    sums = {number: _zeros(block, device) for number, block in blocks.items()}
+    for state in states:
+        moved = {name: value.to(device) for name, value in state.items()}
+        for rows in inputs.split(ROWS_AT_ONCE):
+            advance()
+            run = capture(module, plan, moved, rows.to(device))
+            _refuse_infinite(run.outputs)
+            _add(sums, blocks, run, root_vectors(loss, run.outputs.detach(), random))
+    return {plan.firsts[number]: moments for number, moments in sums.items()}
 
 
 def root_vectors(loss: Loss, outputs: Tensor, random: np.random.Generator) -> Tensor:
@@ -188,7 +186,7 @@ def kept_directions(
 
     Example:
         >>> one, two = torch.tensor([[[4.0]]]), torch.diag(torch.tensor([1.0, 3.0])).unsqueeze(0)
-        >>> moments = SideMoments(one.double(), two.double(), 2)
+        >>> moments = SideMoments(one.double(), two.double(), torch.tensor(2))
         >>> few = kept_directions({"head": moments}, Projection(principal=1))
         >>> few["head"].inputs.abs(), few["head"].kept
         (tensor([[[0., 1.]]]), tensor([0]))
@@ -201,7 +199,7 @@ def kept_directions(
         for name, part in found.items()
     }
     curvatures = [
-        g.unsqueeze(2) * a.unsqueeze(1) / max(1, found[name].positions)
+        g.unsqueeze(2) * a.unsqueeze(1) / found[name].positions.clamp_min(1).cpu()
         for name, ((g, _), (a, _)) in sides.items()
     ]
     kept = _largest(curvatures, projection.principal * len(found))
@@ -217,32 +215,22 @@ def _decomposed(block: Block) -> TypeGuard[TwoSided]:
     return max(block.sides.out, block.sides.inner) <= WIDEST
 
 
-@dataclass
-class _Sums:
-    """Moments in the making; wide ones are added to in place."""
-
-    outputs: Tensor
-    inputs: Tensor
-    positions: int = 0
-
-    @classmethod
-    def nothing(cls, block: TwoSided, device: torch.device) -> "_Sums":
-        sides = block.sides
-        outputs, inputs = (
-            torch.zeros(sides.groups, width, width, dtype=torch.float64, device=device)
-            for width in (sides.out, sides.inner)
-        )
-        return cls(outputs, inputs)
-
-    def moments(self) -> SideMoments:
-        return SideMoments(self.outputs, self.inputs, self.positions)
+def _zeros(block: TwoSided, device: torch.device) -> SideMoments:
+    outputs, inputs = (
+        torch.zeros(block.sides.groups, width, width, dtype=torch.float64, device=device)
+        for width in (block.sides.out, block.sides.inner)
+    )
+    return SideMoments(outputs, inputs, torch.zeros((), dtype=torch.int64, device=device))
 
 
 @torch.no_grad()
 def _add(
-    sums: Mapping[int, _Sums], blocks: Mapping[int, TwoSided], run: Capture, vectors: Tensor
+    sums: Mapping[int, SideMoments],
+    blocks: Mapping[int, TwoSided],
+    run: Capture,
+    vectors: Tensor,
 ) -> None:
-    """Adds the moments of the rows of one forward pass."""
+    """Adds the moments of the rows of one forward pass in place; those of wide layers are large."""
     captured = {
         place: blocks[number].capture(call)
         for place, (number, call) in enumerate(run.calls)
@@ -257,7 +245,7 @@ def _add(
         sums[number].outputs.add_(_second_moment(outputs))
         if first:
             sums[number].inputs.add_(_second_moment(inputs))
-            sums[number].positions += len(inputs) * inputs.shape[-1]
+            sums[number].positions.add_(len(inputs) * inputs.shape[-1])
 
     for number, vector in enumerate(vectors.unbind(1)):
         run.pull(vector, partial(add, first=number == 0))

@@ -160,7 +160,7 @@ def test_principal_features_are_those_of_the_cpu(task, tmp_path):
     here, there = (
         layer_moments(
             task.new_model(0).to(device),
-            model.state,
+            [model.state],
             inputs.to(device),
             task.loss,
             np.random.default_rng(0),

@@ -62,7 +62,7 @@ def case(name):
 
 
 def moments(module, inputs, loss=CrossEntropy()):
-    return layer_moments(module, module.state_dict(), inputs, loss, random())
+    return layer_moments(module, [module.state_dict()], inputs, loss, random())
 
 
 def of_values(outputs, inputs, positions=1):
@@ -70,7 +70,7 @@ def of_values(outputs, inputs, positions=1):
     sides = (
         torch.diag_embed(torch.tensor(side, dtype=torch.float64)) for side in (outputs, inputs)
     )
-    return SideMoments(*sides, positions)
+    return SideMoments(*sides, torch.tensor(positions))
 
 
 @pytest.mark.parametrize("at_once", [2, 32])
@@ -286,10 +286,14 @@ def test_directions_are_the_same_every_time_and_those_of_all_checkpoints_togethe
         assert torch.equal(layer.kept, again[name].kept)
     other = Model(task, task.new_model(3).state_dict())
     inputs, _ = task.rows("train", np.arange(37))
-    sums = layer_moments(task.new_model(0), model.state, inputs, task.loss, random())
-    more = layer_moments(task.new_model(0), other.state, inputs, task.loss, random())
+    states = [model.state, other.state]
+    both = layer_moments(task.new_model(0), states, inputs, task.loss, random())
+    apart = [layer_moments(task.new_model(0), [s], inputs, task.loss, random()) for s in states]
+    for name, moments in both.items():
+        sums = [sum(getattr(each[name], side) for each in apart) for side in vars(moments)]
+        for found, expected in zip(vars(moments).values(), sums, strict=True):
+            torch.testing.assert_close(found, expected)
     found = principal_directions(task, [model, other], Projection(principal=5))
-    both = {name: each + more[name] for name, each in sums.items()}
     for name, layer in kept_directions(both, few(5)).items():
         assert torch.equal(layer.outputs, found[name].outputs)
 
@@ -297,7 +301,7 @@ def test_directions_are_the_same_every_time_and_those_of_all_checkpoints_togethe
 def test_many_rows_are_sampled_evenly(monkeypatch, task, model):
     monkeypatch.setattr(principal, "ROWS", 5)
     inputs, _ = task.rows("train", np.array([0, 7, 14, 22, 29]))
-    moments = layer_moments(task.new_model(0), model.state, inputs, task.loss, random())
+    moments = layer_moments(task.new_model(0), [model.state], inputs, task.loss, random())
     found = principal_directions(task, [model], Projection(principal=5))
     for name, layer in kept_directions(moments, few(5)).items():
         assert torch.equal(layer.inputs, found[name].inputs)
