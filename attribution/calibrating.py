@@ -6,7 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from attribution.calibration_bank import calibration_bank, cases_of, common_share
+from attribution.calibration_bank import (
+    FORGET_SETS,
+    calibration_bank,
+    cases_of,
+    common_share,
+)
 from attribution.combined import Weights, weigh, weighed_sum
 from attribution.counterfactual import Change
 from attribution.datamodels import FEWEST_MODELS, fit_datamodels
@@ -16,11 +21,13 @@ from attribution.folders import store_places
 from attribution.linear_datamodel import LinearDatamodel
 from attribution.newton import GroupNewton, calibrate, predicted_changes
 from attribution.residual import models_like_requests, residual_models
-from attribution.run import CALIBRATION, Run
+from attribution.run import CALIBRATION, Run, RunSettings
 from attribution.run_calibration import RunCalibration
 from stores import Place, Store, name_blocks, taken_out
 
 RESIDUAL_MODELS = 150  # at most: group Newton predicts the outputs of each
+# Models retrained without each set of the bank: this share of the run's models, within limits.
+BANK_SHARE, FEWEST_EACH, MOST_EACH = 0.08, 4, 16
 
 
 def calibrate_run(
@@ -31,6 +38,10 @@ def calibrate_run(
     scheduler: str | None = None,
 ) -> RunCalibration:
     """Trains a run's calibration bank and holds all its predictors against it.
+
+    The bank has 4 to 16 models of each of its 20 forget sets, together 8 % of the models that the
+    run has anyway: the more there are, the better an error is told from chance. A bank that is
+    there stays as it is.
 
     Args:
         run: with full models, features and perhaps datamodels.
@@ -46,12 +57,12 @@ def calibrate_run(
     """
     at: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
     seed, to = run.settings.seed + 4, run.path / "calibration"
-    bank = calibration_bank(run.task, to / "bank", seed=seed, device=device, **at)
+    each = _models_each(run.settings, to / "bank")
+    bank = calibration_bank(run.task, to / "bank", models_each=each, seed=seed, device=device, **at)
     plain = GroupNewton(run.task, run.features, damping=1.0)
     folder = to / f"newton-{run.features.trainings}"
     newton = calibrate(plain, bank, folder, full=run.full, **at)
-    before = run.full.outputs.mean(0)
-    cases = cases_of(bank, before)
+    cases = cases_of(bank, run.full.outputs)
     chosen = replace(
         plain, damping=newton.damping, temperature=newton.temperature, steps=newton.steps
     )
@@ -93,6 +104,13 @@ def calibrate_run(
     found = RunCalibration(newton, weights, errors, residual, sums)
     found.save(run.path / CALIBRATION)
     return found
+
+
+def _models_each(settings: RunSettings, bank: Place) -> int:
+    if bank.taken():
+        return Store.open(bank).spec.array("outputs").shape[0] // FORGET_SETS
+    share = BANK_SHARE * (settings.full_models + settings.subset_models) / FORGET_SETS
+    return min(MOST_EACH, max(FEWEST_EACH, round(share)))
 
 
 def calibrated_before(run: Run) -> bool:

@@ -1,7 +1,7 @@
 """A few forget sets, and models retrained without each, to hold predictions against."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ Numbers = np.ndarray[Any, Any]
 KINDS = ("forget", "retain", "test")
 SHARES = (0.01, 0.1)  # of the training rows: the smallest and the largest forget set
 FEWEST = 10  # rows of a forget set, where there are rows enough
+FORGET_SETS = 20
 SMALLEST = 1e-30  # a squared change that is none
 
 
@@ -28,7 +29,7 @@ def calibration_bank(
     task: Task,
     to: Where,
     *,
-    forget_sets: int = 20,
+    forget_sets: int = FORGET_SETS,
     models_each: int = 4,
     seed: int = 0,
     device: str = "cpu",
@@ -97,8 +98,9 @@ class Case:
         forget: the forget set.
         before: mean outputs of models trained on all rows, [target, output].
         change: mean outputs of the retrained models less that mean, [target, output].
-        models: number of these models.
-        scatter: sample variance of their outputs, [target, output]; of one model it tells nothing.
+        noise: variance of the outputs of one such model around their mean, [target, output]; 0
+            where nothing tells it.
+        variance: of the change, as few models' means differ by chance, [target, output].
 
     Example:
         >>> from examples.digits import task
@@ -112,8 +114,8 @@ class Case:
     forget: ForgetSet
     before: Array = field(repr=False)
     change: Array = field(repr=False)
-    models: int = 1
-    scatter: Array | float = field(default=0.0, repr=False)
+    noise: Numbers | float = field(default=0.0, repr=False)
+    variance: Numbers | float = field(default=0.0, repr=False)
 
     @property
     def targets(self) -> Rows:
@@ -176,9 +178,19 @@ class Case:
 def cases_of(bank: Ensemble, before: Array) -> list[Case]:
     """The forget sets of a bank; models whose set was purged tell nothing and are left out.
 
+    With s_j^2 the sample variance of the outputs of the m_j models retrained without set j, and
+    s_0^2 that of m_0 models trained on all rows, the variance of one model's outputs is pooled,
+
+        s^2 = sum_j (m_j - 1) s_j^2 / sum_j (m_j - 1),    j = 0, 1, ...,
+
+    because a few models alone tell it badly, and it is nearly that of models trained on all rows.
+    What forgetting does to it is one factor f for each kind of row, sum_j <s_j^2> / sum_j <s^2>
+    over the sets, where <> is the mean over the rows of that kind. The noise is f s^2, the variance
+    of the change f s^2 / m_j + s^2 / m_0.
+
     Args:
         bank: models that each never saw a forget set of their own.
-        before: mean outputs of models trained on all rows, [target, output].
+        before: outputs of models trained on all rows, [model, target, output].
 
     Returns:
         One case a set.
@@ -192,14 +204,40 @@ def cases_of(bank: Ensemble, before: Array) -> list[Case]:
     for number, mask in enumerate(bank.masks):
         if not mask.all():
             models.setdefault(mask.tobytes(), []).append(number)
-    return [_case(bank, before, numbers) for numbers in models.values()]
+    groups = [bank.outputs[numbers] for numbers in models.values()]
+    masks = [bank.masks[numbers[0]] for numbers in models.values()]
+    mean, pooled = before.mean(0), _pooled_variance([before, *groups])
+    cases = [
+        Case(bank.task, ForgetSet.at(bank.task, np.flatnonzero(~mask)), mean, each.mean(0) - mean)
+        for mask, each in zip(masks, groups, strict=True)
+    ]
+    factors = _noise_factors(cases, groups, pooled)
+    found = []
+    for case, each in zip(cases, groups, strict=True):
+        noise = factors[case.kind_numbers, None] * pooled
+        variance = noise / len(each) + pooled / len(before)
+        found.append(replace(case, noise=noise, variance=variance))
+    return found
 
 
-def _case(bank: Ensemble, before: Array, models: list[int]) -> Case:
-    forget = ForgetSet.at(bank.task, np.flatnonzero(~bank.masks[models[0]]))
-    outputs, count = bank.outputs[models], len(models)
-    scatter = outputs.var(0, ddof=1) if count > 1 else 0.0
-    return Case(bank.task, forget, before, outputs.mean(0) - before, count, scatter)
+def _pooled_variance(groups: Sequence[Array]) -> Array:
+    """Variance of one model's outputs around the mean of its group, [target, output]."""
+    told = [(len(each) - 1, each.var(0, ddof=1)) for each in groups if len(each) > 1]
+    if not told:
+        return np.zeros_like(groups[0][0])
+    return np.asarray(sum(n * variance for n, variance in told) / sum(n for n, _ in told))
+
+
+def _noise_factors(cases: Sequence[Case], groups: Sequence[Array], pooled: Array) -> Array:
+    """Variance of models retrained without a set over the pooled one, [kind]."""
+    measured, expected = np.zeros((2, len(KINDS)))
+    for case, each in zip(cases, groups, strict=True):
+        for kind, rows in enumerate(case.kinds):
+            if len(each) > 1 and rows.any():
+                measured[kind] += each[:, rows].var(0, ddof=1).mean()
+                expected[kind] += pooled[rows].mean()
+    factors = np.divide(measured, expected, out=np.ones(len(KINDS)), where=expected > 0)
+    return factors.astype(pooled.dtype)
 
 
 def row_kinds(forget: ForgetSet, targets: Rows) -> Rows:

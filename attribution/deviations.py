@@ -41,17 +41,21 @@ def nonnegative_squares(gram: Numbers, right: Numbers) -> Any:
 
 
 def variance_factors(
-    left: Numbers, *variances: Numbers, weight: Numbers | None = None
+    left: Numbers,
+    *variances: Numbers,
+    known: Numbers | float = 0.0,
+    weight: Numbers | None = None,
 ) -> tuple[float, ...]:
     """Factors a >= 0 of standard deviations whose variances add up to what is left.
 
-    left = sum_k a_k^2 variance_k, least squares, weighted by the expected size, because a squared
-    deviation is off in proportion to itself; the size expected is what the last fit says.
+    left = known + sum_k a_k^2 variance_k, least squares, weighted by the expected size, because a
+    squared deviation is off in proportion to itself; the size expected is what the last fit says.
 
     Args:
         left: squared deviations, [value]; where all variances are 0 they tell nothing.
         variances: one or more, each [value]; not finite where one is unknown, which leaves the
             value out.
+        known: variance that needs no factor, [value] or one for all.
         weight: of each value's squared error, [value]; None: all alike.
 
     Returns:
@@ -64,19 +68,20 @@ def variance_factors(
         (2.0, 3.0)
     """
     columns = np.stack(variances, 1)
-    known = np.isfinite(columns).all(1)
-    if not known.any():
+    finite = np.isfinite(columns).all(1)
+    if not finite.any():
         return (float("nan"),) * len(variances)
-    total = columns.sum(1)
-    known &= total > 0
-    columns, left, expected = columns[known], left[known], total[known]
-    shares = 1.0 if weight is None else np.sqrt(weight[known])
+    told = finite & (columns.sum(1) > 0)
+    columns, left, known = columns[told], left[told], np.broadcast_to(known, left.shape)[told]
+    least = LEAST * columns.sum(1)
+    expected = columns.sum(1) + known
+    shares = 1.0 if weight is None else np.sqrt(weight[told])
     found = np.zeros(len(variances))
     for _ in range(ROUNDS):
         scale = shares / expected
         scaled = columns * scale[:, None]
-        found = nonnegative_squares(scaled.T @ scaled, scaled.T @ (left * scale))
-        expected = np.maximum(columns @ found, LEAST * total[known])
+        found = nonnegative_squares(scaled.T @ scaled, scaled.T @ ((left - known) * scale))
+        expected = np.maximum(columns @ found, least) + known
     return tuple(float(root) for root in np.sqrt(found))
 
 
@@ -87,13 +92,14 @@ def deviation_factors(
 ) -> tuple[float, ...]:
     """Factors of the deviations of a prediction and of the spread of one retraining.
 
-    For a forget set with m retrained models, mean t and sample variance s^2 of them,
+    For the change t of a forget set, which a few retrained models tell,
 
-        (t - predicted)^2 = sum_k a_k^2 variance_k + b^2 noise^2 / m,    s^2 = b^2 noise^2,
+        (t - predicted)^2 = sum_k a_k^2 variance_k + variance of t,
 
-    least squares weighted by the expected size, see `variance_factors`, and the second ones by
-    m - 1. Every forget set weighs the same: a coherent one has fewer rows, and says alone what
-    coherence does.
+    least squares weighted by the expected size, see `variance_factors`, and b^2 is the mean
+    variance of one retraining over the mean of noise^2: a ratio of means, because a noise^2 that
+    comes from a few checkpoints is too small as often as too large. Every forget set weighs the
+    same: a coherent one has fewer rows, and says alone what coherence does.
 
     Args:
         predicted: each forget set, the rows looked at, and their predicted change, [row, output].
@@ -101,29 +107,36 @@ def deviation_factors(
         noise: standard deviation of one retraining, list of [row, output].
 
     Returns:
-        a_1 to a_k, and b.
+        a_1 to a_k, and b; b is 1 where nothing tells the variance of one retraining.
 
     Example:
         >>> from attribution import ForgetSet
         >>> from examples.digits import task
         >>> one, forget = np.ones((1797, 10)), ForgetSet.of(task, ["train-17"])
-        >>> case = Case(task, forget, 0 * one, 3 * one, models=4, scatter=4 * one)
+        >>> case = Case(task, forget, 0 * one, 3 * one, noise=4 * one, variance=one)
         >>> rows = np.ones(1797, dtype=bool)
         >>> a, b = deviation_factors([(case, rows, 0 * one)], [2 * one], noise=[one])
         >>> round(a, 3), round(b, 3)
         (2.0, 2.0)
     """
-    counts = [np.full(mean.shape, case.models) for case, _, mean in predicted]
     alike = joined([np.full(mean.shape, 1 / mean.size) for *_, mean in predicted])
     error = joined([np.square(case.change[rows] - mean) for case, rows, mean in predicted])
-    scatter = joined(
-        [np.broadcast_to(case.scatter, case.change.shape)[rows] for case, rows, _ in predicted]
-    )
-    models, power = joined(counts), np.square(joined(noise))
-    columns = [np.append(joined(each), np.zeros(len(error))) for each in variances]
-    columns.append(np.append(power / models, power))
-    weight = np.append(alike, alike * (models - 1))
-    return variance_factors(np.append(error, scatter), *columns, weight=weight)
+    chance = joined([_values(case.variance, case, rows) for case, rows, _ in predicted])
+    columns = [joined(each) for each in variances]
+    factors = variance_factors(error, *columns, known=chance, weight=alike)
+    measured = joined([_values(case.noise, case, rows) for case, rows, _ in predicted])
+    return *factors, _noise_factor(measured, np.square(joined(noise)), alike)
+
+
+def _values(of: Numbers | float, case: Case, rows: Mask) -> Numbers:
+    return np.broadcast_to(of, case.change.shape)[rows]
+
+
+def _noise_factor(measured: Numbers, told: Numbers, weight: Numbers) -> float:
+    known = (measured > 0) & (told > 0)
+    if not known.any():
+        return 1.0
+    return float(np.sqrt((weight[known] @ measured[known]) / (weight[known] @ told[known])))
 
 
 def mean_squares(cases: Sequence[Case], kind: int, *means: Sequence[Numbers]) -> tuple[Any, Any]:

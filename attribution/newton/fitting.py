@@ -56,12 +56,13 @@ def calibrate(
     beyond it is tried too, at most five times. Then scale s and the variances are least squares,
 
         change = s x predicted,
-        (change - s x predicted)^2 = x spread^2 + z common noise^2 + y noise^2 / m,
+        (change - s x predicted)^2 = x spread^2 + z common noise^2 + variance of the change,
 
-    where m is the number of models that the change is the mean of, whose own scatter is y noise^2,
-    and common is the share of their change that the forget rows have in common, because rows that
-    go together change what the linear model takes as fixed. For the scale a forget set weighs one
-    over the squared change of its rows of that kind, for the variances all weigh the same.
+    where common is the share of their change that the forget rows have in common, because rows that
+    go together change what the linear model takes as fixed. The variance of the change, and that of
+    one retraining, are known: `cases_of` pools them over the bank and the models trained on all
+    rows. For the scale a forget set weighs one over the squared change of its rows of that kind,
+    for the variances all weigh the same.
 
     Along the segments of trainings only the factors are fitted: the recipe tells lambda, the
     probabilities are those of the path, so that T = 1, and steps are those of `newton`, or 3.
@@ -71,7 +72,7 @@ def calibrate(
             is not used.
         bank: models that each never saw a forget set of their own.
         to: folder for the predictions that are compared; an interrupted call resumes there.
-        full: models trained on all rows, whose mean the changes are taken from; None: the
+        full: models trained on all rows, from whose mean the changes are taken; None: the
             checkpoints of the features, which mean weights cannot stand in for.
         temperatures: candidates for T; None: 1, 1.4 and 2. Along segments there are none.
         dampings: candidates for lambda, in units of T^2 x (number of rows) x weight decay, or,
@@ -94,7 +95,7 @@ def calibrate(
     if newton.features.times:
         _check_along(full, temperatures, dampings)
     where: dict[str, Any] = {"workers": None if scheduler else workers, "scheduler": scheduler}
-    cases = cases_of(bank, mean_before(newton.features, full))
+    cases = cases_of(bank, outputs_before(newton.features, full))
     if newton.features.times:
         chosen = _told_by_the_recipe(newton)
         compute_curvatures(chosen.features, [1.0], **where)
@@ -131,20 +132,19 @@ def _told_by_the_recipe(newton: GroupNewton) -> GroupNewton:
     return replace(newton, calibration=None, damping=damping, temperature=1.0, steps=steps)
 
 
-def mean_before(features: Features, full: Ensemble | None) -> Array:
-    """Mean outputs of models trained on all rows, [target, output].
+def outputs_before(features: Features, full: Ensemble | None) -> Array:
+    """Outputs of models trained on all rows, [model, target, output].
 
     Args:
         features: their checkpoints stand in where there are no more models.
         full: models trained on all rows.
 
     Returns:
-        The mean.
+        The outputs.
     """
     if full is not None:
-        return np.asarray(full.outputs.mean(0))
-    outputs = [features.outputs(checkpoint) for checkpoint in range(len(features))]
-    return np.asarray(np.mean(outputs, axis=0))
+        return full.outputs
+    return np.stack([features.outputs(checkpoint) for checkpoint in range(len(features))])
 
 
 def predicted_changes(

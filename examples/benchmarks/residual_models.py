@@ -50,7 +50,7 @@ class Bench:
     def cases(self) -> list[Case]:
         """The forget sets of the run's calibration bank."""
         bank = Ensemble.open(self.run.path / "calibration" / "bank", self.run.task)
-        return cases_of(bank, np.asarray(self.run.full.outputs.mean(0)))
+        return cases_of(bank, self.run.full.outputs)
 
     @cached_property
     def told(self) -> list[Change]:

@@ -179,12 +179,12 @@ def test_cases_are_the_forget_sets_of_a_bank(task, tmp_path):
         mask[rows] = False
     outputs = np.random.default_rng(0).normal(size=(3, ALL, 2)).astype(np.float32)
     bank = write_ensemble(tmp_path / "bank", task, masks, outputs)
-    before = outputs[0] / 2
+    before = np.stack([outputs[0] / 2, outputs[1]])
     cases = cases_of(bank, before)
     assert [case.forget.positions for case in cases] == [(1, 5), (36,), (2, 3, 4)]
     for case, after in zip(cases, outputs, strict=True):
-        np.testing.assert_array_equal(case.change, after - before)
-        assert case.before is before
+        np.testing.assert_array_equal(case.before, before.mean(0))
+        np.testing.assert_array_equal(case.change, after - before.mean(0))
 
 
 def test_models_without_the_same_set_make_one_case(task, tmp_path):
@@ -193,13 +193,68 @@ def test_models_without_the_same_set_make_one_case(task, tmp_path):
         mask[row] = False
     random = np.random.default_rng(0)
     outputs = random.normal(size=(5, ALL, 2)).astype(np.float32)
-    cases = cases_of(write_ensemble(tmp_path / "bank", task, masks, outputs), outputs[0])
+    cases = cases_of(write_ensemble(tmp_path / "bank", task, masks, outputs), outputs[:1])
     assert [case.forget.positions for case in cases] == [(1,), (4,)]
     for case, models in zip(cases, (slice(0, 3), slice(3, 5)), strict=True):
         change = outputs[models] - outputs[0]
         np.testing.assert_allclose(case.change, change.mean(0), atol=1e-6)
-        np.testing.assert_allclose(case.scatter, change.var(0, ddof=1), rtol=1e-5)
-        assert case.models == len(change)
+
+
+def bank_of_sets(task, folder, rows, counts, scatter):
+    """A bank of changes by chance alone; scatter(kinds) is the deviation of each output."""
+    random, masks, outputs = np.random.default_rng(0), [], []
+    for some, count in zip(rows, counts, strict=True):
+        kinds = row_kinds(ForgetSet.at(task, some), np.arange(ALL))
+        mask = np.ones(37, dtype=bool)
+        mask[some] = False
+        masks += [mask] * count
+        outputs += list(scatter(kinds) * random.normal(size=(count, ALL, 2)))
+    return write_ensemble(folder, task, np.array(masks), np.array(outputs, dtype=np.float32))
+
+
+class TestNoise:
+    ROWS, COUNTS = ([1, 5], [36], [2, 3, 4]), (4, 1, 3)
+
+    @pytest.mark.parametrize("full", [1, 5])
+    def test_it_is_pooled_over_sets_and_scaled_by_kind_of_row(self, task, tmp_path, full):
+        bank = bank_of_sets(task, tmp_path / "bank", self.ROWS, self.COUNTS, lambda kinds: 1)
+        before = np.random.default_rng(1).normal(size=(full, ALL, 2)).astype(np.float32)
+        groups = [before, bank.outputs[:4], bank.outputs[4:5], bank.outputs[5:]]
+        pooled = np.zeros((ALL, 2))
+        for place in np.ndindex(ALL, 2):
+            squares = sum(((g[:, *place] - g[:, *place].mean()) ** 2).sum() for g in groups)
+            pooled[place] = squares / sum(len(g) - 1 for g in groups)
+        kinds = [row_kinds(ForgetSet.at(task, rows), np.arange(ALL)) for rows in self.ROWS]
+        factors = []
+        for kind in range(len(KINDS)):
+            known = [(kinds[n] == kind, groups[n + 1]) for n in (0, 2)]
+            own = [group[:, rows].var(0, ddof=1).mean() for rows, group in known]
+            factors.append(sum(own) / sum(pooled[rows].mean() for rows, _ in known))
+        for number, case in enumerate(cases_of(bank, before)):
+            expected = np.array(factors)[kinds[number]][:, None] * pooled
+            np.testing.assert_allclose(case.noise, expected, rtol=1e-4)
+            variance = expected / self.COUNTS[number] + pooled / full
+            np.testing.assert_allclose(case.variance, variance, rtol=1e-4)
+
+    def test_it_is_found_again(self, tmp_path):
+        task, random = blobs(), np.random.default_rng(0)
+        each, kinds_of = random.uniform(0.5, 2, size=(ALL, 2)), np.array([1.5, 1.0, 0.8])
+        rows = [random.permutation(37)[:6] for _ in range(60)]
+        bank = bank_of_sets(
+            task, tmp_path / "bank", rows, [4] * 60, lambda kinds: each * kinds_of[kinds][:, None]
+        )
+        before = each * random.normal(size=(50, ALL, 2))
+        for case in cases_of(bank, before.astype(np.float32)):
+            for kind, wanted in enumerate(kinds_of):
+                found = np.sqrt(np.mean(case.noise[case.kinds[kind]] / each[case.kinds[kind]] ** 2))
+                assert found == pytest.approx(wanted, rel=0.1)
+            assert case.variance.mean() == pytest.approx((case.noise / 4).mean(), rel=0.15)
+
+    def test_where_nothing_tells_it_there_is_none(self, task, tmp_path):
+        bank = bank_of_sets(task, tmp_path / "bank", self.ROWS, (1, 1, 1), lambda kinds: 1)
+        for case in cases_of(bank, np.zeros((1, ALL, 2), np.float32)):
+            assert not np.any(case.noise)
+            assert not np.any(case.variance)
 
 
 def test_a_bank_with_a_model_of_all_rows_is_refused(task, tmp_path):
@@ -207,7 +262,7 @@ def test_a_bank_with_a_model_of_all_rows_is_refused(task, tmp_path):
     masks[0, 3] = False
     bank = write_ensemble(tmp_path / "bank", task, masks, np.zeros((2, ALL, 2), np.float32))
     with pytest.raises(ValueError, match="bank holds a model trained on all rows: it is no bank"):
-        cases_of(bank, np.zeros((ALL, 2)))
+        cases_of(bank, np.zeros((1, ALL, 2)))
 
 
 def test_parts_are_joined_in_order():

@@ -81,14 +81,31 @@ def test_factors_of_deviations_are_found_again(models):
         spread, noise = random.uniform(0.5, 2, size=(2, *shape))
         missed = 1.5 * spread * random.normal(size=shape)
         drawn = missed + 0.8 * noise * random.normal(size=(models, *shape))
-        scatter = drawn.var(0, ddof=1) if models > 1 else 0.0
-        case = Case(task, forget, np.zeros(shape), drawn.mean(0), models, scatter)
+        variance = (0.8 * noise) ** 2
+        case = Case(task, forget, np.zeros(shape), drawn.mean(0), variance, variance / models)
         rows = case.kinds[1]
         predicted.append((case, rows, np.zeros(shape)[rows]))
         spreads.append(np.square(spread)[rows])
         noises.append(noise[rows])
     found = deviation_factors(predicted, spreads, noise=noises)
     assert found == pytest.approx((1.5, 0.8), rel=0.03)
+
+
+def test_noise_that_few_checkpoints_tell_gets_an_unbiased_factor():
+    task, random = blobs(rows=300), np.random.default_rng(0)
+    shape = (len(task.target_ids), 2)
+    predicted, spreads, noises = [], [], []
+    for number in range(20):
+        true = random.uniform(0.5, 2, size=shape)
+        told = true * np.sqrt(random.chisquare(7, size=shape) / 7)
+        missed, chance = 0.5 * random.normal(size=shape), true / 2 * random.normal(size=shape)
+        forget = ForgetSet.at(task, range(number, number + 4))
+        case = Case(task, forget, np.zeros(shape), missed + chance, true**2, true**2 / 4)
+        rows = case.kinds[1]
+        predicted.append((case, rows, np.zeros(shape)[rows]))
+        spreads.append(np.ones(shape)[rows])
+        noises.append(told[rows])
+    assert deviation_factors(predicted, spreads, noise=noises) == pytest.approx((0.5, 1), rel=0.05)
 
 
 class TestVarianceFactors:
@@ -127,6 +144,23 @@ class TestVarianceFactors:
         every = (*variances, third)
         left = sum(a**2 * v for a, v in zip(factors, every, strict=True))
         assert variance_factors(left, *every) == pytest.approx(factors, abs=1e-6)
+
+    def test_a_known_variance_needs_no_factor(self, variances):
+        first, second = variances
+        left = 3 * second + 4 * first
+        assert variance_factors(left, first, known=3 * second) == pytest.approx((2,))
+        assert variance_factors(left + 5, first, known=3 * second + 5) == pytest.approx((2,))
+        assert variance_factors(4 * first + 5, first, known=5.0) == pytest.approx((2,))
+        assert variance_factors(second / 2, first, known=second) == (0,)
+
+    def test_a_known_variance_counts_in_what_is_expected(self, variances):
+        drawn, known = np.random.default_rng(1).normal(size=(200, 3000)), 30 * variances[1]
+        left = (4 * variances[0] + known) * drawn**2
+        both, apart = (
+            np.std([variance_factors(one, variances[0], known=k)[0] ** 2 for one in rows])
+            for rows, k in ((left, known), (left - known, 0.0))
+        )
+        assert both < 0.8 * apart
 
     def test_values_weigh_what_they_are_given(self, variances):
         left = np.concatenate([4 * variances[0], 9 * variances[0]])

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from scipy.optimize import nnls
 
-from attribution import ForgetSet, precompute
+from attribution import ForgetSet, calibrating, precompute
 from attribution.calibration_bank import KINDS, cases_of, row_kinds
 from attribution.combined import weighed_sum
 from attribution.linear_datamodel import LinearDatamodel
-from attribution.run import Run, read_settings
+from attribution.run import Run, RunSettings, read_settings
 from attribution.run_calibration import RunCalibration
 from attribution.subsets import DESIGNS
-from stores import Store
+from stores import Store, place
 from tests.small_runs import (
     MODELS,
     NORMALISED,
@@ -140,7 +140,7 @@ class TestNewton:
         assert told == RunCalibration.load(run.path / "calibration.json")
         assert set(told.weights) == set(told.newton.scale) == set(KINDS)
         bank = type(run.full).open(run.path / "calibration" / "bank", run.task)
-        cases = cases_of(bank, run.full.outputs.mean(0))
+        cases = cases_of(bank, run.full.outputs)
         newton, linear, scored, lacking = (
             [predictor.change(case.forget).mean for case in cases]
             for predictor in (
@@ -193,7 +193,7 @@ class TestNewton:
         for name in ("mean", "std", "noise"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
         bank = type(run.full).open(run.path / "calibration" / "bank", run.task)
-        cases, both = cases_of(bank, run.full.outputs.mean(0)), (run.datamodel, run.trak)
+        cases, both = cases_of(bank, run.full.outputs), (run.datamodel, run.trak)
         means = [[one.change(case.forget).mean for case in cases] for one in both]
         weighed = weighed_by(range(len(cases)), cases, means)
         for case, mean in zip(cases, weighed, strict=True):
@@ -205,6 +205,21 @@ class TestNewton:
         (copy / "calibration.json").unlink()
         precompute(f"{tmp_path}/small.py:task", copy, **MODELS)
         assert contents(copy) == before
+
+    def test_a_bank_that_is_there_keeps_its_size(self, run, tmp_path, monkeypatch):
+        monkeypatch.setattr(calibrating, "FEWEST_EACH", 9)
+        copy = copied(run.path, tmp_path)
+        before = contents(copy)
+        (copy / "calibration.json").unlink()
+        precompute(f"{tmp_path}/small.py:task", copy, **MODELS)
+        assert contents(copy) == before
+
+    @pytest.mark.parametrize(
+        ("full", "subsets", "each"), [(10, 40, 4), (100, 2000, 8), (100, 4000, 16), (100, 9000, 16)]
+    )
+    def test_the_bank_grows_with_the_run(self, tmp_path, full, subsets, each):
+        settings = RunSettings("small.py:task", full, subsets, "mixed", 0, 8)
+        assert calibrating._models_each(settings, place(tmp_path / "bank")) == each
 
     def test_an_interrupted_call_ends_with_the_same_bits(self, tmp_path, monkeypatch):
         spec = write_task(tmp_path)

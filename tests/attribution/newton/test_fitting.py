@@ -9,7 +9,7 @@ import pytest
 from attribution import Calibration, ForgetSet, GroupNewton, Model, calibrate, featurize
 from attribution.calibration_bank import KINDS, cases_of, common_share, row_kinds
 from attribution.newton import choosing, fitting, predicted_changes
-from attribution.newton.fitting import mean_before
+from attribution.newton.fitting import outputs_before
 from stores import Store
 from tests.attribution.newton.cases import EXACT, newton_of
 from tests.tasks import binary, blobs, write_ensemble
@@ -35,16 +35,25 @@ def drawn_masks(sets=SETS):
     return masks
 
 
-def made_bank(newton, path, makes, sets=SETS):
+def made_bank(newton, path, makes, *, sets=SETS, each=1, scatter=None):
     """A bank whose models' outputs are made from what group Newton predicts of their sets."""
     task, masks = newton.task, drawn_masks(sets)
-    before, outputs = mean_before(newton.features, None), []
+    before, outputs = outputs_before(newton.features, None).mean(0), []
     for number, mask in enumerate(masks):
         forget = ForgetSet.at(task, np.flatnonzero(~mask))
         kinds = row_kinds(forget, np.arange(ALL))[:, None]
-        random = np.random.default_rng([number, 1])
-        outputs.append(before + makes(newton.change(forget), kinds, random))
+        random, change = np.random.default_rng([number, 1]), newton.change(forget)
+        made = before + makes(change, kinds, random)
+        chance = scatter(change, kinds) if scatter else np.zeros_like(made)
+        outputs += list(made + chance * random.normal(size=(each, *made.shape)))
+    masks = masks.repeat(each, axis=0)
     return write_ensemble(path, task, masks, np.array(outputs, dtype=np.float32), block=4)
+
+
+def all_alike(newton, path):
+    """Full models that no chance parts; their mean is that of the checkpoints."""
+    outputs = np.stack([outputs_before(newton.features, None).mean(0)] * 2)
+    return write_ensemble(path, newton.task, np.ones((2, ROWS), dtype=bool), outputs)
 
 
 @pytest.fixture(scope="module")
@@ -74,33 +83,47 @@ class TestFactors:
         for kind, scale in zip(KINDS, scales, strict=True):
             assert found.scale[kind] == pytest.approx(scale, rel=0.05)
 
-    @pytest.mark.parametrize("which", ["spread", "noise"])
-    def test_the_factor_of_each_variance_is_found(self, newton, tmp_path, which):
+    def test_the_factor_of_the_spread_is_found(self, newton, tmp_path):
         factors = np.array([1.5, 0.6, 0.9])
 
         def makes(change, kinds, random):
-            deviation = change.std if which == "spread" else change.noise
-            return change.mean + factors[kinds] * deviation * random.normal(size=deviation.shape)
+            return change.mean + factors[kinds] * change.std * random.normal(size=change.std.shape)
 
-        known = replace(newton, damping=UNIT)
+        known, full = replace(newton, damping=UNIT), all_alike(newton, tmp_path / "full")
         bank = made_bank(known, tmp_path / "b", makes, sets=24)
-        found = calibrate(newton, bank, tmp_path / "c", **ONE)
-        other = "noise" if which == "spread" else "spread"
+        found = calibrate(newton, bank, tmp_path / "c", full=full, **ONE)
         for kind, factor in zip(KINDS, factors, strict=True):
-            assert getattr(found, which)[kind] == pytest.approx(factor, rel=0.25)
-            assert getattr(found, other)[kind] < 0.5
+            assert found.spread[kind] == pytest.approx(factor, rel=0.25)
+            assert found.noise[kind] == 1.0
+
+    def test_the_factor_of_the_noise_is_found(self, newton, tmp_path):
+        factors, spread = np.array([1.5, 0.6, 0.9]), 0.7
+
+        def makes(change, kinds, random):
+            del kinds
+            return change.mean + spread * change.std * random.normal(size=change.std.shape)
+
+        def scatter(change, kinds):
+            return factors[kinds] * change.noise
+
+        known, full = replace(newton, damping=UNIT), all_alike(newton, tmp_path / "full")
+        bank = made_bank(known, tmp_path / "b", makes, sets=24, each=8, scatter=scatter)
+        found = calibrate(newton, bank, tmp_path / "c", full=full, **ONE)
+        for kind, factor in zip(KINDS, factors, strict=True):
+            assert found.noise[kind] == pytest.approx(factor, rel=0.1)
+        for kind in ("retain", "test"):
+            assert found.spread[kind] == pytest.approx(spread, rel=0.4)
 
     def test_what_the_forget_rows_have_in_common_is_found(self, newton, tmp_path):
         def makes(change, kinds, random):
             common = common_share(change.mean[kinds.ravel() == 0])
             return change.mean + common**0.5 * change.noise * random.normal(size=change.mean.shape)
 
-        known = replace(newton, damping=UNIT)
+        known, full = replace(newton, damping=UNIT), all_alike(newton, tmp_path / "full")
         bank = made_bank(known, tmp_path / "b", makes, sets=24)
-        found = calibrate(newton, bank, tmp_path / "c", **ONE)
+        found = calibrate(newton, bank, tmp_path / "c", full=full, **ONE)
         for kind in ("retain", "test"):
             assert found.shared[kind] == pytest.approx(1.0, rel=0.25)
-            assert found.noise[kind] < 0.3
 
     def test_a_change_that_goes_the_other_way_has_scale_zero(self, newton, tmp_path):
         known = replace(newton, damping=UNIT)
@@ -109,14 +132,20 @@ class TestFactors:
 
     def test_changes_are_taken_from_the_mean_of_the_full_models(self, newton, doubled, tmp_path):
         outputs = np.stack([newton.features.outputs(c) for c in range(3)])
-        np.testing.assert_allclose(mean_before(newton.features, None), outputs.mean(0), atol=1e-6)
+        np.testing.assert_array_equal(outputs_before(newton.features, None), outputs)
         shifted = np.random.default_rng(0).normal(size=(5, ALL, 2)).astype(np.float32)
         masks = np.ones((5, ROWS), dtype=bool)
         full = write_ensemble(tmp_path / "full", newton.task, masks, shifted)
-        np.testing.assert_array_equal(mean_before(newton.features, full), shifted.mean(0))
+        np.testing.assert_array_equal(outputs_before(newton.features, full), shifted)
         found = calibrate(newton, doubled, tmp_path / "c", full=full, **ONE)
-        # The shift is the larger part of what is then held against the predictions.
-        assert found.noise["retain"] > 0.5
+        powers, products = [], []
+        for mask, after in zip(doubled.masks, doubled.outputs, strict=True):
+            forget = ForgetSet.at(newton.task, np.flatnonzero(~mask))
+            predicted = replace(newton, damping=UNIT).change(forget).mean[ROWS:]
+            change = (after - shifted.mean(0))[ROWS:]
+            powers.append(np.square(predicted).sum() / np.square(change).sum())
+            products.append((predicted * change).sum() / np.square(change).sum())
+        assert found.scale["test"] == pytest.approx(max(0, sum(products) / sum(powers)), rel=1e-3)
 
 
 def twins_of(task, folder):
@@ -153,7 +182,9 @@ class TestChoice:
     def test_where_all_are_too_little_larger_ones_are_tried(self, newton, doubled, tmp_path):
         candidates = {"temperatures": (1.0,), "dampings": (1e-6, 2e-6)}
         with pytest.raises(ValueError, match="raise the damping"):
-            replace(newton, damping=2e-6 * UNIT).change(cases_of(doubled, 0)[0].forget)
+            replace(newton, damping=2e-6 * UNIT).change(
+                cases_of(doubled, np.zeros((1, ALL, 2)))[0].forget
+            )
         assert calibrate(newton, doubled, tmp_path / "c", **candidates).damping > 2e-6 * UNIT
 
     @pytest.mark.parametrize("steps", [1, 3])
@@ -262,7 +293,7 @@ class TestChoice:
 
 class TestChanges:
     def test_they_are_those_of_the_predictor_and_are_kept(self, newton, doubled, tmp_path):
-        cases = cases_of(doubled, mean_before(newton.features, None))
+        cases = cases_of(doubled, outputs_before(newton.features, None))
         first = predicted_changes(newton, cases, doubled, tmp_path / "c")
         for case, change in zip(cases, first, strict=True):
             expected = newton.change(case.forget)
@@ -272,7 +303,7 @@ class TestChanges:
 
     @pytest.mark.parametrize("change", ["damping", "steps", "calibration"])
     def test_those_of_another_predictor_are_refused(self, newton, doubled, tmp_path, change):
-        cases = cases_of(doubled, mean_before(newton.features, None))[:2]
+        cases = cases_of(doubled, outputs_before(newton.features, None))[:2]
         predicted_changes(newton, cases, doubled, tmp_path / "c")
         tables = [dict.fromkeys(KINDS, 9.0)] * 3
         settings = {"damping": 3.0, "steps": 7, "calibration": Calibration(1.0, 1.0, *tables, 20)}
