@@ -14,7 +14,7 @@ LEVELS = (80, 95)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Predicted and measured changes of one forget set, four arrays of one shape.
+    """Predicted and measured changes of one forget set, arrays of one shape.
 
     Args:
         predicted: predicted changes, any shape.
@@ -22,6 +22,7 @@ class Comparison:
         std: predicted uncertainty, one standard deviation.
         error: standard error of the measured differences; it widens the interval, because the
             measurement itself is noisy.
+        noise: standard deviation of the outputs of one retraining; None: not known.
 
     Raises:
         ValueError: the shapes differ, or there is nothing to compare.
@@ -31,12 +32,14 @@ class Comparison:
     measured: Array
     std: Array
     error: Array
+    noise: Array | None = None
 
     def __post_init__(self) -> None:
-        parts = (self.predicted, self.measured, self.std, self.error)
+        parts = [self.predicted, self.measured, self.std, self.error]
+        parts += [] if self.noise is None else [self.noise]
         shapes = {np.shape(values) for values in parts}
         if len(shapes) != 1:
-            raise ValueError(f"expected four arrays of one shape, got {sorted(shapes)}")
+            raise ValueError(f"expected arrays of one shape, got {sorted(shapes)}")
         if not np.size(self.predicted):
             raise ValueError("expected at least one change to compare, got none")
 
@@ -66,6 +69,9 @@ class Agreement:
             of a forget set are equally wide, by level; above `width`, the error bars know more
             than the size of the change. Over several forget sets the constant is a multiple of
             the set's mean |predicted change|, one multiple for all of them.
+        retrained_models: how many models would have to be retrained for their mean to be as near:
+            sum of noise^2 over the sum of (predicted - measured)^2 - error^2. Infinite where the
+            measurement's error explains all, None where the noise is not known.
 
     Source: interval score, Gneiting and Raftery 2007, equation 43.
     """
@@ -78,6 +84,7 @@ class Agreement:
     width: dict[str, float]
     interval_score: dict[str, float]
     constant_width: dict[str, float]
+    retrained_models: float | None
 
     @property
     def share_of_ceiling(self) -> float:
@@ -172,6 +179,7 @@ def pooled_agreement(sets: Sequence[Comparison]) -> Agreement:
         constant_width=_constant_width(off, _scales(sets), inside)
         if known
         else dict.fromkeys(inside, unknown),
+        retrained_models=_retrained_models(sets, float((p - t) @ (p - t) - error @ error)),
     )
 
 
@@ -220,6 +228,13 @@ def _constant_width(off: Array, scales: Array, inside: dict[str, int]) -> dict[s
     factors = np.sort(np.divide(off, scales, out=unreachable, where=scales > 0))
     chosen = {level: float(factors[count - 1]) if count else 0 for level, count in inside.items()}
     return {level: 2 * factor * float(scales.mean()) for level, factor in chosen.items()}
+
+
+def _retrained_models(sets: Sequence[Comparison], off: float) -> float | None:
+    noises = [np.ravel(one.noise) for one in sets if one.noise is not None]
+    if len(noises) < len(sets):
+        return None
+    return sum(float(noise @ noise) for noise in noises) / off if off > 0 else float("inf")
 
 
 def _correlation(p: Array, t: Array) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from attribution import Change, ForgetSet
-from attribution.agreement import Comparison, agreement, pooled_agreement, set_averages
+from attribution.agreement import Comparison, pooled_agreement, set_averages
 from attribution.outputs import target_margins
 from unlearning.audit import Array, Audit
 
@@ -60,12 +60,14 @@ class Judged:
                 margins.mean(0) - margins_before.mean(0),
                 self.margin_std,
                 _error(margins_before, margins),
+                margins.std(0, ddof=1),
             ),
             "logits": (
                 self.change.mean,
                 oracles.mean(0) - before.mean(0),
                 self.change.std,
                 _error(before, oracles),
+                oracles.std(0, ddof=1),
             ),
         }
         return {
@@ -93,10 +95,7 @@ def told_agreement(comparisons: Comparisons) -> Json:
         1.0
     """
     return {
-        kind: {
-            split: asdict(agreement(one.predicted, one.measured, one.std, one.error))
-            for split, one in splits.items()
-        }
+        kind: {split: asdict(pooled_agreement([one])) for split, one in splits.items()}
         for kind, splits in comparisons.items()
     }
 
@@ -214,5 +213,5 @@ def _pooled(sets: Sequence[Comparisons]) -> Json:
 
 
 def _pooled_split(sets: Sequence[Comparison]) -> Json:
-    each = [agreement(one.predicted, one.measured, one.std, one.error) for one in sets]
+    each = [pooled_agreement([one]) for one in sets]
     return asdict(pooled_agreement(sets)) | {"over_sets": asdict(set_averages(each))}

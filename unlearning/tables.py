@@ -90,7 +90,7 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
     predictions = _prediction_rows(evaluation)
     if predictions:
         header = ["predictions, forget rows", "predictor", "of", "R2", "ceiling", "slope"]
-        header += ["inside 80 %", "width", "constant width"]
+        header += ["inside 80 %", "width", "constant width", "as models"]
         parts.append(_lines(header, predictions))
     if evaluation.get("lds"):
         parts.append(_rankings(evaluation["lds"]))
@@ -160,7 +160,12 @@ def _prediction_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
 def _agreement(found: Mapping[str, Any]) -> list[str]:
     numbers = [_number(found[key]) for key in ("r2", "ceiling", "slope")]
     widths = [_number(found[key]["80"]) for key in ("width", "constant_width")]
-    return [*numbers, _percent(found["coverage"]["80"]), *widths]
+    worth = _models(found.get("retrained_models"))
+    return [*numbers, _percent(found["coverage"]["80"]), *widths, worth]
+
+
+def _models(number: float | None) -> str:
+    return _number(None) if number is None else f"{number:.3g}"
 
 
 def pooled_name(group: Mapping[str, Any]) -> str:

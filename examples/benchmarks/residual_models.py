@@ -27,7 +27,7 @@ from attribution import (
     parse_forget,
     train_models,
 )
-from attribution.agreement import agreement
+from attribution.agreement import pooled_agreement
 from attribution.calibration_bank import Case, cases_of
 from attribution.combined import weigh
 from attribution.residual import models_like_requests, residual_models
@@ -104,7 +104,7 @@ def tell(name: str, predictor: Counterfactual, groups: dict[str, list[Audit]]) -
         for audit in group:
             found = Judged(audit, predictor.change(audit.forget)).comparisons
             m, z = (
-                agreement(p.predicted, p.measured, p.std, p.error)
+                pooled_agreement([p])
                 for p in (found["margins"]["forget"], found["logits"]["forget"])
             )
             margins.append(m.r2)

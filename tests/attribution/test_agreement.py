@@ -71,6 +71,33 @@ def test_every_number_equals_its_formula(predicted, measured, std, error):
         assert found.interval_score[level] == pytest.approx(expected)
 
 
+class TestRetrainedModels:
+    def test_so_many_have_a_mean_that_is_as_near(self):
+        random, truth = np.random.default_rng(0), np.zeros((500, 40))
+        noise = random.uniform(0.5, 2, size=truth.shape)
+        mean = (noise * random.normal(size=(7, *truth.shape))).mean(0)
+        error = noise / 10
+        measured = truth + error * random.normal(size=truth.shape)
+        found = pooled_agreement([Comparison(mean, measured, error, error, noise)])
+        assert found.retrained_models == pytest.approx(7, rel=0.05)
+
+    def test_rows_of_several_sets_count_alike(self):
+        one, none = np.ones(2), np.zeros(2)
+        near, far = (Comparison(off * one, none, one, none, 3 * one) for off in (1.0, 2.0))
+        assert pooled_agreement([near]).retrained_models == 9
+        assert pooled_agreement([near, far]).retrained_models == pytest.approx(36 / 10)
+
+    def test_nothing_beyond_the_error_of_the_measurement_is_as_near_as_can_be(self):
+        one = np.ones(2)
+        told = Comparison(one, 1.5 * one, one, one, one)
+        assert pooled_agreement([told]).retrained_models == math.inf
+
+    def test_without_the_noise_of_every_set_it_is_not_known(self):
+        one, none = np.ones(2), np.zeros(2)
+        sets = [Comparison(one, none, one, none, one), Comparison(one, none, one, none)]
+        assert pooled_agreement(sets).retrained_models is None
+
+
 def test_the_interval_score_by_hand():
     zeros = np.zeros(2)
     found = agreement(zeros, np.array([0.0, -3.0]), np.ones(2), zeros)
@@ -256,7 +283,7 @@ def test_float32_is_summed_in_double_precision():
 
 def test_arrays_of_different_shapes_are_refused():
     with pytest.raises(
-        ValueError, match=r"^expected four arrays of one shape, got \[\(2,\), \(2, 1\)\]$"
+        ValueError, match=r"^expected arrays of one shape, got \[\(2,\), \(2, 1\)\]$"
     ):
         agreement(np.ones(2), np.ones((2, 1)), np.ones(2), np.ones(2))
 

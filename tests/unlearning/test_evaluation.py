@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attribution import ForgetSet, Oracle, fit_datamodels, train_models
-from attribution.agreement import agreement
+from attribution.agreement import Comparison, pooled_agreement
 from attribution.moments import compute_moments
 from attribution.outputs import target_margins
 from attribution.run import Run, RunSettings
@@ -131,7 +131,8 @@ def test_every_promised_key_is_there(told):
         for split in splits:
             found = block["predictions"]["datamodel"][kind][split]
             by_level = {"coverage", "width", "interval_score", "constant_width"}
-            assert set(found) == {"slope", "r2", "corr", "ceiling"} | by_level
+            numbers = {"slope", "r2", "corr", "ceiling", "retrained_models"}
+            assert set(found) == numbers | by_level
             assert all(set(found[name]) == {"80", "95"} for name in by_level)
 
 
@@ -193,8 +194,8 @@ def test_predictions_are_compared_with_measured_changes(told, run, forget, banks
     found = told["forget_sets"]["few"]["predictions"]["datamodel"]
     measured = audit.mean(0) - full.mean(0)
     for split, rows in places(forget).items():
-        parts = (values[rows] for values in (change.mean, measured, change.std, error))
-        expected = asdict(agreement(*parts))
+        arrays = (change.mean, measured, change.std, error, audit.std(0, ddof=1))
+        expected = asdict(pooled_agreement([Comparison(*(values[rows] for values in arrays))]))
         assert set(found["logits"][split]) == set(expected)
         for name, value in expected.items():
             assert found["logits"][split][name] == pytest.approx(value, rel=1e-5), name

@@ -165,6 +165,8 @@ def test_the_table_shows_every_predictor_of_every_set(run, forget):
     told = own["forget_sets"]["few"]["predictions"]["half"]["logits"]["forget"]
     numbers = [told["r2"], told["ceiling"], told["slope"]]
     numbers += [100 * told["coverage"]["80"]]
-    shown = [float(word) for word in lines[-1].split()[3:] if word != "%"]
+    shown = [float(word) for word in lines[-1].split()[3:-1] if word != "%"]
+    number = told["retrained_models"]
+    assert lines[-1].split()[-1] == ("-" if number is None else f"{number:.3g}")
     assert shown[:4] == pytest.approx(numbers, abs=0.051)
     assert shown[4:] == pytest.approx([told["width"]["80"], told["constant_width"]["80"]], abs=0.01)

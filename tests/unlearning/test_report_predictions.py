@@ -23,9 +23,9 @@ def test_predictors_stand_side_by_side(evaluation: dict[str, Any]) -> None:
     page = page_of(with_newton(evaluation))
     text = text_of(page)
     for name, r2, percent in (("rand10", "0.89", "89"), ("rand50", "0.85", "88")):
-        numbers = f"0.98 1.25 {percent} % 1.31"
+        numbers = f"0.98 1.25 {percent} % 23.5"
         assert f"{name} datamodel {r2} {numbers} {r2} {numbers} " in text
-        assert f"{name} newton 0.97 0.98 1.25 {percent} % 1.81 {r2} {numbers} " in text
+        assert f"{name} newton 0.97 {numbers} {r2} {numbers} " in text
     assert "2 sets, random newton 0.97 0.98" in text
     assert "Slanted: the rows of several forget sets of one kind together." in text
     assert {f"{name}, predicted by {predictor}" for name in ("rand10", "rand50")
@@ -65,6 +65,14 @@ def test_error_bars_are_compared_with_bars_of_one_width(evaluation: dict[str, An
     text = text_of_page(with_newton(evaluation))
     assert "Those of newton hold 88 % to 89 % on the forgotten rows; on 0 of 2 forget" in text
     assert "1.81 1.71 2.47 rand10 newton logits" in text
+
+
+def test_predictions_are_told_in_retrained_models(evaluation: dict[str, Any]) -> None:
+    row = "rand10 datamodel 0.89 0.98 1.25 89 %"
+    assert f"{row} 23.5 " in text_of_page(evaluation)
+    for block in evaluation["forget_sets"].values():
+        del block["predictions"]["datamodel"]["margins"]["forget"]["retrained_models"]
+    assert f"{row} – " in text_of_page(evaluation)
 
 
 def test_evaluations_without_widths_still_tell_coverage(evaluation: dict[str, Any]) -> None:
