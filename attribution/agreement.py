@@ -35,9 +35,8 @@ class Comparison:
     noise: Array | None = None
 
     def __post_init__(self) -> None:
-        parts = [self.predicted, self.measured, self.std, self.error]
-        parts += [] if self.noise is None else [self.noise]
-        shapes = {np.shape(values) for values in parts}
+        parts = (self.predicted, self.measured, self.std, self.error, self.noise)
+        shapes = {np.shape(values) for values in parts if values is not None}
         if len(shapes) != 1:
             raise ValueError(f"expected arrays of one shape, got {sorted(shapes)}")
         if not np.size(self.predicted):
@@ -71,7 +70,8 @@ class Agreement:
             the set's mean |predicted change|, one multiple for all of them.
         retrained_models: how many models would have to be retrained for their mean to be as near:
             sum of noise^2 over the sum of (predicted - measured)^2 - error^2. Infinite where the
-            measurement's error explains all, None where the noise is not known.
+            measurement's error explains all, None where the noise is not known; beyond half as
+            many models as the change was measured by it is hardly more than chance.
 
     Source: interval score, Gneiting and Raftery 2007, equation 43.
     """
@@ -109,32 +109,8 @@ class SetAverages:
     lowest_share_of_ceiling: float
 
 
-def agreement(predicted: Array, measured: Array, std: Array, error: Array) -> Agreement:
-    """Compares predicted changes with measured ones.
-
-    Args:
-        predicted: predicted changes, any shape.
-        measured: differences of mean outputs, same shape.
-        std: predicted uncertainty, one standard deviation, same shape.
-        error: standard error of the measured differences, same shape.
-
-    Returns:
-        The agreement.
-
-    Raises:
-        ValueError: the shapes differ, or there is nothing to compare.
-
-    Example:
-        >>> change = np.array([1.0, -2.0])
-        >>> found = agreement(change, 2 * change, np.ones(2), np.zeros(2))
-        >>> found.slope, found.r2, found.coverage["95"]
-        (2.0, 0.75, 0.5)
-    """
-    return pooled_agreement([Comparison(predicted, measured, std, error)])
-
-
 def pooled_agreement(sets: Sequence[Comparison]) -> Agreement:
-    """Compares predicted with measured changes of several forget sets, all rows together.
+    """Compares predicted with measured changes of forget sets, all their rows together.
 
     Args:
         sets: one comparison a forget set.
@@ -147,6 +123,9 @@ def pooled_agreement(sets: Sequence[Comparison]) -> Agreement:
 
     Example:
         >>> change, nothing = np.array([1.0, -2.0]), np.zeros(2)
+        >>> found = pooled_agreement([Comparison(change, 2 * change, np.ones(2), nothing)])
+        >>> found.slope, found.r2, found.coverage["95"]
+        (2.0, 0.75, 0.5)
         >>> few = Comparison(change, change + 0.1, np.ones(2), nothing)
         >>> many = Comparison(5 * change, 5 * change + 0.5, np.ones(2), nothing)
         >>> found = pooled_agreement([few, many])
@@ -197,7 +176,8 @@ def set_averages(found: Sequence[Agreement]) -> SetAverages:
 
     Example:
         >>> change, none = np.array([1.0, -2.0]), np.zeros(2)
-        >>> found = [agreement(change * s, change, none, none) for s in (1, 2)]
+        >>> sets = [Comparison(change * s, change, none, none) for s in (1, 2)]
+        >>> found = [pooled_agreement([one]) for one in sets]
         >>> set_averages(found)
         SetAverages(slope=0.75, r2=0.5, share_of_ceiling=0.5, lowest_share_of_ceiling=0.0)
     """
@@ -231,10 +211,10 @@ def _constant_width(off: Array, scales: Array, inside: dict[str, int]) -> dict[s
 
 
 def _retrained_models(sets: Sequence[Comparison], off: float) -> float | None:
-    noises = [np.ravel(one.noise) for one in sets if one.noise is not None]
+    noises = [np.square(one.noise, dtype=np.float64) for one in sets if one.noise is not None]
     if len(noises) < len(sets):
         return None
-    return sum(float(noise @ noise) for noise in noises) / off if off > 0 else float("inf")
+    return float("inf") if off <= 0 else float(sum(noise.sum() for noise in noises) / off)
 
 
 def _correlation(p: Array, t: Array) -> float:

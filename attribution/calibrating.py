@@ -8,6 +8,7 @@ import numpy as np
 
 from attribution.calibration_bank import (
     FORGET_SETS,
+    MODELS_EACH,
     calibration_bank,
     cases_of,
     common_share,
@@ -26,8 +27,8 @@ from attribution.run_calibration import RunCalibration
 from stores import Place, Store, name_blocks, taken_out
 
 RESIDUAL_MODELS = 150  # at most: group Newton predicts the outputs of each
-# Models retrained without each set of the bank: this share of the run's models, within limits.
-BANK_SHARE, FEWEST_EACH, MOST_EACH = 0.08, 4, 16
+# Of the bank: its share of the run's models, and most models of a forget set.
+BANK_SHARE, MOST_EACH = 0.08, 16
 
 
 def calibrate_run(
@@ -39,9 +40,9 @@ def calibrate_run(
 ) -> RunCalibration:
     """Trains a run's calibration bank and holds all its predictors against it.
 
-    The bank has 4 to 16 models of each of its 20 forget sets, together 8 % of the models that the
-    run has anyway: the more there are, the better an error is told from chance. A bank that is
-    there stays as it is.
+    The bank has 20 forget sets. Its models are 8 % of those that the run has anyway, but no fewer
+    than 4 and no more than 16 of each set: the more there are, the better an error is told from
+    chance. A bank that is there stays as it is.
 
     Args:
         run: with full models, features and perhaps datamodels.
@@ -108,9 +109,9 @@ def calibrate_run(
 
 def _models_each(settings: RunSettings, bank: Place) -> int:
     if bank.taken():
-        return Store.open(bank).spec.array("outputs").shape[0] // FORGET_SETS
+        return max(1, Store.open(bank).spec.array("outputs").shape[0] // FORGET_SETS)
     share = BANK_SHARE * (settings.full_models + settings.subset_models) / FORGET_SETS
-    return min(MOST_EACH, max(FEWEST_EACH, round(share)))
+    return min(MOST_EACH, max(MODELS_EACH, round(share)))
 
 
 def calibrated_before(run: Run) -> bool:

@@ -21,7 +21,7 @@ Numbers = np.ndarray[Any, Any]
 KINDS = ("forget", "retain", "test")
 SHARES = (0.01, 0.1)  # of the training rows: the smallest and the largest forget set
 FEWEST = 10  # rows of a forget set, where there are rows enough
-FORGET_SETS = 20
+FORGET_SETS, MODELS_EACH = 20, 4
 SMALLEST = 1e-30  # a squared change that is none
 
 
@@ -30,7 +30,7 @@ def calibration_bank(
     to: Where,
     *,
     forget_sets: int = FORGET_SETS,
-    models_each: int = 4,
+    models_each: int = MODELS_EACH,
     seed: int = 0,
     device: str = "cpu",
     workers: int | None = None,
@@ -98,9 +98,9 @@ class Case:
         forget: the forget set.
         before: mean outputs of models trained on all rows, [target, output].
         change: mean outputs of the retrained models less that mean, [target, output].
-        noise: variance of the outputs of one such model around their mean, [target, output]; 0
+        noise_variance: of the outputs of one such model around their mean, [target, output]; 0
             where nothing tells it.
-        variance: of the change, as few models' means differ by chance, [target, output].
+        change_variance: of the change, as means of few models differ by chance, [target, output].
 
     Example:
         >>> from examples.digits import task
@@ -114,8 +114,8 @@ class Case:
     forget: ForgetSet
     before: Array = field(repr=False)
     change: Array = field(repr=False)
-    noise: Numbers | float = field(default=0.0, repr=False)
-    variance: Numbers | float = field(default=0.0, repr=False)
+    noise_variance: Numbers | float = field(default=0.0, repr=False)
+    change_variance: Numbers | float = field(default=0.0, repr=False)
 
     @property
     def targets(self) -> Rows:
@@ -183,10 +183,10 @@ def cases_of(bank: Ensemble, before: Array) -> list[Case]:
 
         s^2 = sum_j (m_j - 1) s_j^2 / sum_j (m_j - 1),    j = 0, 1, ...,
 
-    because a few models alone tell it badly, and it is nearly that of models trained on all rows.
-    What forgetting does to it is one factor f for each kind of row, sum_j <s_j^2> / sum_j <s^2>
-    over the sets, where <> is the mean over the rows of that kind. The noise is f s^2, the variance
-    of the change f s^2 / m_j + s^2 / m_0.
+    because a few models alone tell it badly. What forgetting does to it is one factor f for each
+    kind of row, taken to be the same for all sets: sum_j <s_j^2> / sum_j <s^2> over those of two
+    models or more, where <> is the mean over the rows of that kind. The variance of one retraining
+    is f s^2, that of the change f s^2 / m_j + s^2 / m_0.
 
     Args:
         bank: models that each never saw a forget set of their own.
@@ -196,45 +196,67 @@ def cases_of(bank: Ensemble, before: Array) -> list[Case]:
         One case a set.
 
     Raises:
-        ValueError: some model of the bank saw all rows.
+        ValueError: some model of the bank saw all rows, or `before` has other axes.
     """
+    if before.ndim != 3:
+        raise ValueError(
+            "expected the outputs of models trained on all rows, [model, target, output], got the"
+            f" shape {list(before.shape)}"
+        )
     if taken_out(bank.store.path) is None and bank.masks.all(axis=1).any():
         raise ValueError(f"{bank.store.path} holds a model trained on all rows: it is no bank")
     models: dict[bytes, list[int]] = {}
     for number, mask in enumerate(bank.masks):
         if not mask.all():
             models.setdefault(mask.tobytes(), []).append(number)
-    groups = [bank.outputs[numbers] for numbers in models.values()]
-    masks = [bank.masks[numbers[0]] for numbers in models.values()]
-    mean, pooled = before.mean(0), _pooled_variance([before, *groups])
+    groups = list(models.values())
+    full, spreads = _spread(before), [_spread(bank.outputs[numbers]) for numbers in groups]
     cases = [
-        Case(bank.task, ForgetSet.at(bank.task, np.flatnonzero(~mask)), mean, each.mean(0) - mean)
-        for mask, each in zip(masks, groups, strict=True)
+        _case(bank, full.mean, numbers[0], each.mean)
+        for numbers, each in zip(groups, spreads, strict=True)
     ]
-    factors = _noise_factors(cases, groups, pooled)
+    pooled = _pooled_variance([full, *spreads])
+    factors = _noise_factors(cases, spreads, pooled)
     found = []
-    for case, each in zip(cases, groups, strict=True):
+    for case, each in zip(cases, spreads, strict=True):
         noise = factors[case.kind_numbers, None] * pooled
-        variance = noise / len(each) + pooled / len(before)
-        found.append(replace(case, noise=noise, variance=variance))
+        variance = noise / each.models + pooled / full.models
+        found.append(replace(case, noise_variance=noise, change_variance=variance))
     return found
 
 
-def _pooled_variance(groups: Sequence[Array]) -> Array:
-    """Variance of one model's outputs around the mean of its group, [target, output]."""
-    told = [(len(each) - 1, each.var(0, ddof=1)) for each in groups if len(each) > 1]
-    if not told:
-        return np.zeros_like(groups[0][0])
-    return np.asarray(sum(n * variance for n, variance in told) / sum(n for n, _ in told))
+@dataclass(frozen=True)
+class _Spread:
+    """Mean outputs of models that saw the same rows, and their sample variance; 0 of one model."""
+
+    models: int
+    mean: Array
+    variance: Array
 
 
-def _noise_factors(cases: Sequence[Case], groups: Sequence[Array], pooled: Array) -> Array:
+def _spread(outputs: Array) -> _Spread:
+    mean, models = outputs.mean(0), len(outputs)
+    return _Spread(models, mean, outputs.var(0, ddof=1) if models > 1 else np.zeros_like(mean))
+
+
+def _case(bank: Ensemble, before: Array, model: int, after: Array) -> Case:
+    forget = ForgetSet.at(bank.task, np.flatnonzero(~bank.masks[model]))
+    return Case(bank.task, forget, before, after - before)
+
+
+def _pooled_variance(spreads: Sequence[_Spread]) -> Numbers:
+    free = sum(each.models - 1 for each in spreads)
+    squares = sum((each.models - 1) * each.variance for each in spreads)
+    return np.asarray(squares / max(1, free))
+
+
+def _noise_factors(cases: Sequence[Case], spreads: Sequence[_Spread], pooled: Numbers) -> Numbers:
     """Variance of models retrained without a set over the pooled one, [kind]."""
     measured, expected = np.zeros((2, len(KINDS)))
-    for case, each in zip(cases, groups, strict=True):
+    for case, each in zip(cases, spreads, strict=True):
         for kind, rows in enumerate(case.kinds):
-            if len(each) > 1 and rows.any():
-                measured[kind] += each[:, rows].var(0, ddof=1).mean()
+            if each.models > 1 and rows.any():
+                measured[kind] += each.variance[rows].mean()
                 expected[kind] += pooled[rows].mean()
     factors = np.divide(measured, expected, out=np.ones(len(KINDS)), where=expected > 0)
     return factors.astype(pooled.dtype)

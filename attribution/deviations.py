@@ -43,19 +43,22 @@ def nonnegative_squares(gram: Numbers, right: Numbers) -> Any:
 def variance_factors(
     left: Numbers,
     *variances: Numbers,
-    known: Numbers | float = 0.0,
+    beside: Numbers | float = 0.0,
     weight: Numbers | None = None,
 ) -> tuple[float, ...]:
     """Factors a >= 0 of standard deviations whose variances add up to what is left.
 
-    left = known + sum_k a_k^2 variance_k, least squares, weighted by the expected size, because a
-    squared deviation is off in proportion to itself; the size expected is what the last fit says.
+    left = sum_k a_k^2 variance_k, least squares, weighted by the expected size, because a squared
+    deviation is off in proportion to itself; the size expected is what the last fit says.
 
     Args:
-        left: squared deviations, [value]; where all variances are 0 they tell nothing.
+        left: squared deviations, [value], less what is known of their variance; where all
+            variances are 0 they tell nothing.
         variances: one or more, each [value]; not finite where one is unknown, which leaves the
             value out.
-        known: variance that needs no factor, [value] or one for all.
+        beside: what was taken off, as it is to be counted in the expected size, [value]. It must
+            not tell one value from the next where it is itself measured: one that is too small by
+            chance would weigh more, and leave more.
         weight: of each value's squared error, [value]; None: all alike.
 
     Returns:
@@ -72,16 +75,16 @@ def variance_factors(
     if not finite.any():
         return (float("nan"),) * len(variances)
     told = finite & (columns.sum(1) > 0)
-    columns, left, known = columns[told], left[told], np.broadcast_to(known, left.shape)[told]
+    columns, left, beside = columns[told], left[told], np.broadcast_to(beside, left.shape)[told]
     least = LEAST * columns.sum(1)
-    expected = columns.sum(1) + known
+    expected = columns.sum(1) + beside
     shares = 1.0 if weight is None else np.sqrt(weight[told])
     found = np.zeros(len(variances))
     for _ in range(ROUNDS):
         scale = shares / expected
         scaled = columns * scale[:, None]
-        found = nonnegative_squares(scaled.T @ scaled, scaled.T @ ((left - known) * scale))
-        expected = np.maximum(columns @ found, least) + known
+        found = nonnegative_squares(scaled.T @ scaled, scaled.T @ (left * scale))
+        expected = np.maximum(columns @ found, least) + beside
     return tuple(float(root) for root in np.sqrt(found))
 
 
@@ -96,10 +99,12 @@ def deviation_factors(
 
         (t - predicted)^2 = sum_k a_k^2 variance_k + variance of t,
 
-    least squares weighted by the expected size, see `variance_factors`, and b^2 is the mean
-    variance of one retraining over the mean of noise^2: a ratio of means, because a noise^2 that
-    comes from a few checkpoints is too small as often as too large. Every forget set weighs the
-    same: a coherent one has fewer rows, and says alone what coherence does.
+    least squares weighted by the expected size, see `variance_factors`, in which the variance of t
+    counts by its mean over the set's rows. Deviations that a few checkpoints tell get larger
+    factors than their mean size asks for, as intervals that are too narrow as often as too wide
+    need them. b^2 is the mean variance of one retraining over the mean of noise^2: the same may not
+    happen to it. Every forget set weighs the same: a coherent one has fewer rows, and says alone
+    what coherence does.
 
     Args:
         predicted: each forget set, the rows looked at, and their predicted change, [row, output].
@@ -107,13 +112,14 @@ def deviation_factors(
         noise: standard deviation of one retraining, list of [row, output].
 
     Returns:
-        a_1 to a_k, and b; b is 1 where nothing tells the variance of one retraining.
+        a_1 to a_k, not numbers where no deviation is finite, and b, which is 1 where nothing tells
+        the variance of one retraining.
 
     Example:
         >>> from attribution import ForgetSet
         >>> from examples.digits import task
         >>> one, forget = np.ones((1797, 10)), ForgetSet.of(task, ["train-17"])
-        >>> case = Case(task, forget, 0 * one, 3 * one, noise=4 * one, variance=one)
+        >>> case = Case(task, forget, 0 * one, 3 * one, 4 * one, change_variance=one)
         >>> rows = np.ones(1797, dtype=bool)
         >>> a, b = deviation_factors([(case, rows, 0 * one)], [2 * one], noise=[one])
         >>> round(a, 3), round(b, 3)
@@ -121,10 +127,11 @@ def deviation_factors(
     """
     alike = joined([np.full(mean.shape, 1 / mean.size) for *_, mean in predicted])
     error = joined([np.square(case.change[rows] - mean) for case, rows, mean in predicted])
-    chance = joined([_values(case.variance, case, rows) for case, rows, _ in predicted])
-    columns = [joined(each) for each in variances]
-    factors = variance_factors(error, *columns, known=chance, weight=alike)
-    measured = joined([_values(case.noise, case, rows) for case, rows, _ in predicted])
+    chance = [_values(case.change_variance, case, rows) for case, rows, _ in predicted]
+    beside = joined([np.full(each.shape, each.mean()) for each in chance])
+    left, columns = error - joined(chance), [joined(each) for each in variances]
+    factors = variance_factors(left, *columns, beside=beside, weight=alike)
+    measured = joined([_values(case.noise_variance, case, rows) for case, rows, _ in predicted])
     return *factors, _noise_factor(measured, np.square(joined(noise)), alike)
 
 
@@ -133,10 +140,9 @@ def _values(of: Numbers | float, case: Case, rows: Mask) -> Numbers:
 
 
 def _noise_factor(measured: Numbers, told: Numbers, weight: Numbers) -> float:
-    known = (measured > 0) & (told > 0)
-    if not known.any():
-        return 1.0
-    return float(np.sqrt((weight[known] @ measured[known]) / (weight[known] @ told[known])))
+    known = np.isfinite(told) & (measured > 0)
+    expected = float(weight[known] @ told[known])
+    return float(np.sqrt(weight[known] @ measured[known] / expected)) if expected > 0 else 1.0
 
 
 def mean_squares(cases: Sequence[Case], kind: int, *means: Sequence[Numbers]) -> tuple[Any, Any]:

@@ -165,7 +165,7 @@ def _agreement(found: Mapping[str, Any]) -> list[str]:
 
 
 def _models(number: float | None) -> str:
-    return _number(None) if number is None else f"{number:.3g}"
+    return _number(None) if number is None else f"{number:,.1f}"
 
 
 def pooled_name(group: Mapping[str, Any]) -> str:

@@ -61,7 +61,8 @@ def calibrate(
     where common is the share of their change that the forget rows have in common, because rows that
     go together change what the linear model takes as fixed. The variance of the change, and that of
     one retraining, are known: `cases_of` pools them over the bank and the models trained on all
-    rows. For the scale a forget set weighs one over the squared change of its rows of that kind,
+    rows, or the checkpoints, which tell them badly where the bank has one model of each set. For
+    the scale a forget set weighs one over the squared change of its rows of that kind,
     for the variances all weigh the same.
 
     Along the segments of trainings only the factors are fitted: the recipe tells lambda, the

@@ -3,14 +3,13 @@ import math
 import numpy as np
 import pytest
 
-from attribution.agreement import (
-    Comparison,
-    agreement,
-    pooled_agreement,
-    set_averages,
-)
+from attribution.agreement import Comparison, pooled_agreement, set_averages
 
 LEVELS = {"80": 1.2815515655446004, "95": 1.959963984540054}
+
+
+def agreement(predicted, measured, std, error):
+    return pooled_agreement([Comparison(predicted, measured, std, error)])
 
 
 def interval_score(lower, upper, measured, alpha):
@@ -91,6 +90,11 @@ class TestRetrainedModels:
         one = np.ones(2)
         told = Comparison(one, 1.5 * one, one, one, one)
         assert pooled_agreement([told]).retrained_models == math.inf
+
+    def test_a_prediction_that_is_no_number_is_as_near_as_no_number(self):
+        one, nothing = np.ones(2), np.full(2, np.nan)
+        found = pooled_agreement([Comparison(nothing, one, one, one, one)])
+        assert math.isnan(found.retrained_models)
 
     def test_without_the_noise_of_every_set_it_is_not_known(self):
         one, none = np.ones(2), np.zeros(2)

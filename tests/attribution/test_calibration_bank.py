@@ -232,9 +232,9 @@ class TestNoise:
             factors.append(sum(own) / sum(pooled[rows].mean() for rows, _ in known))
         for number, case in enumerate(cases_of(bank, before)):
             expected = np.array(factors)[kinds[number]][:, None] * pooled
-            np.testing.assert_allclose(case.noise, expected, rtol=1e-4)
+            np.testing.assert_allclose(case.noise_variance, expected, rtol=1e-4)
             variance = expected / self.COUNTS[number] + pooled / full
-            np.testing.assert_allclose(case.variance, variance, rtol=1e-4)
+            np.testing.assert_allclose(case.change_variance, variance, rtol=1e-4)
 
     def test_it_is_found_again(self, tmp_path):
         task, random = blobs(), np.random.default_rng(0)
@@ -246,15 +246,18 @@ class TestNoise:
         before = each * random.normal(size=(50, ALL, 2))
         for case in cases_of(bank, before.astype(np.float32)):
             for kind, wanted in enumerate(kinds_of):
-                found = np.sqrt(np.mean(case.noise[case.kinds[kind]] / each[case.kinds[kind]] ** 2))
+                found = np.sqrt(
+                    np.mean(case.noise_variance[case.kinds[kind]] / each[case.kinds[kind]] ** 2)
+                )
                 assert found == pytest.approx(wanted, rel=0.1)
-            assert case.variance.mean() == pytest.approx((case.noise / 4).mean(), rel=0.15)
+            variance = (case.noise_variance / 4 + each**2 / 50).mean()
+            assert case.change_variance.mean() == pytest.approx(variance, rel=0.05)
 
     def test_where_nothing_tells_it_there_is_none(self, task, tmp_path):
         bank = bank_of_sets(task, tmp_path / "bank", self.ROWS, (1, 1, 1), lambda kinds: 1)
         for case in cases_of(bank, np.zeros((1, ALL, 2), np.float32)):
-            assert not np.any(case.noise)
-            assert not np.any(case.variance)
+            assert not np.any(case.noise_variance)
+            assert not np.any(case.change_variance)
 
 
 def test_a_bank_with_a_model_of_all_rows_is_refused(task, tmp_path):
@@ -263,6 +266,14 @@ def test_a_bank_with_a_model_of_all_rows_is_refused(task, tmp_path):
     bank = write_ensemble(tmp_path / "bank", task, masks, np.zeros((2, ALL, 2), np.float32))
     with pytest.raises(ValueError, match="bank holds a model trained on all rows: it is no bank"):
         cases_of(bank, np.zeros((1, ALL, 2)))
+
+
+def test_means_are_no_outputs_of_models(task, tmp_path):
+    bank = write_ensemble(
+        tmp_path / "bank", task, np.eye(37, dtype=bool)[:2] ^ True, np.zeros((2, ALL, 2), "f4")
+    )
+    with pytest.raises(ValueError, match=r"\[model, target, output\], got the shape \[48, 2\]"):
+        cases_of(bank, np.zeros((ALL, 2)))
 
 
 def test_parts_are_joined_in_order():

@@ -207,12 +207,19 @@ class TestNewton:
         assert contents(copy) == before
 
     def test_a_bank_that_is_there_keeps_its_size(self, run, tmp_path, monkeypatch):
-        monkeypatch.setattr(calibrating, "FEWEST_EACH", 9)
+        monkeypatch.setattr(calibrating, "MODELS_EACH", 9)
         copy = copied(run.path, tmp_path)
         before = contents(copy)
         (copy / "calibration.json").unlink()
         precompute(f"{tmp_path}/small.py:task", copy, **MODELS)
         assert contents(copy) == before
+
+    def test_a_new_bank_has_as_many_models_as_the_run_asks_for(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(calibrating, "MODELS_EACH", 5)
+        made = precompute(write_task(tmp_path), tmp_path / "run", **FEW)
+        bank = type(made.full).open(made.path / "calibration" / "bank", made.task)
+        assert bank.outputs.shape == (100, 48, 3)
+        np.testing.assert_array_equal(bank.masks[::5], bank.masks[4::5])
 
     @pytest.mark.parametrize(
         ("full", "subsets", "each"), [(10, 40, 4), (100, 2000, 8), (100, 4000, 16), (100, 9000, 16)]

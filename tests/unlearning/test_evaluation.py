@@ -205,6 +205,10 @@ def test_predictions_are_compared_with_measured_changes(told, run, forget, banks
     rows = forget.retained
     slope = moved[rows] @ measured[rows] / (moved[rows] @ moved[rows])
     assert found["margins"]["retain"]["slope"] == pytest.approx(slope, rel=1e-4)
+    error = before.var(0, ddof=1) / FULL_MODELS + banks[0].margins.var(0, ddof=1) / FULL_MODELS
+    off = np.square(moved[rows] - measured[rows]).sum() - error[rows].sum()
+    number = banks[0].margins.var(0, ddof=1)[rows].sum() / off
+    assert found["margins"]["retain"]["retrained_models"] == pytest.approx(number, rel=1e-3)
 
 
 def test_below_80_models_klom_is_null_and_the_rest_is_there(told_of_few, run, forget):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attribution import Counterfactual, ForgetSet, LinearDatamodel
-from attribution.agreement import agreement
+from attribution.agreement import Comparison, pooled_agreement
 from attribution.run import Run
 from tests.small_runs import finished_run
 from unlearning import evaluate_methods
@@ -128,12 +128,16 @@ def _check_pooled(run, sets, found):
         oracles = run.bank(forget, 0, SOME_MODELS, workers=0).outputs
         change = run.datamodel.change(forget)
         spread = full.var(0, ddof=1) / SOME_MODELS + oracles.var(0, ddof=1) / SOME_MODELS
-        values = (change.mean, oracles.mean(0) - full.mean(0), change.std, np.sqrt(spread))
+        values = [change.mean, oracles.mean(0) - full.mean(0), change.std, np.sqrt(spread)]
+        values.append(oracles.std(0, ddof=1))
         parts.append([value[forget.rows] for value in values])
-    together = agreement(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+    rows = (np.concatenate(values) for values in zip(*parts, strict=True))
+    together = pooled_agreement([Comparison(*rows)])
     told = found["logits"]["forget"]
     for name in ("slope", "r2", "corr", "ceiling", "coverage", "width", "interval_score"):
         assert told[name] == pytest.approx(getattr(together, name), rel=1e-5), name
+    number = together.retrained_models
+    assert told["retrained_models"] == (pytest.approx(number) if np.isfinite(number) else None)
 
 
 def _check_averages(blocks, found):

@@ -96,23 +96,28 @@ class TestFactors:
             assert found.spread[kind] == pytest.approx(factor, rel=0.25)
             assert found.noise[kind] == 1.0
 
-    def test_the_factor_of_the_noise_is_found(self, newton, tmp_path):
-        factors, spread = np.array([1.5, 0.6, 0.9]), 0.7
+    @pytest.mark.parametrize("full", [None, 60])
+    def test_the_factors_of_spread_and_noise_are_told_apart(self, newton, tmp_path, full):
+        noises, spreads = np.array([1.5, 0.6, 0.9]), np.array([3.0, 1.5, 2.0])
 
         def makes(change, kinds, random):
-            del kinds
-            return change.mean + spread * change.std * random.normal(size=change.std.shape)
+            return change.mean + spreads[kinds] * change.std * random.normal(size=change.std.shape)
 
         def scatter(change, kinds):
-            return factors[kinds] * change.noise
+            return noises[kinds] * change.noise
 
-        known, full = replace(newton, damping=UNIT), all_alike(newton, tmp_path / "full")
-        bank = made_bank(known, tmp_path / "b", makes, sets=24, each=8, scatter=scatter)
+        known = replace(newton, damping=UNIT)
+        bank = made_bank(known, tmp_path / "b", makes, sets=24, each=16, scatter=scatter)
+        if full is not None:
+            before = outputs_before(newton.features, None)
+            drawn = np.random.default_rng(0).normal(size=(full, *before[0].shape))
+            outputs = before.mean(0) + before.std(0, ddof=1) * (drawn - drawn.mean(0))
+            masks = np.ones((full, ROWS), dtype=bool)
+            full = write_ensemble(tmp_path / "f", newton.task, masks, outputs.astype(np.float32))
         found = calibrate(newton, bank, tmp_path / "c", full=full, **ONE)
-        for kind, factor in zip(KINDS, factors, strict=True):
-            assert found.noise[kind] == pytest.approx(factor, rel=0.1)
-        for kind in ("retain", "test"):
-            assert found.spread[kind] == pytest.approx(spread, rel=0.4)
+        for kind, noise, spread in zip(KINDS, noises, spreads, strict=True):
+            assert found.noise[kind] == pytest.approx(noise, rel=0.1)
+            assert found.spread[kind] == pytest.approx(spread, rel=0.25), kind
 
     def test_what_the_forget_rows_have_in_common_is_found(self, newton, tmp_path):
         def makes(change, kinds, random):
