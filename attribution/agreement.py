@@ -69,9 +69,9 @@ class Agreement:
             than the size of the change. Over several forget sets the constant is a multiple of
             the set's mean |predicted change|, one multiple for all of them.
         retrained_models: how many models would have to be retrained for their mean to be as near:
-            sum of noise^2 over the sum of (predicted - measured)^2 - error^2. Infinite where the
-            measurement's error explains all, None where the noise is not known; beyond half as
-            many models as the change was measured by it is hardly more than chance.
+            sum of noise^2 over the sum of (predicted - measured)^2 - error^2, which counts as no
+            less than that of error^2: where so many are as near as the measurement is sure, there
+            may be more. None where the noise is not known.
 
     Source: interval score, Gneiting and Raftery 2007, equation 43.
     """
@@ -158,7 +158,9 @@ def pooled_agreement(sets: Sequence[Comparison]) -> Agreement:
         constant_width=_constant_width(off, _scales(sets), inside)
         if known
         else dict.fromkeys(inside, unknown),
-        retrained_models=_retrained_models(sets, float((p - t) @ (p - t) - error @ error)),
+        retrained_models=_retrained_models(
+            sets, max(float((p - t) @ (p - t) - error @ error), float(error @ error))
+        ),
     )
 
 
@@ -214,7 +216,8 @@ def _retrained_models(sets: Sequence[Comparison], off: float) -> float | None:
     noises = [np.square(one.noise, dtype=np.float64) for one in sets if one.noise is not None]
     if len(noises) < len(sets):
         return None
-    return float("inf") if off <= 0 else float(sum(noise.sum() for noise in noises) / off)
+    total = sum(float(noise.sum()) for noise in noises)
+    return total / off if off else float("inf")
 
 
 def _correlation(p: Array, t: Array) -> float:

@@ -6,13 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from attribution.calibration_bank import (
-    FORGET_SETS,
-    MODELS_EACH,
-    calibration_bank,
-    cases_of,
-    common_share,
-)
+from attribution.calibration_bank import FORGET_SETS, MODELS_EACH, calibration_bank
+from attribution.cases import cases_of, common_share
 from attribution.combined import Weights, weigh, weighed_sum
 from attribution.counterfactual import Change
 from attribution.datamodels import FEWEST_MODELS, fit_datamodels

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from attribution.calibration_bank import KINDS, Case, row_kinds
+from attribution.cases import KINDS, Case, row_kinds
 from attribution.counterfactual import Change, Counterfactual
 from attribution.deviations import deviation_factors, mean_squares, nonnegative_squares
 from attribution.forget import ForgetSet
@@ -127,7 +127,7 @@ def weigh(
         Weights by kind of row.
 
     Example:
-        >>> from attribution.calibration_bank import Case
+        >>> from attribution.cases import Case
         >>> from examples.digits import task
         >>> forget, one = ForgetSet.of(task, ["train-17"]), np.ones((1797, 10), dtype=np.float32)
         >>> case = Case(task, forget, before=0 * one, change=3 * one)

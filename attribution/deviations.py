@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from attribution.calibration_bank import KINDS, Case, Numbers, joined
+from attribution.cases import KINDS, Case, Numbers, joined
 from attribution.forget import Mask
 
 # How often the expected size of a squared deviation is taken anew, and its floor as a share of the

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from attribution.calibration_bank import KINDS
+from attribution.cases import KINDS
 from attribution.ensemble import Ensemble
 from attribution.forget import ForgetSet, Mask
 from attribution.gradients import compute_curvatures

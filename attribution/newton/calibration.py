@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from attribution.calibration_bank import KINDS, row_kinds
+from attribution.cases import KINDS, row_kinds
 from attribution.counterfactual import Change
 from attribution.forget import ForgetSet
 from attribution.task import Rows

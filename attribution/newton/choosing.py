@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from attribution.calibration_bank import Case
+from attribution.cases import Case
 from attribution.gradients import compute_curvatures
 from attribution.losses import SquaredError
 from attribution.newton.calibration import STEPS

@@ -6,12 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from attribution.calibration_bank import (
-    KINDS,
-    Case,
-    cases_of,
-    common_share,
-)
+from attribution.cases import KINDS, Case, cases_of, common_share
 from attribution.counterfactual import Change
 from attribution.deviations import deviation_factors, mean_squares, nonnegative_squares
 from attribution.ensemble import Ensemble

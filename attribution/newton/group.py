@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution.calibration_bank import common_share
+from attribution.cases import common_share
 from attribution.counterfactual import Change, Counterfactual, check_ids
 from attribution.forget import ForgetSet
 from attribution.gradients import Features

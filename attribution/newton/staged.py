@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from attribution.calibration_bank import KINDS, common_share
+from attribution.cases import KINDS, common_share
 from attribution.counterfactual import Change, Counterfactual
 from attribution.forget import ForgetSet
 from attribution.gradients import Features, featurize

@@ -28,7 +28,7 @@ from attribution import (
     train_models,
 )
 from attribution.agreement import pooled_agreement
-from attribution.calibration_bank import Case, cases_of
+from attribution.cases import Case, cases_of
 from attribution.combined import weigh
 from attribution.residual import models_like_requests, residual_models
 from unlearning.audit import Audit

@@ -86,9 +86,15 @@ class TestRetrainedModels:
         assert pooled_agreement([near]).retrained_models == 9
         assert pooled_agreement([near, far]).retrained_models == pytest.approx(36 / 10)
 
-    def test_nothing_beyond_the_error_of_the_measurement_is_as_near_as_can_be(self):
+    @pytest.mark.parametrize("off", [0.0, 0.1, 0.14])
+    def test_no_more_are_told_than_the_measurement_is_worth(self, off):
         one = np.ones(2)
-        told = Comparison(one, 1.5 * one, one, one, one)
+        told = Comparison(one, (1 + off) * one, one, 0.1 * one, one)
+        assert pooled_agreement([told]).retrained_models == pytest.approx(100)
+
+    def test_where_nothing_is_off_and_no_measurement_errs_there_is_no_end(self):
+        one, none = np.ones(2), np.zeros(2)
+        told = Comparison(one, one, one, none, one)
         assert pooled_agreement([told]).retrained_models == math.inf
 
     def test_a_prediction_that_is_no_number_is_as_near_as_no_number(self):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attribution import Change, Combined, Counterfactual, ForgetSet, Task
-from attribution.calibration_bank import KINDS, Case
+from attribution.cases import KINDS, Case
 from attribution.combined import Weights, weigh
 from tests.tasks import blobs, line
 

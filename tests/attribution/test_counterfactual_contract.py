@@ -17,7 +17,7 @@ from attribution import (
     Task,
     fit_datamodels,
 )
-from attribution.calibration_bank import KINDS, row_kinds
+from attribution.cases import KINDS, row_kinds
 from attribution.combined import Weights
 from attribution.residual import models_like_requests, residual_models
 from attribution.trak import fit_trak

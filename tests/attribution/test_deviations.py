@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import nnls
 
 from attribution import ForgetSet
-from attribution.calibration_bank import KINDS, Case
+from attribution.cases import KINDS, Case
 from attribution.deviations import (
     deviation_factors,
     held_out_error,

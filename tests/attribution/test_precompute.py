@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import nnls
 
 from attribution import ForgetSet, calibrating, precompute
-from attribution.calibration_bank import KINDS, cases_of, row_kinds
+from attribution.cases import KINDS, cases_of, row_kinds
 from attribution.combined import weighed_sum
 from attribution.linear_datamodel import LinearDatamodel
 from attribution.run import Run, RunSettings, read_settings

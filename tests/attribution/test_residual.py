@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from attribution import Calibration, ForgetSet, fit_datamodels
-from attribution.calibration_bank import KINDS
+from attribution.cases import KINDS
 from attribution.residual import models_like_requests, residual_models
 from stores import Store
 from tests.attribution.newton.cases import newton_of

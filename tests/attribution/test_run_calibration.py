@@ -3,7 +3,7 @@ import json
 import pytest
 
 from attribution import Calibration
-from attribution.calibration_bank import KINDS
+from attribution.cases import KINDS
 from attribution.combined import Weights
 from attribution.run_calibration import RunCalibration
 

@@ -207,7 +207,7 @@ def test_predictions_are_compared_with_measured_changes(told, run, forget, banks
     assert found["margins"]["retain"]["slope"] == pytest.approx(slope, rel=1e-4)
     error = before.var(0, ddof=1) / FULL_MODELS + banks[0].margins.var(0, ddof=1) / FULL_MODELS
     off = np.square(moved[rows] - measured[rows]).sum() - error[rows].sum()
-    number = banks[0].margins.var(0, ddof=1)[rows].sum() / off
+    number = banks[0].margins.var(0, ddof=1)[rows].sum() / max(off, error[rows].sum())
     assert found["margins"]["retain"]["retrained_models"] == pytest.approx(number, rel=1e-3)
 
 

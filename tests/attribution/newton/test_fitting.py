@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from attribution import Calibration, ForgetSet, GroupNewton, Model, calibrate, featurize
-from attribution.calibration_bank import KINDS, cases_of, common_share, row_kinds
+from attribution.cases import KINDS, cases_of, common_share, row_kinds
 from attribution.newton import choosing, fitting, predicted_changes
 from attribution.newton.fitting import outputs_before
 from stores import Store
