@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -37,6 +38,31 @@ def visible_gpus(
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (named.split(",") if named else [str(i) for i in range(count)])[:count]
+
+
+def where_to_run(
+    device: str | torch.device, workers: int | None, scheduler: str | None
+) -> dict[str, Any]:
+    """Arguments of `run_blocks` that say who computes; a scheduler takes the place of workers.
+
+    Args:
+        device: where the work computes.
+        workers: local processes; None for one per core or GPU, 0 for this process.
+        scheduler: address of an existing dask scheduler instead.
+
+    Returns:
+        Workers, scheduler and GPUs.
+
+    Raises:
+        ValueError: as for `visible_gpus`.
+
+    Example:
+        >>> where_to_run("cpu", 2, None)
+        {'workers': 2, 'scheduler': None, 'gpus': None}
+        >>> where_to_run("cpu", 0, "tcp://10.0.0.1:8786")["workers"]
+    """
+    at = None if scheduler else workers
+    return {"workers": at, "scheduler": scheduler, "gpus": visible_gpus(device, at, scheduler)}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attribution.devices import visible_gpus
+from attribution.devices import where_to_run
 from attribution.ensemble import Ensemble
 from attribution.gradients.convolution import patches
 from attribution.model import Model
@@ -290,13 +290,6 @@ def compute_moments(
     if store.pending():
         work = in_turns(_MomentBlock(task, ensemble.store, store.path, device), store)
         title = f"moments of {os.path.basename(ensemble.store.path)}"
-        at = None if scheduler else workers
-        run_blocks(
-            work,
-            store.pending(),
-            title=title,
-            workers=at,
-            scheduler=scheduler,
-            gpus=visible_gpus(device, at, scheduler),
-        )
+        where = where_to_run(device, workers, scheduler)
+        run_blocks(work, store.pending(), title=title, **where)
     return Moments.open(store.finalize().path)

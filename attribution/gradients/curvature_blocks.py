@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from attribution.devices import visible_gpus
+from attribution.devices import where_to_run
 from attribution.gradients.features import Features
 from stores import run_blocks
 
@@ -45,9 +44,7 @@ def compute_curvatures(
     numbers = range(len(features)) if checkpoints is None else checkpoints
     pairs = tuple((checkpoint, t) for t in temperatures for checkpoint in numbers)
     work = _Curvatures(features, pairs)
-    at = None if scheduler else workers
-    gpus = visible_gpus(features.device, at, scheduler)
-    where: dict[str, Any] = {"workers": at, "scheduler": scheduler, "gpus": gpus}
+    where = where_to_run(features.device, workers, scheduler)
     run_blocks(work, range(len(pairs)), title="curvatures", **where)
 
 

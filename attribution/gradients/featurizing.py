@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from attribution.devices import visible_gpus
+from attribution.devices import where_to_run
 from attribution.gradients.feature_reading import Which, blocks_of
 from attribution.gradients.feature_store import DTYPES, FeatureBlock
 from attribution.gradients.features import Features
@@ -91,12 +91,7 @@ def featurize(
     task.check()
     for number, model in enumerate(checkpoints):
         check_state(task, model.state, f"checkpoint {number}")
-    at = None if scheduler else workers
-    where: dict[str, Any] = {
-        "workers": at,
-        "scheduler": scheduler,
-        "gpus": visible_gpus(device, at, scheduler),
-    }
+    where = where_to_run(device, workers, scheduler)
     layout = {"dtype": dtype, "factors": factors, "block": block}
     creating = TrainingStores(
         task, checkpoints, str(to), projection, times, device, directions, layout

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from attribution.counterfactual import target_positions
-from attribution.devices import repeatable, visible_gpus
+from attribution.devices import repeatable, where_to_run
 from attribution.in_run.recording import held_steps, run_values, why_not_recorded
 from attribution.model import Model
 from attribution.outputs import Array
@@ -214,15 +214,8 @@ def record_run(
     if store.pending():
         work = _RunBlock(task, store.path, seed, index, order, per_target, str(device))
         title = f"recording {os.path.basename(store.path)}"
-        at = None if scheduler else workers
-        run_blocks(
-            in_turns(work, store),
-            store.pending(),
-            title=title,
-            workers=at,
-            scheduler=scheduler,
-            gpus=visible_gpus(device, at, scheduler),
-        )
+        where = where_to_run(device, workers, scheduler)
+        run_blocks(in_turns(work, store), store.pending(), title=title, **where)
     return InRunScores.open(store.finalize().path)
 
 
