@@ -69,9 +69,9 @@ class Agreement:
             than the size of the change. Over several forget sets the constant is a multiple of
             the set's mean |predicted change|, one multiple for all of them.
         retrained_models: how many models would have to be retrained for their mean to be as near:
-            sum of noise^2 over the sum of (predicted - measured)^2 - error^2, which counts as no
-            less than that of error^2: where so many are as near as the measurement is sure, there
-            may be more. None where the noise is not known.
+            sum of noise^2 over the sum of (predicted - measured)^2 - error^2, but no more than
+            `most_models`, from where on there may be more. None where the noise is not known.
+        most_models: how many models the measurement is worth, sum of noise^2 over that of error^2.
 
     Source: interval score, Gneiting and Raftery 2007, equation 43.
     """
@@ -85,6 +85,7 @@ class Agreement:
     interval_score: dict[str, float]
     constant_width: dict[str, float]
     retrained_models: float | None
+    most_models: float | None
 
     @property
     def share_of_ceiling(self) -> float:
@@ -158,9 +159,8 @@ def pooled_agreement(sets: Sequence[Comparison]) -> Agreement:
         constant_width=_constant_width(off, _scales(sets), inside)
         if known
         else dict.fromkeys(inside, unknown),
-        retrained_models=_retrained_models(
-            sets, max(float((p - t) @ (p - t) - error @ error), float(error @ error))
-        ),
+        retrained_models=_models(sets, max(float(off @ off - error @ error), float(error @ error))),
+        most_models=_models(sets, float(error @ error)),
     )
 
 
@@ -212,12 +212,13 @@ def _constant_width(off: Array, scales: Array, inside: dict[str, int]) -> dict[s
     return {level: 2 * factor * float(scales.mean()) for level, factor in chosen.items()}
 
 
-def _retrained_models(sets: Sequence[Comparison], off: float) -> float | None:
+def _models(sets: Sequence[Comparison], squares: float) -> float | None:
+    """How many models' mean is off by such a sum of squares."""
     noises = [np.square(one.noise, dtype=np.float64) for one in sets if one.noise is not None]
     if len(noises) < len(sets):
         return None
     total = sum(float(noise.sum()) for noise in noises)
-    return total / off if off else float("inf")
+    return total / squares if squares else float("inf")
 
 
 def _correlation(p: Array, t: Array) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from attribution.calibration_bank import FORGET_SETS, MODELS_EACH, calibration_bank
+from attribution.calibration_bank import FEWEST_EACH, FORGET_SETS, calibration_bank
 from attribution.cases import cases_of, common_share
 from attribution.combined import Weights, weigh, weighed_sum
 from attribution.counterfactual import Change
@@ -106,7 +106,7 @@ def _models_each(settings: RunSettings, bank: Place) -> int:
     if bank.taken():
         return max(1, Store.open(bank).spec.array("outputs").shape[0] // FORGET_SETS)
     share = BANK_SHARE * (settings.full_models + settings.subset_models) / FORGET_SETS
-    return min(MOST_EACH, max(MODELS_EACH, round(share)))
+    return min(MOST_EACH, max(FEWEST_EACH, round(share)))
 
 
 def calibrated_before(run: Run) -> bool:

@@ -12,7 +12,7 @@ from stores import Where
 
 SHARES = (0.01, 0.1)  # of the training rows: the smallest and the largest forget set
 FEWEST = 10  # rows of a forget set, where there are rows enough
-FORGET_SETS, MODELS_EACH = 20, 4
+FORGET_SETS, FEWEST_EACH = 20, 4
 
 
 def calibration_bank(
@@ -20,7 +20,7 @@ def calibration_bank(
     to: Where,
     *,
     forget_sets: int = FORGET_SETS,
-    models_each: int = MODELS_EACH,
+    models_each: int = FEWEST_EACH,
     seed: int = 0,
     device: str = "cpu",
     workers: int | None = None,

@@ -1,4 +1,4 @@
-"""Forget sets, and how retraining without them changed the outputs."""
+"""Forget sets, how retraining without them changed the outputs, and what their rows share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -128,10 +128,11 @@ def cases_of(bank: Ensemble, before: Array) -> list[Case]:
     Raises:
         ValueError: some model of the bank saw all rows, or `before` has other axes.
     """
-    if before.ndim != 3:
+    wanted = bank.outputs.shape[1:]
+    if before.ndim != 3 or not len(before) or before.shape[1:] != wanted:
         raise ValueError(
-            "expected the outputs of models trained on all rows, [model, target, output], got the"
-            f" shape {list(before.shape)}"
+            "expected outputs of one model or more trained on all rows, [model, target, output],"
+            f" whose last two axes are {list(wanted)}, got the shape {list(before.shape)}"
         )
     if taken_out(bank.store.path) is None and bank.masks.all(axis=1).any():
         raise ValueError(f"{bank.store.path} holds a model trained on all rows: it is no bank")
@@ -214,22 +215,6 @@ def row_kinds(forget: ForgetSet, targets: Rows) -> Rows:
     kinds = np.where(targets < forget.total, 1, 2)
     kinds[np.isin(targets, forget.rows)] = 0
     return kinds
-
-
-def joined(parts: Sequence[Numbers]) -> Array:
-    """All values of some arrays in a row, float64.
-
-    Args:
-        parts: arrays of any shape, one or more.
-
-    Returns:
-        The values, [value].
-
-    Example:
-        >>> joined([np.ones((1, 2)), np.zeros(1)])
-        array([1., 1., 0.])
-    """
-    return np.concatenate([part.ravel() for part in parts]).astype(np.float64)
 
 
 def common_share(change: Array) -> float:

@@ -7,7 +7,12 @@ import numpy as np
 
 from attribution.cases import KINDS, Case, row_kinds
 from attribution.counterfactual import Change, Counterfactual
-from attribution.deviations import deviation_factors, mean_squares, nonnegative_squares
+from attribution.deviations import (
+    deviation_factors,
+    mean_squares,
+    nonnegative_squares,
+    weights_without,
+)
 from attribution.forget import ForgetSet
 from attribution.outputs import Array
 from attribution.task import Rows, Task
@@ -116,7 +121,8 @@ def weigh(
     """Fits the weights of two predictors on models retrained without forget sets of their own.
 
     Non-negative least squares for each kind of row, every forget set weighing the same; a kind
-    without rows takes the first predictor as it is.
+    without rows takes the first predictor as it is. Factors on the standard deviations are fitted
+    to what is left of each set by weights that are fitted to the others.
 
     Args:
         cases: the forget sets.
@@ -153,14 +159,18 @@ def _fitted(
         known, kind, [one.mean for _, one, _, _ in parts], [two.mean for _, _, two, _ in parts]
     )
     a, b = (float(weight) for weight in nonnegative_squares(gram.sum(0), right.sum(0)))
-    variance = [
-        np.square(_part(a, x.std[rows])) + np.square(_part(b * trusted, y.std[rows]))
-        for _, x, y, rows in parts
+    variances = [[np.square(_part(a, x.std[rows])) for _, x, _, rows in parts]]
+    if trusted:
+        variances.append([np.square(_part(b, y.std[rows])) for _, _, y, rows in parts])
+    predicted = [
+        (case, rows, first * x.mean[rows] + second * y.mean[rows])
+        for (first, second), (case, x, y, rows) in zip(
+            weights_without(gram, right), parts, strict=True
+        )
     ]
-    predicted = [(case, rows, a * x.mean[rows] + b * y.mean[rows]) for case, x, y, rows in parts]
     noise = [x.noise[rows] for _, x, _, rows in parts]
-    spread, factor = deviation_factors(predicted, variance, noise=noise)
-    return Weights(a, b, spread, factor, None if trusted else 0.0)
+    *spreads, factor = deviation_factors(predicted, *variances, noise=noise)
+    return Weights(a, b, spreads[0], factor, spreads[1] if trusted else 0.0)
 
 
 def _part(factor: Array | float, std: Array) -> Array:

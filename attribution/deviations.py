@@ -1,11 +1,11 @@
-"""Least squares that a bank of retrained models gives: weights of means, factors of deviations."""
+"""What a bank of retrained models gives: weights of means, and factors of deviations."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from attribution.cases import KINDS, Case, Numbers, joined
+from attribution.cases import KINDS, Case, Numbers
 from attribution.forget import Mask
 
 # How often the expected size of a squared deviation is taken anew, and its floor as a share of the
@@ -46,16 +46,15 @@ def variance_factors(
     beside: Numbers | float = 0.0,
     weight: Numbers | None = None,
 ) -> tuple[float, ...]:
-    """Factors a >= 0 of standard deviations whose variances add up to what is left.
+    """Factors a >= 0 of standard deviations whose variances explain what is left.
 
     left = sum_k a_k^2 variance_k, least squares, weighted by the expected size, because a squared
     deviation is off in proportion to itself; the size expected is what the last fit says.
 
     Args:
         left: squared deviations, [value], less what is known of their variance; where all
-            variances are 0 they tell nothing.
-        variances: one or more, each [value]; not finite where one is unknown, which leaves the
-            value out.
+            variances are 0 they tell nothing. A value where anything is not finite is left out.
+        variances: one or more, each [value]; not finite where one is unknown.
         beside: what was taken off, as it is to be counted in the expected size, [value]. It must
             not tell one value from the next where it is itself measured: one that is too small by
             chance would weigh more, and leave more.
@@ -71,11 +70,12 @@ def variance_factors(
         (2.0, 3.0)
     """
     columns = np.stack(variances, 1)
-    finite = np.isfinite(columns).all(1)
+    beside = np.broadcast_to(beside, left.shape)
+    finite = np.isfinite(columns).all(1) & np.isfinite(left) & np.isfinite(beside)
     if not finite.any():
         return (float("nan"),) * len(variances)
     told = finite & (columns.sum(1) > 0)
-    columns, left, beside = columns[told], left[told], np.broadcast_to(beside, left.shape)[told]
+    columns, left, beside = columns[told], left[told], beside[told]
     least = LEAST * columns.sum(1)
     expected = columns.sum(1) + beside
     shares = 1.0 if weight is None else np.sqrt(weight[told])
@@ -145,6 +145,22 @@ def _noise_factor(measured: Numbers, told: Numbers, weight: Numbers) -> float:
     return float(np.sqrt(weight[known] @ measured[known] / expected)) if expected > 0 else 1.0
 
 
+def joined(parts: Sequence[Numbers]) -> Numbers:
+    """All values of some arrays in a row, float64.
+
+    Args:
+        parts: arrays of any shape, one or more.
+
+    Returns:
+        The values, [value].
+
+    Example:
+        >>> joined([np.ones((1, 2)), np.zeros(1)])
+        array([1., 1., 0.])
+    """
+    return np.concatenate([part.ravel() for part in parts]).astype(np.float64)
+
+
 def mean_squares(cases: Sequence[Case], kind: int, *means: Sequence[Numbers]) -> tuple[Any, Any]:
     """What each forget set adds to the least squares of its measured changes on predicted ones.
 
@@ -176,6 +192,25 @@ def mean_squares(cases: Sequence[Case], kind: int, *means: Sequence[Numbers]) ->
     return np.stack(grams), np.stack(rights)
 
 
+def weights_without(gram: Numbers, right: Numbers) -> Numbers:
+    """Non-negative weights of predictors, fitted for each forget set to all other sets.
+
+    Args:
+        gram: of each set, [set, predictor, predictor]; see `mean_squares`.
+        right: likewise, [set, predictor].
+
+    Returns:
+        Weights, [set left out, predictor]; 0 where there is no other set.
+
+    Example:
+        >>> weights_without(np.ones((2, 1, 1)), np.array([[2.0], [3.0]]))
+        array([[3.],
+               [2.]])
+    """
+    left = zip(gram.sum(0) - gram, right.sum(0) - right, strict=True)
+    return np.stack([nonnegative_squares(*one) for one in left])
+
+
 def held_out_error(
     cases: Sequence[Case], *means: Sequence[Numbers], added: Sequence[Numbers] | None = None
 ) -> float:
@@ -201,7 +236,8 @@ def held_out_error(
         0.0
     """
     if added is None:
-        weights = np.stack([_weights_without(cases, k, *means) for k in range(len(KINDS))], 1)
+        squares = [mean_squares(cases, kind, *means) for kind in range(len(KINDS))]
+        weights = np.stack([weights_without(*of_kind) for of_kind in squares], 1)
     else:
         means = (*means, added)
         weights = np.stack([_in_turn_without(cases, k, *means) for k in range(len(KINDS))], 1)
@@ -214,15 +250,8 @@ def _summed(weights: Numbers, case: Case, means: Sequence[Numbers]) -> Any:
     return sum(w[case.kind_numbers, None] * m for w, m in zip(weights.T, means, strict=True))
 
 
-def _weights_without(cases: Sequence[Case], kind: int, *means: Sequence[Numbers]) -> Numbers:
-    """Weights fitted to all sets but one, [set left out, predictor]."""
-    gram, right = mean_squares(cases, kind, *means)
-    left = zip(gram.sum(0) - gram, right.sum(0) - right, strict=True)
-    return np.stack([nonnegative_squares(*one) for one in left])
-
-
 def _in_turn_without(cases: Sequence[Case], kind: int, *means: Sequence[Numbers]) -> Numbers:
-    """The same, the last predictor weighed against the weighed sum of the others."""
+    """As `weights_without`, the last predictor weighed against the weighed sum of the others."""
     gram, right = mean_squares(cases, kind, *means)
     found = []
     for g, r in zip(gram.sum(0) - gram, right.sum(0) - right, strict=True):

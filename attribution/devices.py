@@ -43,7 +43,7 @@ def visible_gpus(
 def where_to_run(
     device: str | torch.device, workers: int | None, scheduler: str | None
 ) -> dict[str, Any]:
-    """Arguments of `run_blocks` that say who computes; a scheduler takes the place of workers.
+    """Arguments of `run_blocks` for work on a device; a scheduler takes the place of workers.
 
     Args:
         device: where the work computes.

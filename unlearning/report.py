@@ -26,7 +26,7 @@ from unlearning.figures import (
 from unlearning.reading import pick, value
 from unlearning.standings import DISTANCES, GIVEN_THE_ANSWER, distance_of, standings
 from unlearning.tables import pooled_name
-from unlearning.wording import as_number, as_percent, as_range, as_seconds, listed
+from unlearning.wording import as_models, as_number, as_percent, as_range, as_seconds, listed
 
 SCHEMA = 1
 DRAWN = ("datamodel", "newton")
@@ -124,7 +124,7 @@ def _environment() -> jinja2.Environment:
     )  # fmt: skip
     environment.globals.update(
         value=value, pick=pick, methods=_methods, predictors=_predictors, lacking=_lacking,
-        narrower=_narrower, drawn=_drawn,
+        narrower=_narrower, drawn=_drawn, as_models=as_models,
     )  # fmt: skip
     return environment
 

@@ -10,6 +10,7 @@ from attribution import Prediction, Task
 from attribution.purging.purge import Purged
 from attribution.task import Rows
 from unlearning.standings import DISTANCES, distance_of, standings
+from unlearning.wording import as_models
 
 SHOWN_TARGETS = 20
 
@@ -160,12 +161,9 @@ def _prediction_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
 def _agreement(found: Mapping[str, Any]) -> list[str]:
     numbers = [_number(found[key]) for key in ("r2", "ceiling", "slope")]
     widths = [_number(found[key]["80"]) for key in ("width", "constant_width")]
-    worth = _models(found.get("retrained_models"))
+    number, most = found.get("retrained_models"), found.get("most_models")
+    worth = _number(None) if number is None else as_models(number, most)
     return [*numbers, _percent(found["coverage"]["80"]), *widths, worth]
-
-
-def _models(number: float | None) -> str:
-    return _number(None) if number is None else f"{number:,.1f}"
 
 
 def pooled_name(group: Mapping[str, Any]) -> str:

@@ -98,3 +98,22 @@ def listed(names: Sequence[str]) -> str:
         'a, b and c'
     """
     return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + "".join(names[-1:])
+
+
+def as_models(number: float | None, most: float | None) -> str:
+    """How many retrained models have a mean that is as near as a prediction.
+
+    Args:
+        number: `Agreement.retrained_models`; None where it is not known.
+        most: `Agreement.most_models`.
+
+    Returns:
+        The number, marked where there may be more; a dash where there is none.
+
+    Example:
+        >>> as_models(6.34, 50.0), as_models(50.0, 50.0)
+        ('6.3', '≥ 50.0')
+    """
+    if number is None or most is None or number < most:
+        return as_number(number, 1)
+    return f"≥ {as_number(number, 1)}"

@@ -8,8 +8,14 @@ import numpy as np
 
 from attribution.cases import KINDS, Case, cases_of, common_share
 from attribution.counterfactual import Change
-from attribution.deviations import deviation_factors, mean_squares, nonnegative_squares
+from attribution.deviations import (
+    deviation_factors,
+    mean_squares,
+    nonnegative_squares,
+    weights_without,
+)
 from attribution.ensemble import Ensemble
+from attribution.forget import ForgetSet
 from attribution.gradients import Features, compute_curvatures
 from attribution.newton.calibration import STEPS, Calibration
 from attribution.newton.choosing import choose
@@ -58,7 +64,7 @@ def calibrate(
     one retraining, are known: `cases_of` pools them over the bank and the models trained on all
     rows, or the checkpoints, which tell them badly where the bank has one model of each set. For
     the scale a forget set weighs one over the squared change of its rows of that kind,
-    for the variances all weigh the same.
+    for the variances all weigh the same, and s is then the scale that fits the other sets.
 
     Along the segments of trainings only the factors are fitted: the recipe tells lambda, the
     probabilities are those of the path, so that T = 1, and steps are those of `newton`, or 3.
@@ -176,7 +182,8 @@ def predicted_changes(
     settings = _settings(newton, bank) | {"steps": newton.most_steps}
     settings |= {"calibration": _told(newton.calibration)}
     store = _store(to, "calibration-changes", arrays, settings)
-    _run(_Changes(newton, tuple(cases), store.path), store, "predictions", workers, scheduler)
+    work = _Changes(newton, tuple(case.forget for case in cases), store.path)
+    _run(work, store, "predictions", workers, scheduler)
     found = [{name: store.numpy(name, i)[0] for name in arrays} for i in range(len(cases))]
     return [Change(**values) for values in found]
 
@@ -215,12 +222,12 @@ def _run(
 @dataclass(frozen=True)
 class _Changes:
     newton: GroupNewton
-    cases: tuple[Case, ...] = field(repr=False)
+    forgets: tuple[ForgetSet, ...] = field(repr=False)
     path: str
 
     def __call__(self, block: int) -> None:
         with threads(1):
-            change = self.newton.change(self.cases[block].forget)
+            change = self.newton.change(self.forgets[block])
         arrays = {"mean": change.mean, "std": change.std, "noise": change.noise}
         wanted = {name: values.astype(np.float32)[None] for name, values in arrays.items()}
         Store.open(self.path).write_block(block, wanted)
@@ -247,10 +254,14 @@ def _fitted_kind(
     if not pairs:
         return 1.0, 1.0, 0.0, 1.0
     known, means = [case for case, _, _ in pairs], [change.mean for _, change, _ in pairs]
-    gram, right = (total.sum(0) for total in mean_squares(known, kind, means))
+    gram, right = mean_squares(known, kind, means)
     # Where nothing is predicted, no scale fits better than another.
-    scale = float(nonnegative_squares(gram, right)[0]) if gram.any() else 1.0
-    predicted = [(case, rows, scale * change.mean[rows]) for case, change, rows in pairs]
+    scale = float(nonnegative_squares(gram.sum(0), right.sum(0))[0]) if gram.any() else 1.0
+    others = weights_without(gram, right)[:, 0]
+    predicted = [
+        (case, rows, told * change.mean[rows])
+        for told, (case, change, rows) in zip(others, pairs, strict=True)
+    ]
     own = [np.square(change.std[rows]) for _, change, rows in pairs]
     shared = [
         common_share(change.mean[case.forget.rows]) * np.square(change.noise[rows])

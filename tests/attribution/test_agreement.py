@@ -90,7 +90,8 @@ class TestRetrainedModels:
     def test_no_more_are_told_than_the_measurement_is_worth(self, off):
         one = np.ones(2)
         told = Comparison(one, (1 + off) * one, one, 0.1 * one, one)
-        assert pooled_agreement([told]).retrained_models == pytest.approx(100)
+        found = pooled_agreement([told])
+        assert found.retrained_models == found.most_models == pytest.approx(100)
 
     def test_where_nothing_is_off_and_no_measurement_errs_there_is_no_end(self):
         one, none = np.ones(2), np.zeros(2)
@@ -105,7 +106,8 @@ class TestRetrainedModels:
     def test_without_the_noise_of_every_set_it_is_not_known(self):
         one, none = np.ones(2), np.zeros(2)
         sets = [Comparison(one, none, one, none, one), Comparison(one, none, one, none)]
-        assert pooled_agreement(sets).retrained_models is None
+        found = pooled_agreement(sets)
+        assert found.retrained_models is found.most_models is None
 
 
 def test_the_interval_score_by_hand():

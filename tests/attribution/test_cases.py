@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from attribution import ForgetSet, Task
-from attribution.cases import KINDS, Case, cases_of, joined, row_kinds
+from attribution.cases import KINDS, Case, cases_of, row_kinds
 from attribution.outputs import target_margins
 from tests.tasks import RECIPE, binary, blobs, line, write_ensemble
 
@@ -200,11 +200,7 @@ def test_means_are_no_outputs_of_models(task, tmp_path):
     bank = write_ensemble(
         tmp_path / "bank", task, np.eye(37, dtype=bool)[:2] ^ True, np.zeros((2, ALL, 2), "f4")
     )
-    with pytest.raises(ValueError, match=r"\[model, target, output\], got the shape \[48, 2\]"):
-        cases_of(bank, np.zeros((ALL, 2)))
-
-
-def test_parts_are_joined_in_order():
-    found = joined([np.array([[1, 2], [3, 4]], dtype=np.float32), np.zeros((0, 2)), np.array([5])])
-    assert found.dtype == np.float64
-    np.testing.assert_array_equal(found, [1, 2, 3, 4, 5])
+    for shape in ((ALL, 2), (0, ALL, 2), (3, ALL, 1), (3, 1, 2)):
+        told = rf"axes are \[48, 2\], got the shape \[{', '.join(map(str, shape))}\]"
+        with pytest.raises(ValueError, match=told):
+            cases_of(bank, np.zeros(shape))

@@ -122,6 +122,37 @@ def test_the_noise_of_one_retraining_is_found(task):
     assert found.spread < 0.02
 
 
+def test_each_one_has_a_factor_on_its_own_deviation(task):
+    random = np.random.default_rng(0)
+
+    def makes(one, two, _):
+        first, second = random.normal(size=(2, *one.mean.shape))
+        missed = 0.6 * 0.3 * one.std * first + 0.4 * 0.8 * two.std * second
+        return 0.6 * one.mean + 0.4 * two.mean + missed
+
+    cases, pairs = cases_and_pairs(task, 16, makes)
+    found = weigh(cases, pairs)["retain"]
+    assert (found.first, found.second) == pytest.approx((0.6, 0.4), abs=0.1)
+    assert (found.spread, found.second_spread) == pytest.approx((0.3, 0.8), rel=0.25)
+
+
+def test_deviations_are_those_of_sets_that_the_weights_were_not_fitted_to(task):
+    """Two sets that want opposite weights: neither is told by the other."""
+    cases, pairs = cases_and_pairs(task, 2, lambda one, two, _: one.mean)
+    unlike = [
+        Case(task, case.forget, case.before, sign * one.mean)
+        for case, (one, _), sign in zip(cases, pairs, (0.5, 1.5), strict=True)
+    ]
+    nothing = [Change(0 * two.mean, two.std, two.noise) for _, two in pairs]
+    told = [
+        (Change(one.mean, np.abs(one.mean), one.noise), none)
+        for (one, _), none in zip(pairs, nothing, strict=True)
+    ]
+    found = weigh(unlike, told)["retain"]
+    # Each is off by 1.0 of the mean, with the weight of both by less.
+    assert found.first * found.spread == pytest.approx(1.0, rel=0.02)
+
+
 @pytest.mark.parametrize("useless", [0, 1])
 def test_a_predictor_that_does_harm_gets_no_weight(task, useless):
     cases, pairs = cases_and_pairs(

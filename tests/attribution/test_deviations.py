@@ -9,6 +9,7 @@ from attribution.cases import KINDS, Case
 from attribution.deviations import (
     deviation_factors,
     held_out_error,
+    joined,
     nonnegative_squares,
     variance_factors,
 )
@@ -183,9 +184,23 @@ class TestVarianceFactors:
             assert found == pytest.approx((expected,))
 
     @pytest.mark.parametrize("unknown", [np.nan, np.inf])
+    @pytest.mark.parametrize("where", ["left", "beside"])
+    def test_values_that_are_no_numbers_are_left_out(self, variances, unknown, where):
+        parts = {"left": 4 * variances[0], "beside": np.ones(len(variances[0]))}
+        parts[where][7] = unknown
+        found = variance_factors(parts["left"], variances[0], beside=parts["beside"])
+        assert found == pytest.approx((2,))
+
+    @pytest.mark.parametrize("unknown", [np.nan, np.inf])
     def test_values_of_unknown_variance_are_left_out(self, variances, unknown):
         left = 4 * variances[0] + 9 * variances[1]
         left[7], variances[1][7] = 1e6, unknown
         assert variance_factors(left, *variances) == pytest.approx((2, 3))
         variances[1][:] = unknown
         assert np.isnan(variance_factors(left, *variances)).all()
+
+
+def test_parts_are_joined_in_order():
+    found = joined([np.array([[1, 2], [3, 4]], dtype=np.float32), np.zeros((0, 2)), np.array([5])])
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found, [1, 2, 3, 4, 5])

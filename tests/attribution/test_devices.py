@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from attribution.devices import repeatable, visible_gpus
+from attribution.devices import repeatable, visible_gpus, where_to_run
 
 
 @pytest.fixture
@@ -28,6 +28,14 @@ def test_one_gpu_by_its_number_is_for_this_process_or_a_scheduler(three_gpus):
     assert visible_gpus("cuda:1", None, "tcp://there:1") == ["0", "1", "2"]
     with pytest.raises(ValueError, match="no cuda:1: give the device cuda with CUDA_VISIBLE_DEV"):
         visible_gpus("cuda:1", 2, None)
+
+
+def test_a_scheduler_takes_the_place_of_workers(three_gpus):
+    gpus, there = ["0", "1", "2"], "tcp://there:1"
+    local = {"workers": 2, "scheduler": None, "gpus": gpus}
+    assert where_to_run("cuda", 2, None) == local
+    assert where_to_run("cuda:1", 0, there) == {"workers": None, "scheduler": there, "gpus": gpus}
+    assert where_to_run("cpu", 0, None) == {"workers": 0, "scheduler": None, "gpus": None}
 
 
 def precision():

@@ -207,7 +207,7 @@ class TestNewton:
         assert contents(copy) == before
 
     def test_a_bank_that_is_there_keeps_its_size(self, run, tmp_path, monkeypatch):
-        monkeypatch.setattr(calibrating, "MODELS_EACH", 9)
+        monkeypatch.setattr(calibrating, "FEWEST_EACH", 9)
         copy = copied(run.path, tmp_path)
         before = contents(copy)
         (copy / "calibration.json").unlink()
@@ -215,7 +215,7 @@ class TestNewton:
         assert contents(copy) == before
 
     def test_a_new_bank_has_as_many_models_as_the_run_asks_for(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(calibrating, "MODELS_EACH", 5)
+        monkeypatch.setattr(calibrating, "FEWEST_EACH", 5)
         made = precompute(write_task(tmp_path), tmp_path / "run", **FEW)
         bank = type(made.full).open(made.path / "calibration" / "bank", made.task)
         assert bank.outputs.shape == (100, 48, 3)

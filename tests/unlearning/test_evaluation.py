@@ -131,7 +131,7 @@ def test_every_promised_key_is_there(told):
         for split in splits:
             found = block["predictions"]["datamodel"][kind][split]
             by_level = {"coverage", "width", "interval_score", "constant_width"}
-            numbers = {"slope", "r2", "corr", "ceiling", "retrained_models"}
+            numbers = {"slope", "r2", "corr", "ceiling", "retrained_models", "most_models"}
             assert set(found) == numbers | by_level
             assert all(set(found[name]) == {"80", "95"} for name in by_level)
 

@@ -176,7 +176,11 @@ def test_the_table_shows_every_predictor_of_every_set(run, forget):
     told = own["forget_sets"]["few"]["predictions"]["half"]["logits"]["forget"]
     numbers = [told["r2"], told["ceiling"], told["slope"]]
     numbers += [100 * told["coverage"]["80"]]
-    shown = [float(word) for word in lines[-1].split()[3:-1] if word != "%"]
-    assert lines[-1].split()[-1] == f"{told['retrained_models']:,.1f}"
+    words = lines[-1].split()
+    assert ("≥" in words) == (told["retrained_models"] == told["most_models"])
+    shown = [float(word) for word in words[3:-1] if word not in "%≥"]
+    assert words[-1] == f"{told['retrained_models']:,.1f}"
+    told |= {"retrained_models": 47.0, "most_models": 47.0}
+    assert evaluation_table(own).splitlines()[-1].endswith("≥ 47.0")
     assert shown[:4] == pytest.approx(numbers, abs=0.051)
     assert shown[4:] == pytest.approx([told["width"]["80"], told["constant_width"]["80"]], abs=0.01)
