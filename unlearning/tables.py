@@ -9,6 +9,7 @@ import torch
 from attribution import Prediction, Task
 from attribution.purging.purge import Purged
 from attribution.task import Rows
+from unlearning.cost import REPEATS
 from unlearning.standings import DISTANCES, distance_of, standings
 from unlearning.wording import as_models
 
@@ -201,7 +202,14 @@ def _set_table(name: str, block: Mapping[str, Any]) -> str:
                 _percent(told["cost_over_retrain"]),
             ]
         )
-    return "\n".join([_lines(header, rows), *_endings(block["methods"])])
+    return "\n".join([_lines(header, rows), *_endings(block["methods"]), *_few_timings(block)])
+
+
+def _few_timings(block: Mapping[str, Any]) -> list[str]:
+    timed = {"retraining": block.get("retrain", {})} | dict(block["methods"])
+    repeats = {name: told.get("repeats", REPEATS) for name, told in timed.items()}
+    few = [f"{name} {count}" for name, count in repeats.items() if 0 < count < REPEATS]
+    return [f"timed fewer than {REPEATS} times, as it takes long: {', '.join(few)}"] if few else []
 
 
 def _endings(methods: Mapping[str, Any]) -> list[str]:

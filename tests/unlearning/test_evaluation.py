@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 from dataclasses import asdict
@@ -134,6 +135,15 @@ def test_every_promised_key_is_there(told):
             numbers = {"slope", "r2", "corr", "ceiling", "retrained_models", "most_models"}
             assert set(found) == numbers | by_level
             assert all(set(found[name]) == {"80", "95"} for name in by_level)
+
+
+def test_the_table_says_what_was_timed_fewer_times(told):
+    assert "timed fewer" not in evaluation_table(told)
+    few = copy.deepcopy(told)
+    block = few["forget_sets"]["few"]
+    block["methods"]["dmm"]["repeats"], block["retrain"]["repeats"] = 2, 1
+    line = "timed fewer than 5 times, as it takes long: retraining 1, dmm 2"
+    assert line in evaluation_table(few).splitlines()
 
 
 def test_it_survives_json_without_a_number_that_is_none(told, told_of_few):
