@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from newton_quality import EPOCHS, Group, coherent_sets, compare
+from newton_quality import EPOCHS, Group, coherent_sets, compare, judge
 
 from attribution import Counterfactual, GroupNewton, Run, precompute
 from attribution.training import threads
@@ -106,7 +106,7 @@ def main() -> None:
     ]
     retraining = measure_retraining(audits[0].task, audits[0].forget)
     for name, predictor in predictors(run).items():
-        agreement = compare(predictor, group)
+        agreement = compare(judge(predictor, group))
         shares = [f"{agreement[kind]['of_ceiling']:.2f}" for kind in ("margins", "logits")]
         query = f"{seconds_of_prediction(predictor, audits[0]):.2f} s"
         for share in SHARES:

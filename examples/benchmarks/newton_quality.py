@@ -25,7 +25,7 @@ from attribution.agreement import Comparison, pooled_agreement
 from unlearning import DoNothing, Matching, klom, margins, unlearn_models
 from unlearning.audit import Audit
 from unlearning.cost import hardware
-from unlearning.predictions import Judged
+from unlearning.predictions import Comparisons, Judged
 
 EPOCHS = 30
 SHARES = (0.05, 0.10)  # of the gradients of a retraining that matching may take
@@ -70,10 +70,14 @@ def groups(run: Run, models: int, draws: int) -> list[Group]:
     ]
 
 
-def compare(predictor: Counterfactual, group: Group) -> dict[str, Any]:
+def judge(predictor: Counterfactual, group: Group) -> list[Comparisons]:
+    """Predicted beside measured changes of each set."""
+    return [Judged(audit, predictor.change(audit.forget)).comparisons for audit in group.audits]
+
+
+def compare(judged: Sequence[Comparisons]) -> dict[str, Any]:
     """Agreement on the forget rows: means over sets, and intervals pooled."""
     told: dict[str, Any] = {}
-    judged = [Judged(audit, predictor.change(audit.forget)).comparisons for audit in group.audits]
     for kind in ("margins", "logits"):
         parts: list[Comparison] = [one[kind]["forget"] for one in judged]
         each = [pooled_agreement([part]) for part in parts]
@@ -94,10 +98,8 @@ def compare(predictor: Counterfactual, group: Group) -> dict[str, Any]:
     return told
 
 
-def over_all(predictor: Counterfactual, groups: Sequence[Group]) -> dict[str, Any]:
-    """Intervals pooled over the sets of all kinds, by kind of output and of row."""
-    audits = [audit for group in groups for audit in group.audits]
-    judged = [Judged(audit, predictor.change(audit.forget)).comparisons for audit in audits]
+def over_all(judged: Sequence[Comparisons]) -> dict[str, Any]:
+    """Intervals pooled over sets of all kinds, by kind of output and of row."""
     told: dict[str, Any] = {}
     for kind in ("margins", "logits"):
         for split in ("forget", "retain", "test"):
@@ -205,17 +207,19 @@ def main() -> None:
     chosen = {name: known[name]() for name in options.predictors}
     print(f"{hardware()}; {options.models} models a bank; {run.calibration}")
     told: dict[str, Any] = {}
-    kinds = groups(run, options.models, options.draws)
-    for group in kinds:
+    every: dict[str, list[Comparisons]] = {name: [] for name in chosen}
+    for group in groups(run, options.models, options.draws):
         for name, predictor in chosen.items():
-            found = compare(predictor, group)
+            judged = judge(predictor, group)
+            every[name] += judged
+            found = compare(judged)
             if not options.no_matching:
                 found["klom"] = matched(predictor, group, options.models)
             tell(name, group, found)
             told.setdefault(group.name, {})[name] = found
-    for name, predictor in chosen.items():
-        told.setdefault("all", {})[name] = over_all(predictor, kinds)
-        tell_over_all(name, told["all"][name])
+    told["all"] = {name: over_all(judged) for name, judged in every.items()}
+    for name, found in told["all"].items():
+        tell_over_all(name, found)
     if options.out:
         Path(options.out).write_text(json.dumps(told, indent=1) + "\n")
 
