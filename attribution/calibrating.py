@@ -21,7 +21,7 @@ from attribution.run import CALIBRATION, Run, RunSettings
 from attribution.run_calibration import RunCalibration
 from stores import Place, Store, name_blocks, taken_out
 
-RESIDUAL_MODELS = 150  # at most: group Newton predicts the outputs of each
+RESIDUAL_MODELS = 1000  # at most: group Newton predicts the outputs of each
 # Of the bank: its share of the run's models, and most models of a forget set.
 BANK_SHARE, MOST_EACH = 0.08, 16
 

@@ -1,7 +1,7 @@
 """What group Newton lacks: outputs of retrained models less what it predicts of them.
 
-A linear datamodel fitted to them has group Newton's prediction as its prior mean, and a few
-hundred models are enough: the prior has told the larger part of the change already.
+A linear datamodel fitted to them has group Newton's prediction as its prior mean, and fewer
+models are enough: the prior has told the larger part of the change already.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ from stores import (
 )
 
 LARGEST = 0.25  # of the training rows: what a model may lack to be like a deletion request
-CHECKPOINTS, STEPS = 4, 1  # of the prior: hundreds of large sets are predicted, roughly
+CHECKPOINTS, STEPS = 2, 1  # of the prior: a thousand large sets are predicted, roughly
 MODELS_TOGETHER = 5
 
 
@@ -79,8 +79,8 @@ def residual_models(
 ) -> Ensemble:
     """Some models of an ensemble, their outputs less what group Newton predicts of them.
 
-    With y_j the outputs of model j, S_j the rows it lacks and p the plain first Newton step of a
-    few checkpoints, the outputs kept are y_j - s p(S_j), where the factors s, one for each kind of
+    With y_j the outputs of model j, S_j the rows it lacks and p the plain first Newton step of
+    two checkpoints, the outputs kept are y_j - s p(S_j), where the factors s, one for each kind of
     row, are least squares of y_j - mean(full models) on p(S_j). `fit_datamodels` of them gives the
     effects that group Newton lacks. Interrupted, the same call resumes.
 

@@ -42,11 +42,11 @@ def kinds_of(mask, task):
 
 
 def prior_of(newton, task, mask):
-    """What one plain step of the checkpoints says, times the trust in each kind of row."""
+    """What one plain step of the first two checkpoints says, times the trust in each kind."""
     rows = np.flatnonzero(~mask)
     if not len(rows):
         return np.zeros((TARGETS, 2), dtype=np.float32)
-    each = [newton.step(c, ForgetSet.at(task, rows)).numpy() for c in range(3)]
+    each = [newton.step(c, ForgetSet.at(task, rows)).numpy() for c in range(2)]
     mean = np.mean([newton.features.product(c, d) for c, d in enumerate(each)], axis=0)
     return np.array([TRUST[kind] for kind in kinds_of(mask, task)])[:, None] * mean
 
