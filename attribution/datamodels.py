@@ -100,8 +100,8 @@ def fit_datamodels(
         ...     datamodel.store.spec.arrays["effects"].shape
         (1437, 1797, 10)
 
-    Source: datamodels (arXiv 2202.00622), which takes the lasso; ridge, the anchor, the unpenalised
-        own row and the shrink factors are ours.
+    Source: datamodels (arXiv 2202.00622), which takes the lasso; ridge, the anchor, how large the
+        effect of each row is expected to be and the shrink factors are ours.
     """
     _check_ensembles(ensemble, anchor)
     check_dtype(dtype)

@@ -6,8 +6,8 @@ the held-out ones and k the others, those of the fit on k alone are
     held-out residuals          e_h = R_hh^-1 (R y)_h,
     residuals of the others     e_k = (R y)_k - R_kh e_h,
 
-so that nothing is decomposed or fitted again. The own row, which is not penalised, is regressed on
-afterwards: its effect is (x^T E y) / (x^T E x), where E is the map of the fit on k.
+so that nothing is decomposed or fitted again. The effect of a row with the mask x, which is times
+the square of its scale, is x^T E y / lambda in that fit, where E is the map of the fit on k.
 """
 
 from collections.abc import Iterator
@@ -30,6 +30,7 @@ class HeldOut:
         basis: eigenbasis of all models, [model, rank].
         asked: positions of the held-out models and of the last model, [asked].
         roots: square roots of their weights, [asked].
+        lambdas: candidates, [lambda].
         damped: lambda / (eigenvalue + lambda), [lambda, rank].
         maps: from residuals of the fit on all models to those of the fit on the others,
             [lambda, asked, asked].
@@ -39,6 +40,7 @@ class HeldOut:
     basis: Tensor
     asked: Tensor
     roots: Tensor
+    lambdas: Tensor
     damped: Tensor
     maps: Tensor
     spanned: bool
@@ -86,7 +88,7 @@ def hold_out(design: Design, held: Tensor, lambdas: Tensor, maps: Tensor | None 
 
     Example:
         >>> from attribution.ridge import decompose
-        >>> design = decompose(torch.eye(4), torch.ones(4))
+        >>> design = decompose(torch.eye(4), torch.ones(4), torch.ones(4))
         >>> hold_out(design, torch.tensor([0, 2]), torch.tensor([0.1, 1.0])).maps.shape
         torch.Size([2, 3, 3])
     """
@@ -97,7 +99,8 @@ def hold_out(design: Design, held: Tensor, lambdas: Tensor, maps: Tensor | None 
     spanned = len(eigenvalues) == models - 1
     if maps is None:
         maps = _maps(design, asked, damped, spanned=spanned)
-    return HeldOut(design.basis, asked, design.weights[asked], damped.to(number), maps, spanned)
+    roots, narrow = design.weights[asked], (lambdas.to(number), damped.to(number))
+    return HeldOut(design.basis, asked, roots, *narrow, maps, spanned)
 
 
 def _maps(design: Design, asked: Tensor, damped: Tensor, *, spanned: bool) -> Tensor:
@@ -126,7 +129,7 @@ def outcomes(
     Args:
         held_out: of the models.
         rotated: rotated outputs of all models, [rank, target, output].
-        own: rotated mask of each target's own row, [rank, target]; 0 for test targets.
+        own: mask of each target's own row, see `own_masks`, [rank, target]; 0 for test targets.
         outside: part of the asked models' centred outputs that effects cannot reach, weighted,
             [asked, target, output]; None where they reach all.
 
@@ -135,7 +138,7 @@ def outcomes(
 
     Example:
         >>> from attribution.ridge import decompose
-        >>> design = decompose(torch.eye(4), torch.ones(4))
+        >>> design = decompose(torch.eye(4), torch.ones(4), torch.ones(4))
         >>> held_out = hold_out(design, torch.tensor([0]), torch.tensor([0.1, 1.0]))
         >>> rotated, _ = design.centred(torch.ones(4, 1, 1))
         >>> [found.residuals.shape for found in outcomes(held_out, rotated, torch.zeros(3, 1))]
@@ -146,22 +149,17 @@ def outcomes(
     masks = own[:, some]
     both = torch.cat([rotated.flatten(1), masks], 1)
     across = product(held_out.damped, (masks[:, :, None] * rotated[:, some]).flatten(1))
-    within = product(held_out.damped, masks.square())
-    for damped, known, xy, xx in zip(held_out.damped, held_out.maps, across, within, strict=True):
+    each = zip(held_out.lambdas, held_out.damped, held_out.maps, across, strict=True)
+    for penalty, damped, known, whole in each:
         left = held_out.rotated_back(damped, both)
-        mine = left[:-1, columns:]
+        scaled, mine = left[:, :columns], left[:-1, columns:]
         if outside is not None:
-            left[:, :columns] += outside.flatten(1)
-        without = product(known, left)
-        residuals, theirs = without[:, :columns].unflatten(1, shape), without[:, columns:]
-        leverage = xx - (mine * theirs[:-1]).sum(0)
-        # Where the others agree on the row, rounding is all that is left.
-        told = leverage > xx * torch.finfo(xx.dtype).eps ** 0.5
-        moved = xy.unflatten(0, (-1, shape[1]))
+            scaled = scaled + outside.flatten(1)
+        residuals = product(known, scaled).unflatten(1, shape)
+        moved = whole.unflatten(0, (-1, shape[1]))
         moved = moved - (mine[:, :, None] * residuals[:-1, some]).sum(0)
         effect = rotated.new_zeros(shape)
-        effect[some] = torch.where(told, 1 / leverage, 0)[:, None] * moved
-        residuals[:, some] -= theirs[:, :, None] * effect[some]
+        effect[some] = moved / penalty
         yield Outcome(residuals.div_(held_out.roots[:, None, None]), effect)
 
 
@@ -182,7 +180,7 @@ def best_outcome(
     Example:
         >>> from attribution.ridge import decompose
         >>> masks = torch.tensor([[1.0, 0], [0, 1], [1, 1], [0, 0], [1, 0]])
-        >>> design = decompose(masks, torch.ones(5))
+        >>> design = decompose(masks, torch.ones(5), torch.ones(2))
         >>> held_out = hold_out(design, torch.tensor([0]), torch.tensor([1.0, 0.1]))
         >>> rotated, _ = design.centred(masks[:, :1, None])
         >>> best_outcome(held_out, rotated, torch.zeros(2, 1))[0]

@@ -18,6 +18,7 @@ from attribution.task import Rows, Task
 from stores import ArraySpec, Store, mapped
 
 HELD_OUT = 0.2
+ROWS = 1024  # whose losses are looked at together
 
 Numbers = np.ndarray[Any, Any]
 
@@ -67,6 +68,21 @@ class Problem:
     def noise(self, targets: slice) -> Numbers:
         """Spread of one retraining, [target, output]."""
         return np.asarray(_columns(self.anchor, targets).std(0, ddof=1, dtype=np.float64))
+
+    def pulls(self) -> Tensor:
+        """How much the loss of each row still pulls at its outputs, [train], float64.
+
+        The length of its derivative with respect to them, mean over the models trained on all rows.
+        """
+        n = self.ensemble.map_constant("mask").shape[1]
+        spans = (slice(i, min(i + ROWS, n)) for i in range(0, n, ROWS))
+        return torch.cat([self._pulls(span) for span in spans])
+
+    def _pulls(self, rows: slice) -> Tensor:
+        labels = self.task.targets(np.arange(rows.start, rows.stop))[1]
+        outputs = torch.from_numpy(_columns(self.anchor, rows)).double()
+        each = [self.task.loss.gradient(one, labels).norm(dim=1) for one in outputs]
+        return torch.stack(each).mean(0)
 
     def slopes(self, targets: slice, outputs: Tensor) -> Tensor:
         """Derivatives of the margins at the full models' mean outputs, [target, output]."""

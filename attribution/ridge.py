@@ -2,9 +2,10 @@
 
 For every target t and output c, over models j with masks x_j, outputs y_j and weights a_j,
 
-    minimise  sum_j a_j (y_j - b - x_j w)^2 + lambda_t sum_{i != t} w_i^2
+    minimise  sum_j a_j (y_j - b - x_j w)^2 + lambda_t sum_i w_i^2 / s_i^2
 
-Neither the intercept b nor the target's own row is penalised. One decomposition serves all
+The intercept b is not penalised. The scales s tell how large effects are expected to be: this is
+plain ridge of w_i / s_i on masks whose columns are times s_i. One decomposition of these serves all
 targets, outputs and lambdas.
 """
 
@@ -20,19 +21,21 @@ PIECE = 1024  # models or rows whose masks are widened to float64 at once
 
 @dataclass(frozen=True)
 class Design:
-    """Centred, weighted masks of some models in their eigenbasis; costly, made once.
+    """Centred, weighted and scaled masks of some models in their eigenbasis; costly, made once.
 
     Args:
         basis: eigenvectors of the Gram matrix, [model, rank].
         eigenvalues: [rank].
-        masks: rotated masks, [rank, train].
+        masks: rotated masks, times the rows' scales, [rank, train].
         weights: square roots of the models' weights, [model].
+        scales: s of each row, [train].
     """
 
     basis: Tensor
     eigenvalues: Tensor
     masks: Tensor
     weights: Tensor
+    scales: Tensor
 
     def centred(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated centred outputs [rank, ...] of outputs [model, ...], and their centre [...]."""
@@ -54,21 +57,23 @@ class Design:
         return left
 
 
-def decompose(masks: Tensor, weights: Tensor) -> Design:
-    """Eigenbasis of the centred masks.
+def decompose(masks: Tensor, weights: Tensor, scales: Tensor) -> Design:
+    """Eigenbasis of the centred masks times the rows' scales.
 
-    It comes from the smaller Gram matrix, over models or over rows. That is a sum of whole numbers
-    and hence exact below 2^24, whatever computes it; its eigenvectors are LAPACK's, in float64.
+    It comes from the smaller Gram matrix, over models or over rows, in float64; that over rows,
+    before it is scaled, is a sum of whole numbers and hence exact below 2^24, whatever computes it.
+    Eigenvectors are LAPACK's.
 
     Args:
         masks: [model, train], zeros and ones.
         weights: weight of each model, a whole number, [model].
+        scales: s of each row, above 0, [train].
 
     Returns:
         The design, in the dtype of the masks.
 
     Example:
-        >>> design = decompose(torch.eye(3), torch.ones(3))
+        >>> design = decompose(torch.eye(3), torch.ones(3), torch.ones(3))
         >>> design.eigenvalues.round(decimals=3)
         tensor([1., 1.])
     """
@@ -76,8 +81,9 @@ def decompose(masks: Tensor, weights: Tensor) -> Design:
     counts = product(weights.float()[None], masks.float())[0].double()
     centre = counts / weights.double().sum()
     solved = _over_models if models <= rows else _over_rows
-    basis, values, rotated = solved(masks, weights.double(), centre)
-    parts = (basis, values, rotated, weights.double().sqrt())
+    scales = scales.to(masks.dtype)
+    basis, values, rotated = solved(masks, weights.double(), centre, scales)
+    parts = (basis, values, rotated, weights.double().sqrt(), scales)
     return Design(*(part.to(masks.dtype) for part in parts))
 
 
@@ -94,7 +100,7 @@ def fewer_rows(masks: Tensor) -> tuple[Tensor, Tensor]:
         Eigenvalues, [rank], and rotated masks, [rank, train], of the rank that is left.
 
     Example:
-        >>> design = decompose(torch.eye(3), torch.ones(3))
+        >>> design = decompose(torch.eye(3), torch.ones(3), torch.ones(3))
         >>> eigenvalues, masks = fewer_rows(design.masks[:, :1])
         >>> eigenvalues.round(decimals=3), masks.shape
         (tensor([0.6670]), torch.Size([1, 1]))
@@ -117,23 +123,28 @@ def _gram(matrix: Tensor) -> Tensor:
     return total
 
 
-def _over_models(masks: Tensor, weights: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    single, roots = masks.float(), weights.sqrt()
-    gram = product(single, single.T).double()
+def _over_models(
+    masks: Tensor, weights: Tensor, centre: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    roots, scaled = weights.sqrt(), masks * scales
+    gram, centre = _gram(scaled), centre * scales.double()
     means = gram @ (weights / weights.sum())
     gram += centre.square().sum() - means[:, None] - means
     values, basis = _eigenvectors(roots[:, None] * gram * roots)
     # The basis is orthogonal to the roots: the centre need not be taken off the masks.
-    rotated = product((roots[:, None] * basis).to(masks.dtype).T, masks)
+    rotated = product((roots[:, None] * basis).to(masks.dtype).T, scaled)
     return basis, values, rotated
 
 
-def _over_rows(masks: Tensor, weights: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    single = masks.float()
+def _over_rows(
+    masks: Tensor, weights: Tensor, centre: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    single, scales = masks.float(), scales.double()
     gram = product((weights.float()[:, None] * single).T, single).double()
-    values, vectors = _eigenvectors(gram - weights.sum() * torch.outer(centre, centre))
-    lengths = values.sqrt()
-    pieces = [(piece.double() - centre) @ vectors for piece in masks.split(PIECE)]
+    gram -= weights.sum() * torch.outer(centre, centre)
+    values, vectors = _eigenvectors(scales[:, None] * gram * scales)
+    lengths, vectors_of_masks = values.sqrt(), scales[:, None] * vectors
+    pieces = [(piece.double() - centre) @ vectors_of_masks for piece in masks.split(PIECE)]
     basis = weights.sqrt()[:, None] * torch.cat(pieces) / lengths
     return basis, values, lengths[:, None] * vectors.T
 
@@ -150,60 +161,45 @@ class Fit:
 
     Args:
         dual: coefficients of the rotated models, [rank, target, output].
-        own: effect of each target's own row, [target, output]; 0 for test targets.
         variance: of one model's output around the fit, [target, output].
     """
 
     dual: Tensor
-    own: Tensor
     variance: Tensor
 
 
-def solve(
-    design: Design,
-    rotated: Tensor,
-    penalty: Tensor,
-    own: Tensor,
-    outside: Tensor | None = None,
-) -> Fit:
-    """Ridge with an unpenalised own row, in closed form.
+def solve(design: Design, rotated: Tensor, penalty: Tensor, outside: Tensor | None = None) -> Fit:
+    """Ridge in closed form: dual = b / (S + lambda), with b the rotated outputs.
 
-    With D = 1 / (S + lambda), a the own row's rotated mask and b the rotated outputs:
-    own = (a D b) / (a D a), dual = D (b - a own).
+    The effect of row i is s_i times the product of its rotated mask and the dual coefficients.
 
     Args:
         design: of the models.
         rotated: rotated outputs, [rank, target, output].
         penalty: lambda of each target, [target].
-        own: rotated mask of each target's own row, [rank, target]; 0 for test targets.
         outside: squares that no effects can reach, [target, output]; the variance counts them.
 
     Returns:
         The fit; its variance is the smallest value of the objective over (models - 1).
 
     Example:
-        >>> design = decompose(torch.eye(3), torch.ones(3))
-        >>> fit = solve(design, torch.ones(2, 1, 1), torch.ones(1), torch.zeros(2, 1))
+        >>> design = decompose(torch.eye(3), torch.ones(3), torch.ones(3))
+        >>> fit = solve(design, torch.ones(2, 1, 1), torch.ones(1))
         >>> fit.dual.flatten()
         tensor([0.5000, 0.5000])
     """
-    damped = 1 / (design.eigenvalues[:, None] + penalty)
-    leverage = (own.square() * damped).sum(0).clamp_min(torch.finfo(own.dtype).tiny)
-    effect = ((own * damped)[:, :, None] * rotated).sum(0) / leverage[:, None]
-    dual, some = rotated.clone(), owners(own)
-    dual[:, some] -= own[:, some, None] * effect[some]
-    dual *= damped[:, :, None]
+    dual = rotated / (design.eigenvalues[:, None] + penalty)[:, :, None]
     objective = penalty[:, None] * (rotated * dual).sum(0)
     if outside is not None:
         objective = objective + outside
-    return Fit(dual, effect, objective / (len(design.weights) - 1))
+    return Fit(dual, objective / (len(design.weights) - 1))
 
 
 def owners(own: Tensor) -> slice:
     """Targets up to the last one that has an own row; training rows stand before test rows.
 
     Args:
-        own: rotated mask of each target's own row, [rank, target]; 0 where there is none.
+        own: mask of each target's own row, see `own_masks`; 0 where there is none.
 
     Returns:
         Their positions.
@@ -217,7 +213,9 @@ def owners(own: Tensor) -> slice:
 
 
 def own_masks(design: Design, places: Tensor) -> Tensor:
-    """Rotated mask of each target's own row.
+    """Rotated mask of each target's own row, times its scale once more.
+
+    Its product with the dual coefficients is the effect of the row on itself.
 
     Args:
         design: of the models.
@@ -227,10 +225,12 @@ def own_masks(design: Design, places: Tensor) -> Tensor:
         [rank, target]; 0 for test targets.
 
     Example:
-        >>> own_masks(decompose(torch.eye(3), torch.ones(3)), torch.tensor([0, 3])).shape
+        >>> one = torch.ones(3)
+        >>> own_masks(decompose(torch.eye(3), one, one), torch.tensor([0, 3])).shape
         torch.Size([2, 2])
     """
     rank, n = design.masks.shape
     own = torch.zeros(rank, len(places), dtype=design.masks.dtype)
-    own[:, places < n] = design.masks[:, places[places < n]]
+    rows = places[places < n]
+    own[:, places < n] = design.masks[:, rows] * design.scales[rows]
     return own

@@ -22,29 +22,41 @@ COPIES = 8  # of all models' outputs of these targets that are in memory while t
 
 @dataclass(frozen=True)
 class Ridge(Regression):
-    """Ridge regression: sum_j a_j (y_j - b - x_j w)^2 + lambda sum_{i != own} w_i^2.
+    """Ridge regression: sum_j a_j (y_j - b - x_j w)^2 + lambda sum_i w_i^2 / s_i^2.
+
+    With |g_i| the length of the loss's derivative with respect to the outputs of row i, mean over
+    the models trained on all rows, the squared effect that is expected of a row is
+
+        s_i^2 = alike + (1 - alike) |g_i| / mean_k |g_k|.
+
+    A row that is at rest after training can hardly have moved it, one that pulls still may have.
 
     Args:
-        lambdas: candidates, in units of the mean eigenvalue of the masks' Gram matrix; that with
-            the least error on held-out models is taken for each target.
+        lambdas: candidates, in units of the mean eigenvalue of the scaled masks' Gram matrix; that
+            with the least error on held-out models is taken for each target.
+        alike: share of the squared effect that is expected of all rows alike, in (0, 1]; 1 is plain
+            ridge.
 
     Example:
         >>> Ridge(lambdas=(0.1, 1.0)).settings()
-        {'name': 'ridge', 'lambdas': [0.1, 1.0]}
+        {'name': 'ridge', 'lambdas': [0.1, 1.0], 'alike': 0.4}
     """
 
     name: ClassVar = "ridge"
     sparse: ClassVar = False
 
     lambdas: tuple[float, ...] = LAMBDAS
+    alike: float = 0.4
 
     def __post_init__(self) -> None:
+        if not 0 < self.alike <= 1:
+            raise ValueError(f"Ridge.alike must be above 0 and at most 1, got {self.alike}")
         if not self.lambdas or min(self.lambdas) <= 0:
             raise ValueError(f"lambdas must all be above 0, got {self.lambdas}")
 
     def settings(self) -> dict[str, Any]:
-        """Its name and the candidates."""
-        return {"name": self.name, "lambdas": list(self.lambdas)}
+        """Its name, the candidates and the share."""
+        return {"name": self.name, "lambdas": list(self.lambdas), "alike": self.alike}
 
     def arrays(self, sizes: Sizes, wide: str) -> dict[str, ArraySpec]:
         """The number of each target's lambda."""
@@ -57,18 +69,24 @@ class Ridge(Regression):
 
     def constants(self, models: Problem) -> Mapping[str, Numbers]:
         """Decomposes the masks; this also tells how sure the effects are."""
-        design = decompose(models.masks(), models.weights())
+        design = decompose(models.masks(), models.weights(), self._scales(models))
         lambdas = self.candidates(design)
-        lengths = [part.square().sum(0).max() for part in design.masks.split(PIECE, 1)]
+        lengths = [part.square().sum(0) for part in design.masks.split(PIECE, 1)]
         found = {
             "basis": design.basis,
             "eigenvalues": design.eigenvalues,
             "lambdas": lambdas.to(models.number),
-            "longest": torch.stack(lengths).max().sqrt(),
+            "longest": (design.scales * torch.cat(lengths).sqrt()).max(),
             "maps": hold_out(design, models.held, lambdas).maps,
             "masks": design.masks,
+            "scales": design.scales,
         }
         return {name: value.numpy() for name, value in found.items()}
+
+    def _scales(self, models: Problem) -> Tensor:
+        pulls = models.pulls()
+        shares = pulls / pulls.mean() if pulls.any() else torch.ones_like(pulls)
+        return (self.alike + (1 - self.alike) * shares).sqrt()
 
     def candidates(self, design: Design) -> Tensor:
         """The lambdas, [lambda], float64."""
@@ -105,29 +123,29 @@ class RidgeSolver(Solver):
         chosen, outcome = best_outcome(held_out, rotated, own, left)
         outside = None if held_out.spanned else design.outside(outputs, rotated)
         lambdas = self.method.candidates(design).to(outputs.dtype)
-        fit = solve(design, rotated, lambdas[chosen], own, outside)
+        fit = solve(design, rotated, lambdas[chosen], outside)
         judged = self.problem.judged(outcome.residuals, outcome.own, outputs, targets)
-        # |m . d| <= |m| |d|; the own row's effect is no such product.
-        longest = float(store.map_constant("longest"))
-        bound = torch.maximum(longest * fit.dual.square().sum(0).sqrt(), fit.own.abs())
-        found = {"own": fit.own, "variance": fit.variance, "chosen": chosen}
+        # |m . d| <= |m| |d|
+        bound = float(store.map_constant("longest")) * fit.dual.square().sum(0).sqrt()
+        own_effects = (own[:, :, None] * fit.dual).sum(0)
+        found = {"own": own_effects, "variance": fit.variance, "chosen": chosen}
         return Fitted(fit.dual, bound, found | {"cross_products": judged})
 
     def effects(self, store: Store, kept: Columns, rows: slice) -> Tensor:
         """Products of the rows' masks with the dual coefficients."""
-        masks = torch.from_numpy(store.map_constant("masks"))[:, rows]
-        if kept.on_disk:
-            masks = masks.contiguous()  # it is multiplied part by part
+        masks, scales = (torch.from_numpy(store.map_constant(name)) for name in ("masks", "scales"))
+        masks = masks[:, rows] * scales[rows]
         return kept.through(
             lambda dual: product(masks.T, dual.flatten(1)).reshape(-1, *dual.shape[1:])
         )
 
     def _design(self, store: Store) -> Design:
-        basis, eigenvalues, masks = (
-            torch.from_numpy(store.map_constant(name)) for name in ("basis", "eigenvalues", "masks")
+        basis, eigenvalues, masks, scales = (
+            torch.from_numpy(store.map_constant(name))
+            for name in ("basis", "eigenvalues", "masks", "scales")
         )
         roots = self.problem.weights().double().sqrt().to(self.problem.number)
-        return Design(basis, eigenvalues, masks, roots)
+        return Design(basis, eigenvalues, masks, roots, scales)
 
     def _held_out(self, store: Store, design: Design) -> HeldOut:
         maps = torch.from_numpy(store.map_constant("maps"))

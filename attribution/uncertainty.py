@@ -11,7 +11,7 @@ from attribution.outputs import Array
 from attribution.task import Rows
 from stores import Store
 
-_MASKS = 2**22  # numbers of the targets' own masks that are looked at together
+_MASKS = 2**22  # numbers of masks that are looked at together
 
 
 class Uncertainty(ABC):
@@ -44,8 +44,8 @@ class Uncertainty(ABC):
 class RidgePosterior(Uncertainty):
     """Of effects regressed by ridge on the masks of retrained models.
 
-    With v the sum of the other rows' rotated masks, k their number and f = 1 if the own row is in
-    F, else 0, the variance is variance / lambda x [k - v D v + (f - a D v)^2 / (a D a) - f].
+    With s_i the scale of row i, v the sum of the removed rows' rotated masks, each times its scale,
+    and D = 1 / (S + lambda), the variance is variance / lambda x [sum_F s_i^2 - v D v].
 
     Args:
         store: of fitted datamodels.
@@ -60,16 +60,9 @@ class RidgePosterior(Uncertainty):
 
     def std(self, rows: Rows, mine: Any, targets: Rows) -> Array:
         """Standard deviation of the ridge posterior."""
-        masks, eigenvalues, lambdas = self._design
-        chosen = self._small["chosen"][targets]
-        scale = np.zeros(len(targets))
-        for index in np.unique(chosen):
-            group = chosen == index
-            scale[group] = _bracket(
-                masks, 1 / (eigenvalues + lambdas[index]), rows, mine[group], targets[group]
-            )
-        variance = self._small["variance"][targets] / lambdas[chosen][:, None]
-        return np.asarray(np.sqrt(variance * scale[:, None]), dtype=np.float32)
+        shares = (self._brackets(rows) / self._lambdas)[self._small["chosen"][targets]]
+        variance = self._small["variance"][targets] * shares[:, None]
+        return np.asarray(np.sqrt(variance), dtype=np.float32)
 
     def noise(self, targets: Rows) -> Array:
         """Spread of the full models."""
@@ -79,40 +72,21 @@ class RidgePosterior(Uncertainty):
     def _small(self) -> dict[str, Any]:
         return {name: self.store.numpy(name) for name in ("variance", "noise", "chosen")}
 
-    @cached_property
-    def _design(self) -> tuple[Any, Any, Any]:
-        masks, eigenvalues, lambdas = (
-            self.store.map_constant(name) for name in ("masks", "eigenvalues", "lambdas")
+    def _brackets(self, rows: Rows) -> Any:
+        """The bracket of the variance for each lambda."""
+        masks, eigenvalues, scales = (
+            self.store.map_constant(name) for name in ("masks", "eigenvalues", "scales")
         )
-        return masks, eigenvalues, lambdas
+        step = max(1, _MASKS // len(masks))
+        few = (rows[i : i + step] for i in range(0, len(rows), step))
+        summed = sum((masks[:, some] @ scales[some] for some in few), start=np.zeros(len(masks)))
+        prior = np.square(scales[rows], dtype=np.float64).sum()
+        damped = 1 / (eigenvalues + self._lambdas[:, None])
+        return np.maximum(prior - damped @ np.square(summed), 0)
 
-
-def _bracket(masks: Any, damped: Any, rows: Rows, mine: Any, places: Rows) -> Any:
-    """The bracket of the posterior variance for targets that share a lambda, [target]."""
-    step = max(1, _MASKS // len(masks))
-    few = (masks[:, rows[i : i + step]].sum(1) for i in range(0, len(rows), step))
-    summed = sum(few, start=np.zeros(len(masks), masks.dtype))
-    parts = [
-        _some_bracket(masks, damped, len(rows), summed, mine[i : i + step], places[i : i + step])
-        for i in range(0, len(places), step)
-    ]
-    return np.concatenate(parts)
-
-
-def _some_bracket(  # noqa: PLR0917 - the symbols of the formula
-    masks: Any, damped: Any, count: int, summed: Any, mine: Any, places: Rows
-) -> Any:
-    inside = places < masks.shape[1]
-    own = np.where(inside, masks[:, np.minimum(places, masks.shape[1] - 1)], 0)
-    leverage = np.einsum("rt,r,rt->t", own, damped, own)
-    across = own.T @ (damped * summed)
-    within = summed @ (damped * summed)
-    quadratic = within - mine * (2 * across - leverage)
-    left = mine - (across - mine * leverage)
-    # Nothing tells the effect of a row that every model saw: its uncertainty has no bound.
-    unknown = np.where(mine & inside, np.inf, 0)
-    unpenalised = np.divide(left**2, leverage, out=unknown, where=leverage > 0)
-    return np.maximum(count - 2 * mine - quadratic + unpenalised, 0)
+    @cached_property
+    def _lambdas(self) -> Any:
+        return self.store.map_constant("lambdas")
 
 
 def _fitted_factors(store: Store) -> tuple[float, float]:
@@ -219,7 +193,15 @@ def uncertainty_of(store: Store) -> Uncertainty:
 
     Returns:
         The uncertainty.
+
+    Raises:
+        ValueError: ridge datamodels that an older version fitted.
     """
     if store.spec.kind == "trak":
         return CheckpointSpread(store)
+    if "alike" not in store.provenance.settings["method"] and "chosen" in store.spec.arrays:
+        raise ValueError(
+            f"{store.path} was fitted by an older version, which expected the effects of all rows"
+            " alike: remove it, and the command that made it fits it anew"
+        )
     return RidgePosterior(store) if "chosen" in store.spec.arrays else HeldOutSpread(store)

@@ -87,46 +87,53 @@ def group_newton_step(features, outputs, labels, removed, *, loss, damping, temp
     return np.linalg.solve(matrix, pull)
 
 
-def _datamodel_equations(masks, weights, penalty, own):
+def _datamodel_equations(masks, weights, penalty, scales):
     """Matrix of the normal equations over (intercept, effects), and the design matrix."""
     design = np.column_stack([np.ones(len(masks)), masks])
-    penalties = np.full(design.shape[1], float(penalty))
-    penalties[0] = 0
-    if own is not None:
-        penalties[1 + own] = 0
+    penalties = np.append(0, penalty / np.square(scales))
     return design.T @ (weights[:, None] * design) + np.diag(penalties), design
 
 
-def dense_datamodel(masks, outputs, weights, penalty, own=None):
+def dense_datamodel(masks, outputs, weights, penalty, scales):
     """Intercept and effects [train] of one target and output, by the normal equations.
 
-    Minimises sum_j a_j (y_j - b - x_j w)^2 + penalty sum_{i != own} w_i^2.
+    Minimises sum_j a_j (y_j - b - x_j w)^2 + penalty sum_i w_i^2 / s_i^2.
     """
-    matrix, design = _datamodel_equations(masks, weights, penalty, own)
+    matrix, design = _datamodel_equations(masks, weights, penalty, scales)
     found = np.linalg.solve(matrix, design.T @ (weights * outputs))
     return found[0], found[1:]
 
 
-def datamodel_objective(masks, outputs, weights, penalty, own=None):
+def datamodel_objective(masks, outputs, weights, penalty, scales):
     """Smallest value of the objective that `dense_datamodel` minimises."""
-    intercept, effects = dense_datamodel(masks, outputs, weights, penalty, own)
-    squares = effects**2
-    if own is not None:
-        squares[own] = 0
+    intercept, effects = dense_datamodel(masks, outputs, weights, penalty, scales)
     misfit = outputs - intercept - masks @ effects
-    return float(weights @ misfit**2 + penalty * squares.sum())
+    return float(weights @ misfit**2 + penalty * np.square(effects / scales).sum())
 
 
-def datamodel_posterior_variance(masks, weights, penalty, removed, own=None):
+def datamodel_posterior_variance(masks, weights, penalty, removed, scales):
     """Posterior variance of the sum of the removed rows' effects, for noise variance 1.
 
-    Bayesian regression: noise variance 1 / a_j, prior variance 1 / penalty on all effects but
-    the own one, flat priors on that and on the intercept.
+    Bayesian regression: noise variance 1 / a_j, prior variance s_i^2 / penalty on the effects, a
+    flat prior on the intercept.
     """
-    matrix, _ = _datamodel_equations(masks, weights, penalty, own)
+    matrix, _ = _datamodel_equations(masks, weights, penalty, scales)
     chosen = np.zeros(len(matrix))
     chosen[1 + np.asarray(removed)] = 1
     return float(chosen @ np.linalg.solve(matrix, chosen))
+
+
+def expected_effects(task, anchors, alike):
+    """Scale of each row's effects: the root of alike + (1 - alike) |g_i| / mean_k |g_k|.
+
+    anchors: outputs of models trained on all rows, [model, target, output].
+    """
+    pulls = []
+    for row in range(len(task.train_ids)):
+        label = task.targets(np.array([row]))[1]
+        slopes = [task.loss.gradient(torch.tensor(z[row])[None], label)[0] for z in anchors]
+        pulls.append(np.mean([float(slope.square().sum() ** 0.5) for slope in slopes]))
+    return np.sqrt(alike + (1 - alike) * np.array(pulls) / np.mean(pulls))
 
 
 def triangular_rate(recipe, step, steps):

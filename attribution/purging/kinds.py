@@ -115,7 +115,8 @@ def _datamodel(context: Context, store: Store, plain: Remains) -> Remains:
     fewer = replace(plain, attributes={**plain.attributes, "shrink": shrink})
     if "chosen" in store.spec.arrays:  # ridge: the lasso's error bars need no masks
         # They served to fit it, and the rows' masks could be solved for from them.
-        fitted = dict.fromkeys(("basis", "longest", "maps"))
+        fitted: dict[str, Any] = dict.fromkeys(("basis", "longest", "maps"))
+        fitted["scales"] = store.constant("scales")[plain.positions["train"]]
         turned = partial(_fewer_masks, store, plain.positions["train"])
         fewer = replace(fewer, constants=fitted, costly=turned)
     if "top_rows" not in store.spec.arrays:  # fitted before strongest rows were kept

@@ -1,5 +1,9 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
+import torch
 
 from attribution import (
     ForgetSet,
@@ -8,8 +12,10 @@ from attribution import (
     Ridge,
     draw_subsets,
     fit_datamodels,
+    regression,
     uncertainty,
 )
+from attribution.regression import Problem, problem
 from attribution.seeds import generator
 from stores import ArraySpec, Provenance, Store, StoreSpec
 from tests.attribution.datamodel_cases import (
@@ -29,6 +35,7 @@ from tests.references import (
     datamodel_objective,
     datamodel_posterior_variance,
     dense_datamodel,
+    expected_effects,
 )
 from tests.tasks import blobs, write_ensemble
 
@@ -56,6 +63,7 @@ class Reference:
 
     def __init__(self, ensemble, anchor, seed):
         self.ensemble, self.anchor = ensemble, anchor.outputs.mean(0)
+        self.scales = expected_effects(ensemble.task, anchor.outputs, RIDGE.alike)
         self.masks = np.concatenate([ensemble.masks, np.ones((1, TRAIN))]).astype(float)
         self.outputs = np.concatenate([ensemble.outputs, self.anchor[None]])
         self.weights = np.append(np.ones(len(ensemble)), len(anchor))
@@ -68,12 +76,12 @@ class Reference:
 
     def mean_eigenvalue(self):
         around = self.masks - np.average(self.masks, 0, self.weights)
-        scaled = np.sqrt(self.weights)[:, None] * around
+        scaled = np.sqrt(self.weights)[:, None] * around * self.scales
         return np.square(scaled).sum() / np.linalg.matrix_rank(scaled)
 
     def regress(self, models, target, output, penalty):
         chosen = self.masks[models], self.outputs[models, target, output], self.weights[models]
-        return dense_datamodel(*chosen, penalty, own_row(target))
+        return dense_datamodel(*chosen, penalty, self.scales)
 
     def held_out_error(self, target, penalty):
         error = 0.0
@@ -106,10 +114,6 @@ class Reference:
             truths.append(self.outputs[judging, target, output] - self.anchor[target, output])
         parts = np.stack([np.concatenate(own_parts), np.concatenate(other_parts)], 1)
         return np.linalg.lstsq(parts, np.concatenate(truths))[0]
-
-
-def own_row(target):
-    return target if target < TRAIN else None
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +180,10 @@ def test_changes_are_shrunk_sums_of_effects(task, fitted, rows):
 def test_stds_are_those_of_a_bayesian_regression(task, fitted, reference, rows):
     found = fitted.change(ForgetSet.at(task, rows)).std
     for target, output in reference.cases:
-        penalty, own = reference.lambdas[reference.chosen()[target]], own_row(target)
+        penalty, scales = reference.lambdas[reference.chosen()[target]], reference.scales
         data = (reference.masks, reference.outputs[:, target, output], reference.weights)
-        noise = datamodel_objective(*data, penalty, own) / (len(reference.masks) - 1)
-        scale = datamodel_posterior_variance(data[0], data[2], penalty, rows, own)
+        noise = datamodel_objective(*data, penalty, scales) / (len(reference.masks) - 1)
+        scale = datamodel_posterior_variance(data[0], data[2], penalty, rows, scales)
         assert found[target, output] == pytest.approx((noise * scale) ** 0.5, rel=1e-5)
 
 
@@ -238,6 +242,44 @@ def test_effects_of_noise_free_outputs_are_exact(task, tmp_path):
     np.testing.assert_allclose(change.mean, -effects[[0, 5, 7]].sum(0), rtol=0, atol=1e-5)
     np.testing.assert_allclose(change.std, 0, rtol=0, atol=1e-3)
     np.testing.assert_allclose(change.noise, 0, rtol=0, atol=1e-12)
+
+
+def test_rows_that_do_not_pull_are_expected_to_be_alike(noisy_pair, tmp_path, monkeypatch):
+    ensemble, anchor = noisy_pair
+
+    def effects(name, method):
+        found = fit_datamodels(ensemble, anchor=anchor, to=tmp_path / name, method=method)
+        return found.store.numpy("effects")
+
+    plain = effects("plain", Ridge(LAMBDAS, alike=1.0))
+    assert np.abs(effects("pulled", RIDGE) - plain).max() > 0.01
+    monkeypatch.setattr(Problem, "pulls", lambda self: torch.zeros(TRAIN, dtype=torch.float64))
+    np.testing.assert_array_equal(effects("at-rest", RIDGE), plain)
+
+
+def test_pulls_are_the_same_however_many_rows_are_looked_at(noisy_pair, monkeypatch):
+    models = problem(*noisy_pair, 0, torch.float64)
+    whole = models.pulls()
+    monkeypatch.setattr(regression, "ROWS", 5)
+    np.testing.assert_allclose(models.pulls(), whole, rtol=1e-14)
+    assert len(whole.unique()) == TRAIN
+
+
+@pytest.mark.parametrize("alike", [0.0, -0.5, 1.5, float("nan")])
+def test_shares_that_are_none_are_refused(alike):
+    with pytest.raises(ValueError, match=rf"alike must be above 0 and at most 1, got {alike}"):
+        Ridge(alike=alike)
+
+
+def test_effects_of_an_older_version_are_refused(task, fitted, tmp_path):
+    shutil.copytree(fitted.store.path, tmp_path / "old")
+    root = tmp_path / "old" / "zarr.json"
+    told = json.loads(root.read_text())
+    assert told["attributes"]["provenance"]["settings"]["method"].pop("alike") == RIDGE.alike
+    root.write_text(json.dumps(told))
+    old = LinearDatamodel.open(tmp_path / "old")
+    with pytest.raises(ValueError, match=r"was fitted by an older version.* fits it anew"):
+        old.change(ForgetSet.at(task, [3]))
 
 
 def test_float32_is_close(noisy_pair, fitted, tmp_path):

@@ -37,28 +37,23 @@ def test_a_datamodel_predicts_the_remaining_rows_bit_for_bit(whole, left, part):
 def test_the_std_of_a_datamodel_is_that_of_the_masks_that_are_left(whole, left, name):
     before, after = (LinearDatamodel.open(run.path / name) for run in (whole, left))
     some = ForgetSet.of(left.task, FEW)
-    rows, mine = np.flatnonzero(some.mask), np.append(some.mask, np.zeros(11, bool))
+    rows = np.flatnonzero(some.mask)
     store = before.store
     variance, lambdas = (store.numpy("variance"), store.constant("lambdas"))
-    masks = store.constant("masks")[:, LEFT].astype(float)
+    masks, scales = store.constant("masks")[:, LEFT].astype(float), store.constant("scales")[LEFT]
     for place, target in enumerate(TARGETS_LEFT):
         penalty = float(lambdas[store.numpy("chosen")[target]])
-        bracket = ridge_bracket(masks, penalty, rows, place if place < 33 else None, mine[place])
+        bracket = ridge_bracket(masks, scales, penalty, rows)
         expected = np.sqrt(variance[target] / penalty * bracket)
         found = after.change(some, targets=np.array([place])).std[0]
         np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
-def ridge_bracket(masks, penalty, rows, own, mine):
+def ridge_bracket(masks, scales, penalty, rows):
     """As in the posterior's formula, from the inverse of the rows' own Gram matrix."""
     damped = np.linalg.inv(masks @ masks.T + penalty * np.eye(len(masks)))
-    others = [row for row in rows if row != own]
-    summed = masks[:, others].sum(1)
-    bracket = len(others) - summed @ damped @ summed
-    if own is None:
-        return bracket
-    a = masks[:, own]
-    return bracket + (mine - a @ damped @ summed) ** 2 / (a @ damped @ a) - mine
+    summed = masks[:, rows] @ scales[rows]
+    return np.square(scales[rows]).sum() - summed @ damped @ summed
 
 
 def test_trak_takes_the_mean_effect_of_the_rows_that_are_left_off_each(whole, left):
@@ -182,7 +177,8 @@ def test_the_factor_of_a_curvature_with_the_rows_goes(left):
 def test_masks_that_are_left_tell_nothing_of_those_that_are_gone(whole, left, name):
     before, after = (Store.open(run.path / name) for run in (whole, left))
     assert {"basis", "longest", "maps"} <= set(before._root["constants"])
-    assert sorted(after._root["constants"]) == ["eigenvalues", "lambdas", "masks"]
+    assert sorted(after._root["constants"]) == ["eigenvalues", "lambdas", "masks", "scales"]
+    np.testing.assert_array_equal(after.constant("scales"), before.constant("scales")[LEFT])
     old, new = before.constant("masks"), after.constant("masks")
     eigenvalues = np.diag(before.constant("eigenvalues"))
     missing = eigenvalues - old[:, LEFT] @ old[:, LEFT].T
