@@ -19,6 +19,7 @@ from attribution.newton import GroupNewton, calibrate, predicted_changes
 from attribution.residual import models_like_requests, residual_models
 from attribution.run import CALIBRATION, Run, RunSettings
 from attribution.run_calibration import RunCalibration
+from attribution.uncertainty import fitted_by_older
 from stores import Place, Store, name_blocks, taken_out
 
 RESIDUAL_MODELS = 1000  # at most: group Newton predicts the outputs of each
@@ -78,7 +79,6 @@ def calibrate_run(
     if missed is not None:
         lacking = [missed.change(case.forget) for case in cases]
         sources["residual"] = [raw, lacking]
-        # Few models leave the posterior of a row's effect on itself wide open; the prior does not.
         residual = weigh(cases, list(zip(first, lacking, strict=True)), trusted=False)
         first = [
             weighed_sum(residual, one, two, case.kind_numbers)
@@ -129,6 +129,32 @@ def calibrated_before(run: Run) -> bool:
     for part in (*choices, run.residual_path):
         made_before(part, remove=whole)
     return made_before(folder / "changes", remove=whole) and run.path.exists(CALIBRATION)
+
+
+def refuse_older(run: Run) -> None:
+    """Refuses a run whose datamodels an older version fitted.
+
+    Args:
+        run: the run.
+
+    Raises:
+        ValueError: some were; it names all that must be removed.
+
+    Example:
+        >>> from examples.digits import task
+        >>> refuse_older(Run(place("nowhere"), RunSettings("examples/digits.py:task"), task))
+    """
+    fitted = [run.path / f"datamodel-{run.settings.subsets}", run.residual_path]
+    if not any(part.taken() and fitted_by_older(Store.open(part)) for part in fitted):
+        return
+    made = [run.path / "calibration/residual"]
+    if run.purged:  # it is not fitted to other datamodels by itself then
+        made += [run.path / CALIBRATION, run.path / "calibration/newton-*"]
+    raise ValueError(
+        f"datamodels in {run.path} were fitted by an older version, which expected the effects of"
+        f" all rows alike: remove {', '.join(map(str, fitted + made))}, and the same command fits"
+        " them anew"
+    )
 
 
 def made_before(where: Place, *, remove: Sequence[Place]) -> bool:

@@ -6,8 +6,8 @@ the held-out ones and k the others, those of the fit on k alone are
     held-out residuals          e_h = R_hh^-1 (R y)_h,
     residuals of the others     e_k = (R y)_k - R_kh e_h,
 
-so that nothing is decomposed or fitted again. The effect of a row with the mask x, which is times
-the square of its scale, is x^T E y / lambda in that fit, where E is the map of the fit on k.
+so that nothing is decomposed or fitted again. With x a row's centred, weighted mask and s its
+scale, its effect in that fit is s^2 x^T E y / lambda, where E is the map of the fit on k.
 """
 
 from collections.abc import Iterator

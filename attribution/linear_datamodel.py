@@ -10,7 +10,7 @@ from attribution.counterfactual import Change, Counterfactual, check_ids
 from attribution.forget import ForgetSet
 from attribution.outputs import Array
 from attribution.task import Rows, Task
-from attribution.uncertainty import Uncertainty, uncertainty_of
+from attribution.uncertainty import Uncertainty, fitted_by_older, uncertainty_of
 from stores import Store, Where, column, total
 
 if TYPE_CHECKING:
@@ -45,9 +45,15 @@ class LinearDatamodel(Counterfactual):
             The datamodel.
 
         Raises:
-            ValueError: no such store, or blocks are missing.
+            ValueError: no such store, blocks are missing, or an older version fitted it.
         """
         store = Store.open(path, "datamodel")
+        if fitted_by_older(store):
+            raise ValueError(
+                f"{store.path} was fitted by an older version, which expected the effects of all"
+                " rows alike: remove it and fit it anew; for a run, dmm precompute says what to"
+                " remove"
+            )
         if store.pending():
             raise ValueError(f"{store.path} is not finished: run the command that makes it again")
         return cls(store)

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 
-from attribution.calibrating import calibrate_run, calibrated_before, made_before
+from attribution.calibrating import (
+    calibrate_run,
+    calibrated_before,
+    made_before,
+    refuse_older,
+)
 from attribution.datamodels import FEWEST_MODELS, REGRESSIONS, fit_datamodels
 from attribution.ensemble import Ensemble, subsets_left
 from attribution.ensemble_training import train_models
@@ -106,6 +111,7 @@ def precompute(
         at: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
         with writers_turn(path):
             _refuse_purged(run)
+            refuse_older(run)
             _fill(run, full_subsets, subsets, at, at | {"device": device}, factors=factors)
     return run
 

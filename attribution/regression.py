@@ -18,7 +18,7 @@ from attribution.task import Rows, Task
 from stores import ArraySpec, Store, mapped
 
 HELD_OUT = 0.2
-ROWS = 1024  # whose losses are looked at together
+TOGETHER = 2**24  # outputs of the full models that are looked at together
 
 Numbers = np.ndarray[Any, Any]
 
@@ -31,7 +31,7 @@ class Problem:
     the sum of the effects: subsets of one fixed size leave it undetermined. It is the last one.
 
     Args:
-        task: tells the margins.
+        task: tells the margins, and how the losses pull.
         ensemble: outputs of the models trained on subsets.
         anchor: outputs of the models trained on all rows.
         held: positions of the held-out models.
@@ -75,13 +75,15 @@ class Problem:
         The length of its derivative with respect to them, mean over the models trained on all rows.
         """
         n = self.ensemble.map_constant("mask").shape[1]
-        spans = (slice(i, min(i + ROWS, n)) for i in range(0, n, ROWS))
+        models, _, outputs = self.anchor.spec.array("outputs").shape
+        step = max(1, TOGETHER // (models * outputs))
+        spans = (slice(i, min(i + step, n)) for i in range(0, n, step))
         return torch.cat([self._pulls(span) for span in spans])
 
     def _pulls(self, rows: slice) -> Tensor:
         labels = self.task.targets(np.arange(rows.start, rows.stop))[1]
-        outputs = torch.from_numpy(_columns(self.anchor, rows)).double()
-        each = [self.task.loss.gradient(one, labels).norm(dim=1) for one in outputs]
+        models = torch.from_numpy(_columns(self.anchor, rows))
+        each = [self.task.loss.gradient(one.double(), labels).norm(dim=1) for one in models]
         return torch.stack(each).mean(0)
 
     def slopes(self, targets: slice, outputs: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ def _gram(matrix: Tensor) -> Tensor:
     """M M^T in float64, of which a piece at a time is as wide."""
     total = matrix.new_zeros(len(matrix), len(matrix), dtype=torch.float64)
     for part in matrix.split(PIECE, 1):
-        total += product(part.double(), part.double().T)
+        wide = part.double()
+        total.addmm_(wide, wide.T)
     return total
 
 
@@ -127,10 +128,13 @@ def _over_models(
     masks: Tensor, weights: Tensor, centre: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     roots, scaled = weights.sqrt(), masks * scales
-    gram, centre = _gram(scaled), centre * scales.double()
-    means = gram @ (weights / weights.sum())
-    gram += centre.square().sum() - means[:, None] - means
-    values, basis = _eigenvectors(roots[:, None] * gram * roots)
+    gram = torch.zeros(len(masks), len(masks), dtype=torch.float64)
+    for part, middle in zip(
+        scaled.split(PIECE, 1), (centre * scales.double()).split(PIECE), strict=True
+    ):
+        around = roots[:, None] * (part.double() - middle)
+        gram.addmm_(around, around.T)
+    values, basis = _eigenvectors(gram)
     # The basis is orthogonal to the roots: the centre need not be taken off the masks.
     rotated = product((roots[:, None] * basis).to(masks.dtype).T, scaled)
     return basis, values, rotated

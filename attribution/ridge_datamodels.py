@@ -69,7 +69,9 @@ class Ridge(Regression):
 
     def constants(self, models: Problem) -> Mapping[str, Numbers]:
         """Decomposes the masks; this also tells how sure the effects are."""
-        design = decompose(models.masks(), models.weights(), self._scales(models))
+        design = decompose(
+            models.masks(), models.weights(), expected_scales(models.pulls(), self.alike)
+        )
         lambdas = self.candidates(design)
         lengths = [part.square().sum(0) for part in design.masks.split(PIECE, 1)]
         found = {
@@ -83,11 +85,6 @@ class Ridge(Regression):
         }
         return {name: value.numpy() for name, value in found.items()}
 
-    def _scales(self, models: Problem) -> Tensor:
-        pulls = models.pulls()
-        shares = pulls / pulls.mean() if pulls.any() else torch.ones_like(pulls)
-        return (self.alike + (1 - self.alike) * shares).sqrt()
-
     def candidates(self, design: Design) -> Tensor:
         """The lambdas, [lambda], float64."""
         lambdas = torch.tensor(self.lambdas, dtype=torch.float64)
@@ -98,13 +95,31 @@ class Ridge(Regression):
         return RidgeSolver(models, self)
 
 
+def expected_scales(pulls: Tensor, alike: float) -> Tensor:
+    """Scales s of the rows' effects; where no row pulls all are 1.
+
+    Args:
+        pulls: |g| of each row, up to a factor of all, [train].
+        alike: see `Ridge`.
+
+    Returns:
+        s, [train].
+
+    Example:
+        >>> expected_scales(torch.tensor([0.0, 2.0]), alike=0.5).square()
+        tensor([0.5000, 1.5000])
+    """
+    shares = pulls / pulls.mean() if pulls.any() else torch.ones_like(pulls)
+    return (alike + (1 - alike) * shares).sqrt()
+
+
 @dataclass(frozen=True)
 class RidgeSolver(Solver):
     """Ridge in the eigenbasis of the masks; what is kept of a target are dual coefficients.
 
     Args:
         problem: the models.
-        method: the candidates for lambda.
+        method: its settings.
     """
 
     method: Ridge

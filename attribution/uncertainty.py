@@ -193,15 +193,20 @@ def uncertainty_of(store: Store) -> Uncertainty:
 
     Returns:
         The uncertainty.
-
-    Raises:
-        ValueError: ridge datamodels that an older version fitted.
     """
     if store.spec.kind == "trak":
         return CheckpointSpread(store)
-    if "alike" not in store.provenance.settings["method"] and "chosen" in store.spec.arrays:
-        raise ValueError(
-            f"{store.path} was fitted by an older version, which expected the effects of all rows"
-            " alike: remove it, and the command that made it fits it anew"
-        )
     return RidgePosterior(store) if "chosen" in store.spec.arrays else HeldOutSpread(store)
+
+
+def fitted_by_older(store: Store) -> bool:
+    """Whether an older version fitted these ridge datamodels, which knew no scales of effects.
+
+    Args:
+        store: of fitted datamodels.
+
+    Returns:
+        True where it did; nothing tells how sure their effects are any more.
+    """
+    told = store.provenance.settings.get("method", {})
+    return "chosen" in store.spec.arrays and "alike" not in told

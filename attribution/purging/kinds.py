@@ -13,8 +13,9 @@ from attribution.purging.files import tells
 from attribution.purging.scores import FewerScores, Ranked, trak_sources
 from attribution.purging.sums import LessCurvature, LessMoments
 from attribution.ridge import fewer_rows
+from attribution.ridge_datamodels import expected_scales
 from attribution.training import threads
-from attribution.uncertainty import uncertainty_of
+from attribution.uncertainty import fitted_by_older, uncertainty_of
 from stores import Provenance, Remains, Store, digest
 
 Change = Callable[[Context, Store, Remains], Remains | None]
@@ -109,14 +110,15 @@ def _taken(values: Any, axes: tuple[str | None, ...], positions: Mapping[str, An
     return values
 
 
-def _datamodel(context: Context, store: Store, plain: Remains) -> Remains:
+def _datamodel(context: Context, store: Store, plain: Remains) -> Remains | None:
+    if fitted_by_older(store):
+        return None  # nothing opens it any more
     # Fitted on all targets together, the purged rows' own too; predictions are to stay the same.
     shrink = list(uncertainty_of(store).shrink)
     fewer = replace(plain, attributes={**plain.attributes, "shrink": shrink})
     if "chosen" in store.spec.arrays:  # ridge: the lasso's error bars need no masks
         # They served to fit it, and the rows' masks could be solved for from them.
-        fitted: dict[str, Any] = dict.fromkeys(("basis", "longest", "maps"))
-        fitted["scales"] = store.constant("scales")[plain.positions["train"]]
+        fitted = dict.fromkeys(("basis", "longest", "maps"))
         turned = partial(_fewer_masks, store, plain.positions["train"])
         fewer = replace(fewer, constants=fitted, costly=turned)
     if "top_rows" not in store.spec.arrays:  # fitted before strongest rows were kept
@@ -127,10 +129,16 @@ def _datamodel(context: Context, store: Store, plain: Remains) -> Remains:
 
 
 def _fewer_masks(store: Store, left: Any) -> Mapping[str, Any]:
-    # The eigenvalues of all rows' Gram matrix would tell what the masks that are left lack of it.
+    # The eigenvalues of all rows' Gram matrix would tell what the masks that are left lack of it,
+    # and scales whose squares are 1 in the mean of all rows what those that are left lack of that.
+    alike = store.provenance.settings["method"]["alike"]
+    masks, before = (torch.from_numpy(store.constant(name)) for name in ("masks", "scales"))
+    before = before[left].double()
+    after = expected_scales((before.square() - alike).clamp_min(0), alike)
     with threads(1):
-        found = fewer_rows(torch.from_numpy(store.constant("masks")[:, left]))
-    return dict(zip(("eigenvalues", "masks"), (part.numpy() for part in found), strict=True))
+        found = *fewer_rows(masks[:, left] * (after / before).to(masks)), after.to(masks)
+    names = "eigenvalues", "masks", "scales"
+    return dict(zip(names, (part.numpy() for part in found), strict=True))
 
 
 def _moments(context: Context, store: Store, plain: Remains) -> Remains | None:

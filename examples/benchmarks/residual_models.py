@@ -1,12 +1,12 @@
-"""How much retrained models add to group Newton, by their number.
+"""How much retrained models tell, alone and beside group Newton, by their number.
 
 python examples/benchmarks/residual_models.py trains more and more subset models and prints, for
-the datamodel alone, for its weighed sum with group Newton, for group Newton with the datamodel of
-what it lacks, fitted to more and more of the models that lack few rows, and for the sum of that and
-the datamodel, R2 on the forget rows: margins, and logits over their ceiling, means over random sets
-of 50 and 140 rows and clusters of 60, and the worst. Weights are fitted on the calibration bank of
-`make demo`'s run. All that is trained lies in the folder given; the run is only read. On two cores
-it takes eight minutes.
+the datamodel alone with several shares of `Ridge(alike=)`, for its weighed sum with group Newton,
+for group Newton with the datamodel of what it lacks, fitted to more and more of the models that
+lack few rows, and for the sum of that and the datamodel, R2 on the forget rows: margins, and logits
+over their ceiling, means over random sets of 50 and 140 rows and clusters of 60, and the worst.
+Weights are fitted on the calibration bank of `make demo`'s run. All that is trained lies in the
+folder given; the run is only read. On two cores it takes nine minutes.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from attribution import (
     Combined,
     Counterfactual,
     Ensemble,
+    Ridge,
     Run,
     draw_subsets,
     fit_datamodels,
@@ -90,13 +91,17 @@ def audits(bench: Bench, seeds: Sequence[int], models: int) -> Groups:
 
 
 def predictors(
-    bench: Bench, models: int, seed: int, most: Sequence[int]
+    bench: Bench, models: int, seed: int, most: Sequence[int], shares: Sequence[float]
 ) -> Iterator[tuple[str, Counterfactual]]:
     """What so many retrained models give, some of them, or `most` at most, for the residual."""
     run, folder = bench.run, bench.folder / f"{models}-{seed}"
     subsets = draw_subsets(run.task, models=models, design="mixed", seed=seed)
     ensemble = train_models(run.task, subsets, folder / "ensemble")
-    plain = fit_datamodels(ensemble, anchor=run.full, to=folder / "plain", workers=None)
+    for share in shares:
+        method, to = Ridge(alike=share), folder / f"alike-{share:g}"
+        other = fit_datamodels(ensemble, anchor=run.full, to=to, method=method, workers=None)
+        yield f"datamodel, alike {share:g}", other
+    plain = fit_datamodels(ensemble, anchor=run.full, to=folder / "datamodel", workers=None)
     yield "datamodel", plain
     yield "newton + datamodel", bench.weighed(run.newton, plain, trusted=True)
     for chosen in _distinct(models_like_requests(ensemble, number, seed) for number in most):
@@ -137,7 +142,7 @@ def page(groups: Groups, rows: Sequence[Sequence[str]], oracles: int) -> str:
     sizes = sorted({len(group) for group in groups.values()})
     header = ["subset models", "predictor"]
     header += [f"{kind}, {what}" for kind in groups for what in ("margins", "logits")]
-    return f"""# What retrained models add to group Newton, on digits
+    return f"""# What retrained models tell, alone and beside group Newton, on digits
 
 {machine()}
 
@@ -147,9 +152,9 @@ R2 on the forget rows, of margins, and of logits over their ceiling: means over
 {" or ".join(map(str, sizes))} forget sets of each kind (in brackets the worst set), each held
 against {oracles} retrained models. `residual` is group Newton and a datamodel of what it lacks,
 fitted to as many models as its brackets say, of those that lack at most a quarter of the rows;
-`combined` is that and the plain datamodel, `newton + datamodel` group Newton and the plain
-datamodel, all weighed on the calibration bank of the run. A run takes {RESIDUAL_MODELS} models for
-the residual where it has them.
+`combined` is that and the datamodel, `newton + datamodel` group Newton and the datamodel, all
+weighed on the calibration bank of the run. A run takes {RESIDUAL_MODELS} models for the residual
+where it has them, and datamodels with alike {Ridge().alike:g}; 1 is plain ridge.
 
 {table(header, rows)}
 """
@@ -162,6 +167,7 @@ def main() -> None:
     parser.add_argument("--to", default="runs/residual-models")
     parser.add_argument("--models", type=int, nargs="+", default=[300, 1000, 4000])
     parser.add_argument("--most", type=int, nargs="+", default=[150, 600, RESIDUAL_MODELS, 2000])
+    parser.add_argument("--alike", type=float, nargs="+", default=[1.0, 0.5, 0.3, 0.2])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(100, 108)))
     parser.add_argument("--oracles", type=int, default=100)
     parser.add_argument("--seed", type=int, default=50, help="of the subset models")
@@ -171,13 +177,14 @@ def main() -> None:
     groups = audits(bench, options.seeds, options.oracles)
     rows = [line(0, "newton", bench.run.newton, groups)]
     for count in options.models:
-        for name, predictor in predictors(bench, count, options.seed, options.most):
+        told = predictors(bench, count, options.seed, options.most, options.alike)
+        for name, predictor in told:
             rows.append(line(count, name, predictor, groups))
             print(" ".join(rows[-1]), flush=True)
-    told = page(groups, rows, options.oracles)
-    print(told)
+    whole = page(groups, rows, options.oracles)
+    print(whole)
     if options.out:
-        Path(options.out).write_text(told)
+        Path(options.out).write_text(whole)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from attribution import Ensemble, SquaredError, Task, fit_datamodels
 from attribution.dense import product
 from attribution.products import products_by
 from attribution.regression import HELD_OUT
+from attribution.ridge import PIECE
 from attribution.ridge_datamodels import COLUMNS, LAMBDAS
 from attribution.training import threads
 from examples.benchmarks.memory import PeakMemory
@@ -72,17 +73,19 @@ def fit_products(models: int, rows: int, columns: int, own: int) -> Iterator[tup
     held, rank = int(HELD_OUT * models) + 1, min(models, rows)
     seen, basis, masks = torch.rand(models, rows), torch.rand(rank, models), torch.rand(rank, rows)
     if models <= rows:
-        yield seen, seen.T
+        for part in seen.split(PIECE, 1):
+            wide = part.double()
+            yield wide, wide.T
         yield basis, seen
     else:
         yield seen.T, seen
     asked, known = torch.rand(held, rank), torch.rand(held, held)
     for start in range(0, columns, COLUMNS):
         count = min(COLUMNS, columns - start)
-        # The masks of the targets' own rows go through the same maps as the outputs.
-        both = count + max(0, min(count, own - start))
         yield basis, torch.rand(models, count)
-        some, few = torch.rand(rank, both), torch.rand(held, both)
+        # Residuals of the masks of the targets' own rows are looked at, too.
+        some = torch.rand(rank, count + max(0, min(count, own - start)))
+        few = torch.rand(held, count)
         for _ in LAMBDAS:
             yield asked, some
             yield known, few

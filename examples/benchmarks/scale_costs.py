@@ -13,7 +13,8 @@ of a published run, 3.6e14 operations of a small convolutional network in 2.59 s
     bytes     masks m n; outputs 4 m t c; scores 2 n t c and features 2 p r c k in float16, which is
               an option of fit_datamodels, fit_trak and featurize (twice that in float32)
     train     m models on half of the rows: 3 f e m n / 2
-    ridge     Gram and rotations of the models 2 m^2 (n + t c), scores 2 m n t c
+    ridge     Gram of the models in float64, which counts twice, and rotations 2 m^2 (2 n + t c),
+              scores 2 m n t c
     features  p checkpoints, one backward pass an output: f p r (1 + 2 c)
     TRAK      Gram 2 p n c k^2, scores 2 p n k t c
     query     100 rows of the scores read and summed: 200 t c bytes
@@ -81,7 +82,7 @@ class Problem:
         n, t, c, m, k, p = self.n, self.t, self.c, self.m, self.k, self.p
         return {
             "train": 3 * self.f * self.e * m * n / 2,
-            "ridge": 2 * m**2 * (n + t * c) + 2 * m * n * t * c,
+            "ridge": 2 * m**2 * (2 * n + t * c) + 2 * m * n * t * c,
             "features": self.f * p * self.r * (1 + 2 * c),
             "TRAK": 2 * p * n * c * k**2 + 2 * p * n * k * t * c,
         }

@@ -1,4 +1,3 @@
-import json
 import shutil
 
 import numpy as np
@@ -31,13 +30,14 @@ from tests.attribution.datamodel_cases import (
     noisy,
     write_pair,
 )
+from tests.old_stores import forget_scales
 from tests.references import (
     datamodel_objective,
     datamodel_posterior_variance,
     dense_datamodel,
     expected_effects,
 )
-from tests.tasks import blobs, write_ensemble
+from tests.tasks import binary, blobs, line, write_ensemble
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,10 @@ def task():
     return blobs(rows=TRAIN, test_rows=TARGETS - TRAIN)
 
 
-@pytest.fixture(scope="module")
-def noisy_pair(task, tmp_path_factory):
-    judges = np.arange(38) % 3 != 0
-    return made(tmp_path_factory.mktemp("noisy"), task, noisy, judges=judges)
+@pytest.fixture(scope="module", params=[38, 11], ids=["many models", "fewer models than rows"])
+def noisy_pair(request, task, tmp_path_factory):
+    judges = np.arange(request.param) % 3 != 0
+    return made(tmp_path_factory.mktemp("noisy"), task, noisy, request.param, judges)
 
 
 @pytest.fixture(scope="module")
@@ -257,12 +257,24 @@ def test_rows_that_do_not_pull_are_expected_to_be_alike(noisy_pair, tmp_path, mo
     np.testing.assert_array_equal(effects("at-rest", RIDGE), plain)
 
 
-def test_pulls_are_the_same_however_many_rows_are_looked_at(noisy_pair, monkeypatch):
-    models = problem(*noisy_pair, 0, torch.float64)
-    whole = models.pulls()
-    monkeypatch.setattr(regression, "ROWS", 5)
-    np.testing.assert_allclose(models.pulls(), whole, rtol=1e-14)
-    assert len(whole.unique()) == TRAIN
+@pytest.mark.parametrize("kind", [blobs, binary, line])
+def test_pulls_are_lengths_of_the_losses_derivatives(kind, tmp_path, monkeypatch):
+    task = kind(rows=TRAIN, test_rows=TARGETS - TRAIN)
+    shape = TARGETS, 3 if kind is blobs else 1
+    outputs = np.random.default_rng(2).normal(size=(ANCHORS, *shape))
+    anchor = write_ensemble(tmp_path / "full", task, np.ones((ANCHORS, TRAIN), bool), outputs)
+    halves = half_masks(4, np.random.default_rng(3))
+    ensemble = write_ensemble(tmp_path / "subsets", task, halves, np.zeros((4, *shape)))
+    models = problem(ensemble, anchor, 0, torch.float32)
+    labels, expected = task.targets(np.arange(TRAIN))[1], []
+    for given in torch.from_numpy(outputs[:, :TRAIN]):
+        leaf = given.clone().requires_grad_()
+        task.loss.value(leaf, labels).sum().backward()
+        expected.append(leaf.grad.square().sum(1).sqrt())
+    found = models.pulls()
+    np.testing.assert_allclose(found, torch.stack(expected).mean(0), rtol=1e-6)
+    monkeypatch.setattr(regression, "TOGETHER", 5 * ANCHORS * shape[1])
+    np.testing.assert_allclose(models.pulls(), found, rtol=1e-14)
 
 
 @pytest.mark.parametrize("alike", [0.0, -0.5, 1.5, float("nan")])
@@ -271,15 +283,14 @@ def test_shares_that_are_none_are_refused(alike):
         Ridge(alike=alike)
 
 
-def test_effects_of_an_older_version_are_refused(task, fitted, tmp_path):
+def test_effects_of_an_older_version_are_refused(fitted, tmp_path):
     shutil.copytree(fitted.store.path, tmp_path / "old")
-    root = tmp_path / "old" / "zarr.json"
-    told = json.loads(root.read_text())
-    assert told["attributes"]["provenance"]["settings"]["method"].pop("alike") == RIDGE.alike
-    root.write_text(json.dumps(told))
-    old = LinearDatamodel.open(tmp_path / "old")
-    with pytest.raises(ValueError, match=r"was fitted by an older version.* fits it anew"):
-        old.change(ForgetSet.at(task, [3]))
+    forget_scales(tmp_path / "old")
+    text = (
+        r"old was fitted by an older version.* remove it and fit it anew; for a run, dmm precompute"
+    )
+    with pytest.raises(ValueError, match=text):
+        LinearDatamodel.open(tmp_path / "old")
 
 
 def test_float32_is_close(noisy_pair, fitted, tmp_path):

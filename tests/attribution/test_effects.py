@@ -8,6 +8,7 @@ import torch
 
 from attribution import ForgetSet, LinearDatamodel, Ridge, datamodels, effects, fit_datamodels
 from attribution.effects import half_scale
+from attribution.regression import Problem
 from attribution.strongest import Strongest, strongest
 from stores import total
 from tests.tasks import blobs, write_ensemble
@@ -84,6 +85,19 @@ def test_scales_are_powers_of_two_that_bound_the_effects(pair, tmp_path):
     assert (np.frexp(scale)[0] == 0.5).all()
     assert stored.max() < 2**15
     assert (stored.max(0) > 2**8).all()
+
+
+def test_scales_bound_the_effects_of_a_row_that_pulls_alone(pair, tmp_path, monkeypatch):
+    pulls = torch.zeros(TRAIN, dtype=torch.float64)
+    pulls[3] = 1
+    monkeypatch.setattr(Problem, "pulls", lambda self: pulls)
+    wide = fitted(pair, tmp_path / "wide").store
+    lengths = wide.constant("scales") * np.linalg.norm(wide.constant("masks"), axis=0)
+    assert (lengths.argmax(), lengths[3] > 3 * np.delete(lengths, 3).max()) == (3, True)
+    assert wide.constant("longest") == pytest.approx(lengths[3], rel=1e-5)
+    found = fitted(pair, tmp_path / "half", dtype="float16").store
+    stored = found.numpy("effects") * found.numpy("scale")
+    np.testing.assert_allclose(stored, wide.numpy("effects"), atol=5e-3)
 
 
 def test_sums_stand_beside_the_effects(plain):

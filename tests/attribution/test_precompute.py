@@ -1,4 +1,5 @@
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from attribution.run import Run, RunSettings, read_settings
 from attribution.run_calibration import RunCalibration
 from attribution.subsets import DESIGNS
 from stores import Store, place
+from tests.old_stores import forget_scales
 from tests.small_runs import (
     MODELS,
     NORMALISED,
@@ -204,6 +206,20 @@ class TestNewton:
         before = contents(copy)
         (copy / "calibration.json").unlink()
         precompute(f"{tmp_path}/small.py:task", copy, **MODELS)
+        assert contents(copy) == before
+
+    @pytest.mark.parametrize("name", ["datamodel-mixed-24", "residual-mixed-24"])
+    def test_datamodels_of_an_older_version_are_named(self, run, tmp_path, name):
+        copy = copied(run.path, tmp_path)
+        before = contents(copy)
+        forget_scales(copy / name)
+        call = partial(precompute, f"{tmp_path}/small.py:task", copy, **MODELS)
+        with pytest.raises(ValueError, match="fitted by an older version") as refusal:
+            call()
+        told = str(refusal.value).partition(": remove ")[2].partition(", and the same")[0]
+        for folder in told.split(", "):
+            shutil.rmtree(folder)
+        call()
         assert contents(copy) == before
 
     def test_a_bank_that_is_there_keeps_its_size(self, run, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What goes on working after a purge, and what is refused."""
 
+import os
 import shutil
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.attribution.purging.runs import (
     change,
     copied,
 )
+from tests.old_stores import forget_scales
 from tests.small_runs import contents, write_task
 
 # -- what goes on working --------------------------------------------------------------------------
@@ -69,6 +71,32 @@ def test_a_run_that_is_not_finished_is_purged_and_then_finished(whole, tmp_path)
     assert run.predictors == whole.predictors
     assert all(store.complete for store in run.stores())
     assert change(run, "trak").mean.shape == (44, 3)
+
+
+def test_datamodels_of_an_older_version_go_with_the_rows(whole, tmp_path):
+    path = copied(whole.path.url, tmp_path)
+    names = "datamodel-mixed-24", "residual-mixed-24"
+    for name in names:
+        forget_scales(path / name)
+    purge(path, SPEC)
+    assert not any((path / name).exists() for name in names)
+
+
+@pytest.mark.filterwarnings("ignore:4 rows of task 'small' were purged")
+def test_datamodels_that_an_older_version_purged_are_fitted_anew(done, left, tmp_path):
+    path = shutil.copytree(done[0], tmp_path / "run")
+    forget_scales(path / "datamodel-mixed-24")
+    with pytest.raises(ValueError, match=r"by an older version.* the same command") as refusal:
+        precompute(left.settings.task, path, **SIZES)
+    told = str(refusal.value).partition(": remove ")[2].partition(", and the same")[0]
+    for pattern in told.split(", "):
+        for found in path.glob(os.path.relpath(pattern, path)):
+            found.unlink() if found.is_file() else shutil.rmtree(found)
+    precompute(left.settings.task, path, **SIZES)
+    run = Run.open(path)
+    assert run.predictors == left.predictors
+    assert run.calibration.weights != left.calibration.weights
+    assert np.isfinite(change(run, "combined").std).all()
 
 
 def test_a_second_purge_takes_further_rows(whole, done, tmp_path):
