@@ -79,6 +79,7 @@ def calibrate_run(
     if missed is not None:
         lacking = [missed.change(case.forget) for case in cases]
         sources["residual"] = [raw, lacking]
+        # The factor on group Newton's deviation, fitted to the bank, holds what it leaves, too.
         residual = weigh(cases, list(zip(first, lacking, strict=True)), trusted=False)
         first = [
             weighed_sum(residual, one, two, case.kind_numbers)
@@ -142,6 +143,7 @@ def refuse_older(run: Run) -> None:
 
     Example:
         >>> from examples.digits import task
+        >>> from stores import place
         >>> refuse_older(Run(place("nowhere"), RunSettings("examples/digits.py:task"), task))
     """
     fitted = [run.path / f"datamodel-{run.settings.subsets}", run.residual_path]

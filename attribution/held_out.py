@@ -6,8 +6,9 @@ the held-out ones and k the others, those of the fit on k alone are
     held-out residuals          e_h = R_hh^-1 (R y)_h,
     residuals of the others     e_k = (R y)_k - R_kh e_h,
 
-so that nothing is decomposed or fitted again. With x a row's centred, weighted mask and s its
-scale, its effect in that fit is s^2 x^T E y / lambda, where E is the map of the fit on k.
+so that nothing is decomposed or fitted again. With x the centred, weighted and scaled mask of the
+own row and E the map of the fit on k, its effect in that fit, over its scale, is x^T E y / lambda.
+Where it is free it is regressed on afterwards: then its effect is (x^T E y) / (x^T E x).
 """
 
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ class Outcome:
     Args:
         residuals: outputs minus predictions of the held-out models and of the last model,
             [asked, target, output].
-        own: effect of each target's own row, [target, output].
+        own: effect of each target's own row over its scale, [target, output].
     """
 
     residuals: Tensor
@@ -122,16 +123,22 @@ def _map(residuals: Tensor) -> Tensor:
 
 
 def outcomes(
-    held_out: HeldOut, rotated: Tensor, own: Tensor, outside: Tensor | None = None
+    held_out: HeldOut,
+    rotated: Tensor,
+    own: Tensor,
+    outside: Tensor | None = None,
+    *,
+    free: bool = False,
 ) -> Iterator[Outcome]:
     """Predicts held-out models by fits without them, for one lambda after the other.
 
     Args:
         held_out: of the models.
         rotated: rotated outputs of all models, [rank, target, output].
-        own: mask of each target's own row, see `own_masks`, [rank, target]; 0 for test targets.
+        own: rotated mask of each target's own row, [rank, target]; 0 for test targets.
         outside: part of the asked models' centred outputs that effects cannot reach, weighted,
             [asked, target, output]; None where they reach all.
+        free: whether the own row is not penalised.
 
     Yields:
         The outcome of each lambda.
@@ -149,22 +156,39 @@ def outcomes(
     masks = own[:, some]
     both = torch.cat([rotated.flatten(1), masks], 1)
     across = product(held_out.damped, (masks[:, :, None] * rotated[:, some]).flatten(1))
-    each = zip(held_out.lambdas, held_out.damped, held_out.maps, across, strict=True)
-    for penalty, damped, known, whole in each:
+    within = product(held_out.damped, masks.square())
+    each = zip(held_out.lambdas, held_out.damped, held_out.maps, across, within, strict=True)
+    for penalty, damped, known, xy, xx in each:
         left = held_out.rotated_back(damped, both)
-        scaled, mine = left[:, :columns], left[:-1, columns:]
+        scaled, mine = left[:, :columns], left[:, columns:]
         if outside is not None:
             scaled = scaled + outside.flatten(1)
         residuals = product(known, scaled).unflatten(1, shape)
-        moved = whole.unflatten(0, (-1, shape[1]))
-        moved = moved - (mine[:, :, None] * residuals[:-1, some]).sum(0)
+        moved = xy.unflatten(0, (-1, shape[1]))
+        moved = moved - (mine[:-1, :, None] * residuals[:-1, some]).sum(0)
         effect = rotated.new_zeros(shape)
-        effect[some] = moved / penalty
+        if free:
+            theirs = product(known, mine)
+            effect[some] = _over(moved, xx - (mine[:-1] * theirs[:-1]).sum(0), xx)
+            residuals[:, some] -= theirs[:, :, None] * effect[some]
+        else:
+            effect[some] = moved / penalty
         yield Outcome(residuals.div_(held_out.roots[:, None, None]), effect)
 
 
+def _over(moved: Tensor, leverage: Tensor, whole: Tensor) -> Tensor:
+    # Where the others agree on the row, rounding is all that is left of its leverage.
+    told = leverage > whole * torch.finfo(whole.dtype).eps ** 0.5
+    return torch.where(told, 1 / leverage, 0)[:, None] * moved
+
+
 def best_outcome(
-    held_out: HeldOut, rotated: Tensor, own: Tensor, outside: Tensor | None = None
+    held_out: HeldOut,
+    rotated: Tensor,
+    own: Tensor,
+    outside: Tensor | None = None,
+    *,
+    free: bool = False,
 ) -> tuple[Tensor, Outcome]:
     """The lambda of each target that predicts its held-out models best, and what it predicts.
 
@@ -173,6 +197,7 @@ def best_outcome(
         rotated: as for `outcomes`.
         own: as for `outcomes`.
         outside: as for `outcomes`.
+        free: as for `outcomes`.
 
     Returns:
         Its number for each target, [target], the first of equal ones; and the outcome.
@@ -188,7 +213,7 @@ def best_outcome(
     """
     chosen = torch.zeros(rotated.shape[1], dtype=torch.long)
     residuals = effect = least = torch.empty(0)
-    for number, found in enumerate(outcomes(held_out, rotated, own, outside)):
+    for number, found in enumerate(outcomes(held_out, rotated, own, outside, free=free)):
         error = found.residuals[:-1].square().sum((0, 2))
         if number == 0:
             residuals, effect, least = found.residuals, found.own, error

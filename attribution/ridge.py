@@ -4,9 +4,9 @@ For every target t and output c, over models j with masks x_j, outputs y_j and w
 
     minimise  sum_j a_j (y_j - b - x_j w)^2 + lambda_t sum_i w_i^2 / s_i^2
 
-The intercept b is not penalised. The scales s tell how large effects are expected to be: this is
-plain ridge of w_i / s_i on masks whose columns are times s_i. One decomposition of these serves all
-targets, outputs and lambdas.
+The intercept b is not penalised, nor the effect of the target's own row t where it is free. The
+scales s tell how large effects are expected to be: this is plain ridge of w_i / s_i on masks whose
+columns are times s_i. One decomposition of these serves all targets, outputs and lambdas.
 """
 
 from dataclasses import dataclass
@@ -165,45 +165,65 @@ class Fit:
 
     Args:
         dual: coefficients of the rotated models, [rank, target, output].
+        own: effect of each target's own row over its scale, [target, output]; 0 for test targets.
         variance: of one model's output around the fit, [target, output].
     """
 
     dual: Tensor
+    own: Tensor
     variance: Tensor
 
 
-def solve(design: Design, rotated: Tensor, penalty: Tensor, outside: Tensor | None = None) -> Fit:
-    """Ridge in closed form: dual = b / (S + lambda), with b the rotated outputs.
+def solve(
+    design: Design,
+    rotated: Tensor,
+    penalty: Tensor,
+    own: Tensor,
+    outside: Tensor | None = None,
+    *,
+    free: bool = False,
+) -> Fit:
+    """Ridge in closed form.
 
-    The effect of row i is s_i times the product of its rotated mask and the dual coefficients.
+    With D = 1 / (S + lambda), a the own row's rotated mask and b the rotated outputs, dual = D b
+    and own = a dual; where the own row is free, own = (a D b) / (a D a) and dual = D (b - a own).
+    The effect of another row is its scale times the product of its rotated mask and the dual.
 
     Args:
         design: of the models.
         rotated: rotated outputs, [rank, target, output].
         penalty: lambda of each target, [target].
+        own: rotated mask of each target's own row, [rank, target]; 0 for test targets.
         outside: squares that no effects can reach, [target, output]; the variance counts them.
+        free: whether the own row is not penalised.
 
     Returns:
         The fit; its variance is the smallest value of the objective over (models - 1).
 
     Example:
         >>> design = decompose(torch.eye(3), torch.ones(3), torch.ones(3))
-        >>> fit = solve(design, torch.ones(2, 1, 1), torch.ones(1))
+        >>> fit = solve(design, torch.ones(2, 1, 1), torch.ones(1), torch.zeros(2, 1))
         >>> fit.dual.flatten()
         tensor([0.5000, 0.5000])
     """
-    dual = rotated / (design.eigenvalues[:, None] + penalty)[:, :, None]
+    damped = 1 / (design.eigenvalues[:, None] + penalty)
+    dual = rotated * damped[:, :, None]
+    effect = (own[:, :, None] * dual).sum(0)
+    if free:
+        leverage = (own.square() * damped).sum(0).clamp_min(torch.finfo(own.dtype).tiny)
+        effect, some = effect / leverage[:, None], owners(own)
+        dual[:, some] -= (own * damped)[:, some, None] * effect[some]
     objective = penalty[:, None] * (rotated * dual).sum(0)
     if outside is not None:
         objective = objective + outside
-    return Fit(dual, objective / (len(design.weights) - 1))
+    return Fit(dual, effect, objective / (len(design.weights) - 1))
 
 
 def owners(own: Tensor) -> slice:
     """Targets up to the last one that has an own row; training rows stand before test rows.
 
     Args:
-        own: mask of each target's own row, see `own_masks`; 0 where there is none.
+        own: rotated mask of each target's own row, [rank, target]; 0 where there is none.
 
     Returns:
         Their positions.
@@ -217,9 +237,7 @@ def owners(own: Tensor) -> slice:
 
 
 def own_masks(design: Design, places: Tensor) -> Tensor:
-    """Rotated mask of each target's own row, times its scale once more.
-
-    Its product with the dual coefficients is the effect of the row on itself.
+    """Rotated mask of each target's own row.
 
     Args:
         design: of the models.
@@ -235,6 +253,5 @@ def own_masks(design: Design, places: Tensor) -> Tensor:
     """
     rank, n = design.masks.shape
     own = torch.zeros(rank, len(places), dtype=design.masks.dtype)
-    rows = places[places < n]
-    own[:, places < n] = design.masks[:, rows] * design.scales[rows]
+    own[:, places < n] = design.masks[:, places[places < n]]
     return own

@@ -17,6 +17,9 @@ from stores import ArraySpec, Store
 # Candidates for lambda, in units of the mean eigenvalue of the Gram matrix.
 LAMBDAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 COLUMNS = 2048  # outputs of targets that are fitted at once, where memory allows
+# Predictions by which it is judged whether own rows are penalised: of so many held-out models and
+# training rows, a few rows at a time.
+JUDGED, ROWS = 2**15, 32
 COPIES = 8  # of all models' outputs of these targets that are in memory while they are fitted
 
 
@@ -30,16 +33,20 @@ class Ridge(Regression):
         s_i^2 = alike + (1 - alike) |g_i| / mean_k |g_k|.
 
     A row that is at rest after training can hardly have moved it, one that pulls still may have.
+    The effect of a target's own row is often far larger than expected of others: where few models
+    tell it, it is better left free of the penalty.
 
     Args:
         lambdas: candidates, in units of the mean eigenvalue of the scaled masks' Gram matrix; that
             with the least error on held-out models is taken for each target.
         alike: share of the squared effect that is expected of all rows alike, in (0, 1]; 1 is plain
             ridge.
+        free: whether the effect of a target's own row is not penalised; None: whichever predicts
+            the held-out models that are like a deletion request better, for all targets alike.
 
     Example:
         >>> Ridge(lambdas=(0.1, 1.0)).settings()
-        {'name': 'ridge', 'lambdas': [0.1, 1.0], 'alike': 0.4}
+        {'name': 'ridge', 'lambdas': [0.1, 1.0], 'alike': 0.4, 'free': None}
     """
 
     name: ClassVar = "ridge"
@@ -47,6 +54,7 @@ class Ridge(Regression):
 
     lambdas: tuple[float, ...] = LAMBDAS
     alike: float = 0.4
+    free: bool | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.alike <= 1:
@@ -55,8 +63,9 @@ class Ridge(Regression):
             raise ValueError(f"lambdas must all be above 0, got {self.lambdas}")
 
     def settings(self) -> dict[str, Any]:
-        """Its name, the candidates and the share."""
-        return {"name": self.name, "lambdas": list(self.lambdas), "alike": self.alike}
+        """Its name and its fields."""
+        told = {"lambdas": list(self.lambdas), "alike": self.alike, "free": self.free}
+        return {"name": self.name} | told
 
     def arrays(self, sizes: Sizes, wide: str) -> dict[str, ArraySpec]:
         """The number of each target's lambda."""
@@ -74,14 +83,17 @@ class Ridge(Regression):
         )
         lambdas = self.candidates(design)
         lengths = [part.square().sum(0) for part in design.masks.split(PIECE, 1)]
+        held_out = hold_out(design, models.held, lambdas)
+        free = _free_is_nearer(models, design, held_out) if self.free is None else self.free
         found = {
             "basis": design.basis,
             "eigenvalues": design.eigenvalues,
             "lambdas": lambdas.to(models.number),
             "longest": (design.scales * torch.cat(lengths).sqrt()).max(),
-            "maps": hold_out(design, models.held, lambdas).maps,
+            "maps": held_out.maps,
             "masks": design.masks,
             "scales": design.scales,
+            "free": torch.tensor(free),
         }
         return {name: value.numpy() for name, value in found.items()}
 
@@ -131,18 +143,20 @@ class RidgeSolver(Solver):
     def fit(self, store: Store, outputs: Tensor, noise: Numbers, targets: slice) -> Fitted:
         """Takes the lambda that predicts the held-out models best, and fits all models."""
         design = self._design(store)
-        held_out = self._held_out(store, design)
+        held_out, free = self._held_out(store, design), bool(store.map_constant("free"))
         rotated, centre = design.centred(outputs)
-        own = own_masks(design, torch.arange(targets.start, targets.stop))
-        left = None if held_out.spanned else self._unreached(held_out, outputs, rotated, centre)
-        chosen, outcome = best_outcome(held_out, rotated, own, left)
+        places = torch.arange(targets.start, targets.stop)
+        own, scales = own_masks(design, places), _own_scales(design, places)
+        left = _unreached(held_out, outputs, rotated, centre)
+        chosen, outcome = best_outcome(held_out, rotated, own, left, free=free)
         outside = None if held_out.spanned else design.outside(outputs, rotated)
         lambdas = self.method.candidates(design).to(outputs.dtype)
-        fit = solve(design, rotated, lambdas[chosen], outside)
-        judged = self.problem.judged(outcome.residuals, outcome.own, outputs, targets)
-        # |m . d| <= |m| |d|
-        bound = float(store.map_constant("longest")) * fit.dual.square().sum(0).sqrt()
-        own_effects = (own[:, :, None] * fit.dual).sum(0)
+        fit = solve(design, rotated, lambdas[chosen], own, outside, free=free)
+        judged = self.problem.judged(outcome.residuals, scales * outcome.own, outputs, targets)
+        own_effects = scales * fit.own
+        # |m . d| <= |m| |d|; the effect of an own row that is free is no such product.
+        longest = float(store.map_constant("longest"))
+        bound = torch.maximum(longest * fit.dual.square().sum(0).sqrt(), own_effects.abs())
         found = {"own": own_effects, "variance": fit.variance, "chosen": chosen}
         return Fitted(fit.dual, bound, found | {"cross_products": judged})
 
@@ -166,11 +180,38 @@ class RidgeSolver(Solver):
         maps = torch.from_numpy(store.map_constant("maps"))
         return hold_out(design, self.problem.held, self.method.candidates(design), maps)
 
-    def _unreached(
-        self, held_out: HeldOut, outputs: Tensor, rotated: Tensor, centre: Tensor
-    ) -> Tensor:
-        """Part of the held-out and the last model's centred outputs that no effects can reach."""
-        asked = outputs[held_out.asked] - centre
-        ones = torch.ones(len(rotated), dtype=rotated.dtype)
-        reached = held_out.rotated_back(ones, rotated.flatten(1)).reshape(asked.shape)
-        return held_out.roots[:, None, None] * asked - reached
+
+def _free_is_nearer(models: Problem, design: Design, held_out: HeldOut) -> bool:
+    """Whether held-out judges are predicted better where own rows are not penalised."""
+    count = design.masks.shape[1]
+    some = max(1, JUDGED // len(models.judging))
+    errors = torch.zeros(2, dtype=torch.float64)
+    for rows in torch.arange(0, count, -(-count // some)).split(ROWS):
+        outputs = torch.cat([models.outputs(slice(int(r), int(r) + 1)) for r in rows], 1)
+        rotated, centre = design.centred(outputs)
+        own = own_masks(design, rows)
+        left = _unreached(held_out, outputs, rotated, centre)
+        for number, free in enumerate((False, True)):
+            _, outcome = best_outcome(held_out, rotated, own, left, free=free)
+            errors[number] += outcome.residuals[models.judging].square().sum()
+    return bool(errors[1] < errors[0])
+
+
+def _own_scales(design: Design, places: Tensor) -> Tensor:
+    """Scale of each target's own row, [target, 1]; 1 for test targets."""
+    found = torch.ones(len(places), 1, dtype=design.scales.dtype)
+    inside = places < len(design.scales)
+    found[inside, 0] = design.scales[places[inside]]
+    return found
+
+
+def _unreached(
+    held_out: HeldOut, outputs: Tensor, rotated: Tensor, centre: Tensor
+) -> Tensor | None:
+    """Part of the asked models' centred outputs that effects cannot reach, weighted, if any."""
+    if held_out.spanned:
+        return None
+    asked = outputs[held_out.asked] - centre
+    ones = torch.ones(len(rotated), dtype=rotated.dtype)
+    reached = held_out.rotated_back(ones, rotated.flatten(1)).reshape(asked.shape)
+    return held_out.roots[:, None, None] * asked - reached

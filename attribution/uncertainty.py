@@ -45,7 +45,9 @@ class RidgePosterior(Uncertainty):
     """Of effects regressed by ridge on the masks of retrained models.
 
     With s_i the scale of row i, v the sum of the removed rows' rotated masks, each times its scale,
-    and D = 1 / (S + lambda), the variance is variance / lambda x [sum_F s_i^2 - v D v].
+    and D = 1 / (S + lambda), the variance is variance / lambda x [sum_F s_i^2 - v D v]. Where own
+    rows are not penalised the sums leave the own row out, and with a its rotated mask and f its
+    scale if it is in F, else 0, (f - a D v)^2 / (a D a) - f^2 comes to the bracket.
 
     Args:
         store: of fitted datamodels.
@@ -60,8 +62,12 @@ class RidgePosterior(Uncertainty):
 
     def std(self, rows: Rows, mine: Any, targets: Rows) -> Array:
         """Standard deviation of the ridge posterior."""
-        shares = (self._brackets(rows) / self._lambdas)[self._small["chosen"][targets]]
-        variance = self._small["variance"][targets] * shares[:, None]
+        chosen, lambdas = self._small["chosen"][targets], self.store.map_constant("lambdas")
+        brackets = np.zeros(len(targets))
+        for number in np.unique(chosen):
+            some = chosen == number
+            brackets[some] = self._brackets(rows, lambdas[number], mine[some], targets[some])
+        variance = self._small["variance"][targets] * (brackets / lambdas[chosen])[:, None]
         return np.asarray(np.sqrt(variance), dtype=np.float32)
 
     def noise(self, targets: Rows) -> Array:
@@ -72,21 +78,45 @@ class RidgePosterior(Uncertainty):
     def _small(self) -> dict[str, Any]:
         return {name: self.store.numpy(name) for name in ("variance", "noise", "chosen")}
 
-    def _brackets(self, rows: Rows) -> Any:
-        """The bracket of the variance for each lambda."""
-        masks, eigenvalues, scales = (
-            self.store.map_constant(name) for name in ("masks", "eigenvalues", "scales")
+    def _brackets(self, rows: Rows, penalty: float, mine: Any, targets: Rows) -> Any:
+        """The bracket of the variance of targets that share a lambda, [target]."""
+        masks, eigenvalues, scales, free = (
+            self.store.map_constant(name) for name in ("masks", "eigenvalues", "scales", "free")
         )
-        step = max(1, _MASKS // len(masks))
+        damped, step = 1 / (eigenvalues + penalty), max(1, _MASKS // len(masks))
         few = (rows[i : i + step] for i in range(0, len(rows), step))
         summed = sum((masks[:, some] @ scales[some] for some in few), start=np.zeros(len(masks)))
-        prior = np.square(scales[rows], dtype=np.float64).sum()
-        damped = 1 / (eigenvalues + self._lambdas[:, None])
-        return np.maximum(prior - damped @ np.square(summed), 0)
+        whole = np.square(scales[rows], dtype=np.float64).sum() - damped @ np.square(summed)
+        if not free:
+            return np.maximum(whole, 0)
+        inside = targets < len(scales)
+        places = np.minimum(targets, len(scales) - 1)
+        forgotten = np.where(mine & inside, scales[places], 0.0)
+        parts = (slice(i, i + step) for i in range(0, len(targets), step))
+        freed = [
+            _freed(np.where(inside[p], masks[:, places[p]], 0), damped, summed, forgotten[p])
+            for p in parts
+        ]
+        return np.maximum(whole + np.concatenate(freed), 0)
 
-    @cached_property
-    def _lambdas(self) -> Any:
-        return self.store.map_constant("lambdas")
+
+def _freed(own: Any, damped: Any, summed: Any, forgotten: Any) -> Any:
+    """What comes to the bracket where the own row is not penalised, [target].
+
+    Args:
+        own: rotated mask of each target's own row, [rank, target]; 0 for test targets.
+        damped: D, [rank].
+        summed: rotated masks of all removed rows, each times its scale, [rank].
+        forgotten: scale of the own row where it is removed, else 0, [target].
+    """
+    leverage, across = np.einsum("rt,r,rt->t", own, damped, own), own.T @ (damped * summed)
+    # With v of the others: v D v = w D w - f (2 a D w - f a D a), where w is that of all.
+    others = forgotten * (2 * across - forgotten * leverage)
+    left = forgotten - (across - forgotten * leverage)
+    # Nothing tells the effect of a row that every model saw: its uncertainty has no bound.
+    unknown = np.where(forgotten > 0, np.inf, 0.0)
+    told = np.divide(left**2, leverage, out=unknown, where=leverage > 0)
+    return others - 2 * forgotten**2 + told
 
 
 def _fitted_factors(store: Store) -> tuple[float, float]:

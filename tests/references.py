@@ -87,37 +87,43 @@ def group_newton_step(features, outputs, labels, removed, *, loss, damping, temp
     return np.linalg.solve(matrix, pull)
 
 
-def _datamodel_equations(masks, weights, penalty, scales):
+def _datamodel_equations(masks, weights, penalty, scales, free):
     """Matrix of the normal equations over (intercept, effects), and the design matrix."""
     design = np.column_stack([np.ones(len(masks)), masks])
     penalties = np.append(0, penalty / np.square(scales))
+    if free is not None:
+        penalties[1 + free] = 0
     return design.T @ (weights[:, None] * design) + np.diag(penalties), design
 
 
-def dense_datamodel(masks, outputs, weights, penalty, scales):
+def dense_datamodel(masks, outputs, weights, penalty, scales, free=None):  # noqa: PLR0917
     """Intercept and effects [train] of one target and output, by the normal equations.
 
-    Minimises sum_j a_j (y_j - b - x_j w)^2 + penalty sum_i w_i^2 / s_i^2.
+    Minimises sum_j a_j (y_j - b - x_j w)^2 + penalty sum_{i != free} w_i^2 / s_i^2.
     """
-    matrix, design = _datamodel_equations(masks, weights, penalty, scales)
+    matrix, design = _datamodel_equations(masks, weights, penalty, scales, free)
     found = np.linalg.solve(matrix, design.T @ (weights * outputs))
     return found[0], found[1:]
 
 
-def datamodel_objective(masks, outputs, weights, penalty, scales):
+def datamodel_objective(masks, outputs, weights, penalty, scales, free=None):  # noqa: PLR0917
     """Smallest value of the objective that `dense_datamodel` minimises."""
-    intercept, effects = dense_datamodel(masks, outputs, weights, penalty, scales)
-    misfit = outputs - intercept - masks @ effects
-    return float(weights @ misfit**2 + penalty * np.square(effects / scales).sum())
+    intercept, effects = dense_datamodel(masks, outputs, weights, penalty, scales, free)
+    misfit, squares = outputs - intercept - masks @ effects, np.square(effects / scales)
+    if free is not None:
+        squares[free] = 0
+    return float(weights @ misfit**2 + penalty * squares.sum())
 
 
-def datamodel_posterior_variance(masks, weights, penalty, removed, scales):
+def datamodel_posterior_variance(  # noqa: PLR0917
+    masks, weights, penalty, removed, scales, free=None
+):
     """Posterior variance of the sum of the removed rows' effects, for noise variance 1.
 
-    Bayesian regression: noise variance 1 / a_j, prior variance s_i^2 / penalty on the effects, a
-    flat prior on the intercept.
+    Bayesian regression: noise variance 1 / a_j, prior variance s_i^2 / penalty on the effects, flat
+    priors on the free one, if any, and on the intercept.
     """
-    matrix, _ = _datamodel_equations(masks, weights, penalty, scales)
+    matrix, _ = _datamodel_equations(masks, weights, penalty, scales, free)
     chosen = np.zeros(len(matrix))
     chosen[1 + np.asarray(removed)] = 1
     return float(chosen @ np.linalg.solve(matrix, chosen))

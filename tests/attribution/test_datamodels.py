@@ -45,23 +45,34 @@ def task():
     return blobs(rows=TRAIN, test_rows=TARGETS - TRAIN)
 
 
-@pytest.fixture(scope="module", params=[38, 11], ids=["many models", "fewer models than rows"])
-def noisy_pair(request, task, tmp_path_factory):
-    judges = np.arange(request.param) % 3 != 0
-    return made(tmp_path_factory.mktemp("noisy"), task, noisy, request.param, judges)
+@pytest.fixture(scope="module", params=[(38, None), (38, True), (11, None), (11, False)], ids=str)
+def kind(request):
+    """Number of models, more and fewer than rows, and whether own rows are free."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def fitted(noisy_pair, tmp_path_factory):
+def method(kind):
+    return Ridge(LAMBDAS, free=kind[1])
+
+
+@pytest.fixture(scope="module")
+def noisy_pair(kind, task, tmp_path_factory):
+    judges = np.arange(kind[0]) % 3 != 0
+    return made(tmp_path_factory.mktemp("noisy"), task, noisy, kind[0], judges)
+
+
+@pytest.fixture(scope="module")
+def fitted(noisy_pair, method, tmp_path_factory):
     ensemble, anchor = noisy_pair
     to = tmp_path_factory.mktemp("fitted") / "datamodel"
-    return fit_datamodels(ensemble, anchor=anchor, to=to, method=RIDGE, dtype="float64", seed=3)
+    return fit_datamodels(ensemble, anchor=anchor, to=to, method=method, dtype="float64", seed=3)
 
 
 class Reference:
     """The same fit by dense regressions, target by target."""
 
-    def __init__(self, ensemble, anchor, seed):
+    def __init__(self, ensemble, anchor, seed, free=None):
         self.ensemble, self.anchor = ensemble, anchor.outputs.mean(0)
         self.scales = expected_effects(ensemble.task, anchor.outputs, RIDGE.alike)
         self.masks = np.concatenate([ensemble.masks, np.ones((1, TRAIN))]).astype(float)
@@ -73,6 +84,10 @@ class Reference:
         self.held = np.array(sorted(m for kind in kinds for m in kind[: -(-len(kind) // 5)]))
         self.kept = np.setdiff1d(np.arange(len(self.masks)), self.held)
         self.cases = [(t, o) for t in range(TARGETS) for o in range(OUTPUTS)]
+        self.free = free
+        if free is None:
+            errors = {choice: self.judges_error(choice) for choice in (False, True)}
+            self.free = errors[True] < errors[False]
 
     def mean_eigenvalue(self):
         around = self.masks - np.average(self.masks, 0, self.weights)
@@ -81,19 +96,32 @@ class Reference:
 
     def regress(self, models, target, output, penalty):
         chosen = self.masks[models], self.outputs[models, target, output], self.weights[models]
-        return dense_datamodel(*chosen, penalty, self.scales)
+        return dense_datamodel(*chosen, penalty, self.scales, self.own(target))
 
-    def held_out_error(self, target, penalty):
-        error = 0.0
+    def own(self, target):
+        return target if self.free and target < TRAIN else None
+
+    def held_out_errors(self, target, penalty):
+        """Squared error of each held-out model."""
+        error = np.zeros(len(self.held))
         for output in range(OUTPUTS):
             intercept, effects = self.regress(self.kept, target, output, penalty)
             found = intercept + self.masks[self.held] @ effects
-            error += np.square(self.outputs[self.held, target, output] - found).sum()
+            error += np.square(self.outputs[self.held, target, output] - found)
+        return error
+
+    def judges_error(self, free):
+        """Of training rows, with the lambda that predicts all held-out models best."""
+        self.free, judging = free, self.ensemble.judges[self.held]
+        error = 0.0
+        for target in range(TRAIN):
+            each = [self.held_out_errors(target, penalty) for penalty in self.lambdas]
+            error += min(each, key=np.sum)[judging].sum()
         return error
 
     def chosen(self):
         errors = [
-            [self.held_out_error(target, penalty) for penalty in self.lambdas]
+            [self.held_out_errors(target, penalty).sum() for penalty in self.lambdas]
             for target in range(TARGETS)
         ]
         return np.argmin(errors, 1)
@@ -117,8 +145,12 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(noisy_pair):
-    return Reference(*noisy_pair, seed=3)
+def reference(noisy_pair, method):
+    return Reference(*noisy_pair, seed=3, free=method.free)
+
+
+def test_own_rows_are_free_where_that_predicts_judges_better(fitted, reference):
+    assert bool(fitted.store.constant("free")) == reference.free
 
 
 def test_each_target_gets_the_lambda_with_the_least_held_out_error(fitted, reference):
@@ -182,8 +214,9 @@ def test_stds_are_those_of_a_bayesian_regression(task, fitted, reference, rows):
     for target, output in reference.cases:
         penalty, scales = reference.lambdas[reference.chosen()[target]], reference.scales
         data = (reference.masks, reference.outputs[:, target, output], reference.weights)
-        noise = datamodel_objective(*data, penalty, scales) / (len(reference.masks) - 1)
-        scale = datamodel_posterior_variance(data[0], data[2], penalty, rows, scales)
+        own = reference.own(target)
+        noise = datamodel_objective(*data, penalty, scales, own) / (len(reference.masks) - 1)
+        scale = datamodel_posterior_variance(data[0], data[2], penalty, rows, scales, own)
         assert found[target, output] == pytest.approx((noise * scale) ** 0.5, rel=1e-5)
 
 
@@ -251,10 +284,11 @@ def test_rows_that_do_not_pull_are_expected_to_be_alike(noisy_pair, tmp_path, mo
         found = fit_datamodels(ensemble, anchor=anchor, to=tmp_path / name, method=method)
         return found.store.numpy("effects")
 
-    plain = effects("plain", Ridge(LAMBDAS, alike=1.0))
-    assert np.abs(effects("pulled", RIDGE) - plain).max() > 0.01
+    plain = effects("plain", Ridge(LAMBDAS, alike=1.0, free=False))
+    pulled = Ridge(LAMBDAS, free=False)
+    assert np.abs(effects("pulled", pulled) - plain).max() > 0.01
     monkeypatch.setattr(Problem, "pulls", lambda self: torch.zeros(TRAIN, dtype=torch.float64))
-    np.testing.assert_array_equal(effects("at-rest", RIDGE), plain)
+    np.testing.assert_array_equal(effects("at-rest", pulled), plain)
 
 
 @pytest.mark.parametrize("kind", [blobs, binary, line])
@@ -293,10 +327,10 @@ def test_effects_of_an_older_version_are_refused(fitted, tmp_path):
         LinearDatamodel.open(tmp_path / "old")
 
 
-def test_float32_is_close(noisy_pair, fitted, tmp_path):
+def test_float32_is_close(noisy_pair, method, fitted, tmp_path):
     ensemble, anchor = noisy_pair
     to = tmp_path / "datamodel"
-    found = fit_datamodels(ensemble, anchor=anchor, to=to, method=RIDGE, seed=3)
+    found = fit_datamodels(ensemble, anchor=anchor, to=to, method=method, seed=3)
     for name in ("effects", "own", "variance"):
         expected = fitted.store.numpy(name)
         np.testing.assert_allclose(found.store.numpy(name), expected, rtol=0, atol=1e-4)
@@ -335,9 +369,9 @@ def test_unusable_options_are_refused(noisy_pair, tmp_path, options, message):
         fit_datamodels(ensemble, anchor=anchor, to=tmp_path / "x", **options)
 
 
-def test_another_fit_in_the_same_folder_is_refused(noisy_pair, fitted):
+def test_another_fit_in_the_same_folder_is_refused(noisy_pair, method, fitted):
     ensemble, anchor = noisy_pair
-    options = {"method": RIDGE, "dtype": "float64", "to": fitted.store.path}
+    options = {"method": method, "dtype": "float64", "to": fitted.store.path}
     with pytest.raises(ValueError, match=r"seed: stored 3, wanted 4"):
         fit_datamodels(ensemble, anchor=anchor, seed=4, **options)
 

@@ -29,62 +29,86 @@ def problem(models, design):
     return masks, outputs, weights, penalties, scales
 
 
+@pytest.fixture(params=[False, True], ids=["penalised", "free"])
+def free(request):
+    """Whether own rows are free."""
+    return request.param
+
+
 @pytest.fixture(params=DESIGNS.values(), ids=DESIGNS.keys())
-def solved(request):
+def solved(request, free):
     """A problem, its design and the fit in float64."""
     masks, outputs, weights, penalty, scales = problem(*request.param)
     design = decompose(*map(torch.from_numpy, (masks, weights, scales)))
     rotated, _ = design.centred(torch.from_numpy(outputs))
     outside = design.outside(torch.from_numpy(outputs), rotated)
-    fit = solve(design, rotated, torch.from_numpy(penalty), outside)
+    own = own_masks(design, torch.arange(TARGETS))
+    fit = solve(design, rotated, torch.from_numpy(penalty), own, outside, free=free)
     return (masks, outputs, weights, penalty, scales), design, fit
 
 
 def effects_of(design, fit):
-    """Effects [train, target, output]."""
-    return torch.tensordot((design.masks * design.scales).T, fit.dual, 1).numpy()
+    """Effects [train, target, output], the own rows' put in their places."""
+    effects = torch.tensordot((design.masks * design.scales).T, fit.dual, 1)
+    rows = torch.arange(TRAIN)
+    effects[rows, rows] = design.scales[:, None] * fit.own[:TRAIN]
+    return effects.numpy()
 
 
-def test_effects_equal_the_dense_regression(solved):
+def own_row(target, free):
+    return target if free and target < TRAIN else None
+
+
+def test_effects_equal_the_dense_regression(solved, free):
     (masks, outputs, weights, penalty, scales), design, fit = solved
     found = effects_of(design, fit)
     for target in range(TARGETS):
         for output in range(OUTPUTS):
             _, expected = dense_datamodel(
-                masks, outputs[:, target, output], weights, penalty[target], scales
+                masks,
+                outputs[:, target, output],
+                weights,
+                penalty[target],
+                scales,
+                own_row(target, free),
             )
             np.testing.assert_allclose(found[:, target, output], expected, rtol=0, atol=1e-8)
 
 
-def test_the_variance_is_the_smallest_objective_by_degree_of_freedom(solved):
+def test_the_variance_is_the_smallest_objective_by_degree_of_freedom(solved, free):
     (masks, outputs, weights, penalty, scales), _, fit = solved
     for target in range(TARGETS):
         for output in range(OUTPUTS):
             objective = datamodel_objective(
-                masks, outputs[:, target, output], weights, penalty[target], scales
+                masks,
+                outputs[:, target, output],
+                weights,
+                penalty[target],
+                scales,
+                own_row(target, free),
             )
             expected = objective / (len(masks) - 1)
             assert float(fit.variance[target, output]) == pytest.approx(expected, abs=1e-8)
 
 
-def test_the_gradient_of_the_objective_vanishes(solved):
+def test_the_gradient_of_the_objective_vanishes(solved, free):
     (masks, outputs, weights, penalty, scales), design, fit = solved
     effects = effects_of(design, fit)
     centre = weights / weights.sum()
     misfit = outputs - np.tensordot(masks, effects, 1)
     misfit -= np.tensordot(centre, misfit, 1)  # what the best intercept leaves
     shrinking = penalty[:, None] * effects / np.square(scales)[:, None, None]
+    if free:
+        rows = np.arange(TRAIN)
+        shrinking[rows, rows] = 0
     gradient = shrinking - np.tensordot((weights[:, None] * masks).T, misfit, 1)
     np.testing.assert_allclose(gradient, 0, rtol=0, atol=1e-8)
 
 
-def test_own_effects_are_products_with_own_masks(solved):
-    _, design, fit = solved
-    own = own_masks(design, torch.arange(TARGETS))
-    found = (own[:, :, None] * fit.dual).sum(0).numpy()
-    rows = np.arange(TRAIN)
-    np.testing.assert_allclose(found[rows], effects_of(design, fit)[rows, rows], atol=1e-10)
-    assert not found[TRAIN:].any()
+def test_own_effects_of_test_targets_are_zero(solved):
+    _, _, fit = solved
+    assert not fit.own[TRAIN:].any()
+    assert fit.own[:TRAIN].all()
 
 
 def test_the_basis_diagonalises_the_gram_matrix(solved):
@@ -103,7 +127,8 @@ def test_weights_count_like_repeated_models():
     for rows, each in ((np.arange(12), weights), (repeated, np.ones(len(repeated)))):
         design = decompose(*map(torch.from_numpy, (masks[rows], each, scales)))
         rotated, _ = design.centred(torch.from_numpy(outputs[rows]))
-        fit = solve(design, rotated, torch.from_numpy(penalty))
+        own = own_masks(design, torch.arange(TARGETS))
+        fit = solve(design, rotated, torch.from_numpy(penalty), own, free=True)
         fits.append(effects_of(design, fit))
     np.testing.assert_allclose(*fits, rtol=0, atol=1e-10)
 
@@ -129,7 +154,8 @@ def test_subsets_of_one_size_leave_a_shift_undetermined():
         design = decompose(torch.from_numpy(masks[used]), weights, torch.ones(TRAIN))
         rotated, _ = design.centred(torch.from_numpy(outputs[used]))
         penalty = torch.full((TARGETS,), 1e-9, dtype=torch.float64)
-        errors.append(effects_of(design, solve(design, rotated, penalty)) - effects)
+        own = own_masks(design, torch.arange(TARGETS))
+        errors.append(effects_of(design, solve(design, rotated, penalty, own)) - effects)
     shifted, exact = errors
     constant = shifted.mean(0)
     np.testing.assert_allclose(shifted, np.tile(constant, (TRAIN, 1, 1)), rtol=0, atol=1e-6)

@@ -44,7 +44,8 @@ def test_the_std_of_a_datamodel_is_that_of_the_masks_that_are_left(whole, left, 
     masks *= scales / store.constant("scales")[LEFT]
     for place, target in enumerate(TARGETS_LEFT):
         penalty = float(lambdas[store.numpy("chosen")[target]])
-        bracket = ridge_bracket(masks, scales, penalty, rows)
+        own = place if store.constant("free") and place < 33 else None
+        bracket = ridge_bracket(masks, scales, penalty, rows, own)
         expected = np.sqrt(variance[target] / penalty * bracket)
         found = after.change(some, targets=np.array([place])).std[0]
         np.testing.assert_allclose(found, expected, rtol=1e-3)
@@ -57,11 +58,19 @@ def scales_left(store):
     return np.sqrt(alike + (1 - alike) * pulls / pulls.mean())
 
 
-def ridge_bracket(masks, scales, penalty, rows):
-    """As in the posterior's formula, from the inverse of the rows' own Gram matrix."""
-    damped = np.linalg.inv(masks @ masks.T + penalty * np.eye(len(masks)))
-    summed = masks[:, rows] @ scales[rows]
-    return np.square(scales[rows]).sum() - summed @ damped @ summed
+def ridge_bracket(masks, scales, penalty, rows, free):
+    """Posterior variance of the rows' summed effects over noise variance / penalty.
+
+    masks: rotated, each times its row's scale. free: a row whose effect has a flat prior, or None.
+    """
+    prior = np.diag(np.square(scales))
+    if free is not None:
+        prior[free, free] = 1e9
+    design, wanted = masks / scales, np.zeros(len(scales))
+    wanted[rows] = 1
+    told = design @ prior @ design.T + penalty * np.eye(len(masks))
+    across = design @ prior @ wanted
+    return wanted @ prior @ wanted - across @ np.linalg.solve(told, across)
 
 
 def test_trak_takes_the_mean_effect_of_the_rows_that_are_left_off_each(whole, left):
@@ -185,7 +194,7 @@ def test_the_factor_of_a_curvature_with_the_rows_goes(left):
 def test_masks_that_are_left_tell_nothing_of_those_that_are_gone(whole, left, name):
     before, after = (Store.open(run.path / name) for run in (whole, left))
     assert {"basis", "longest", "maps"} <= set(before._root["constants"])
-    assert sorted(after._root["constants"]) == ["eigenvalues", "lambdas", "masks", "scales"]
+    assert sorted(after._root["constants"]) == ["eigenvalues", "free", "lambdas", "masks", "scales"]
     scales = after.constant("scales")
     np.testing.assert_allclose(scales, scales_left(before), rtol=1e-5)
     assert np.square(scales).mean() == pytest.approx(1, abs=1e-5)
