@@ -146,16 +146,18 @@ def refuse_older(run: Run) -> None:
         >>> from stores import place
         >>> refuse_older(Run(place("nowhere"), RunSettings("examples/digits.py:task"), task))
     """
-    fitted = [run.path / f"datamodel-{run.settings.subsets}", run.residual_path]
-    if not any(part.taken() and fitted_by_older(Store.open(part)) for part in fitted):
+    fitted = run.path / f"datamodel-{run.settings.subsets}", run.residual_path
+    remove = [part for part in fitted if part.taken() and fitted_by_older(Store.open(part))]
+    if not remove:
         return
-    made = [run.path / "calibration/residual"]
+    if run.residual_path in remove:
+        remove.append(run.path / "calibration/residual")
     if run.purged:  # it is not fitted to other datamodels by itself then
-        made += [run.path / CALIBRATION, run.path / "calibration/newton-*"]
+        remove += [run.path / CALIBRATION, run.path / "calibration/newton-*"]
     raise ValueError(
         f"datamodels in {run.path} were fitted by an older version, which expected the effects of"
-        f" all rows alike: remove {', '.join(map(str, fitted + made))}, and the same command fits"
-        " them anew"
+        f" all rows alike: remove {', '.join(map(str, remove))}, and the same command fits them"
+        " anew"
     )
 
 

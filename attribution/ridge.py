@@ -83,6 +83,8 @@ def decompose(masks: Tensor, weights: Tensor, scales: Tensor) -> Design:
     solved = _over_models if models <= rows else _over_rows
     scales = scales.to(masks.dtype)
     basis, values, rotated = solved(masks, weights.double(), centre, scales)
+    # Rounding is no mask: nothing tells the effect of a row that all models saw, or none.
+    rotated[:, (counts == 0) | (counts == weights.double().sum())] = 0
     parts = (basis, values, rotated, weights.double().sqrt(), scales)
     return Design(*(part.to(masks.dtype) for part in parts))
 
@@ -109,6 +111,7 @@ def fewer_rows(masks: Tensor) -> tuple[Tensor, Tensor]:
     if rank > rows:
         values, vectors = _eigenvectors(_gram(masks.T))
         rotated = values.sqrt()[:, None] * vectors.T
+        rotated[:, ~masks.any(0)] = 0
         return values.to(masks.dtype), rotated.to(masks.dtype)
     values, basis = _eigenvectors(_gram(masks))
     turned = [product(basis.T, part.double()).to(masks.dtype) for part in masks.split(PIECE, 1)]

@@ -17,9 +17,9 @@ from stores import ArraySpec, Store
 # Candidates for lambda, in units of the mean eigenvalue of the Gram matrix.
 LAMBDAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 COLUMNS = 2048  # outputs of targets that are fitted at once, where memory allows
-# Predictions by which it is judged whether own rows are penalised: of so many held-out models and
-# training rows, a few rows at a time.
-JUDGED, ROWS = 2**15, 32
+# Predictions by which it is judged whether own rows are penalised, of held-out models on training
+# rows, a few rows at a time.
+JUDGED, FEWEST_ROWS, MOST_ROWS, ROWS = 2**15, 256, 4096, 32
 COPIES = 8  # of all models' outputs of these targets that are in memory while they are fitted
 
 
@@ -184,7 +184,7 @@ class RidgeSolver(Solver):
 def _free_is_nearer(models: Problem, design: Design, held_out: HeldOut) -> bool:
     """Whether held-out judges are predicted better where own rows are not penalised."""
     count = design.masks.shape[1]
-    some = max(1, JUDGED // len(models.judging))
+    some = min(MOST_ROWS, max(FEWEST_ROWS, JUDGED // len(models.judging)))
     errors = torch.zeros(2, dtype=torch.float64)
     for rows in torch.arange(0, count, -(-count // some)).split(ROWS):
         outputs = torch.cat([models.outputs(slice(int(r), int(r) + 1)) for r in rows], 1)

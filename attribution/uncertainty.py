@@ -63,10 +63,11 @@ class RidgePosterior(Uncertainty):
     def std(self, rows: Rows, mine: Any, targets: Rows) -> Array:
         """Standard deviation of the ridge posterior."""
         chosen, lambdas = self._small["chosen"][targets], self.store.map_constant("lambdas")
-        brackets = np.zeros(len(targets))
+        summed, brackets = self._summed(rows), np.zeros(len(targets))
         for number in np.unique(chosen):
             some = chosen == number
-            brackets[some] = self._brackets(rows, lambdas[number], mine[some], targets[some])
+            penalty = float(lambdas[number])
+            brackets[some] = self._brackets(rows, summed, penalty, mine[some], targets[some])
         variance = self._small["variance"][targets] * (brackets / lambdas[chosen])[:, None]
         return np.asarray(np.sqrt(variance), dtype=np.float32)
 
@@ -78,14 +79,19 @@ class RidgePosterior(Uncertainty):
     def _small(self) -> dict[str, Any]:
         return {name: self.store.numpy(name) for name in ("variance", "noise", "chosen")}
 
-    def _brackets(self, rows: Rows, penalty: float, mine: Any, targets: Rows) -> Any:
+    def _summed(self, rows: Rows) -> Any:
+        """Sum of the rows' rotated masks, each times its scale, [rank]."""
+        masks, scales = (self.store.map_constant(name) for name in ("masks", "scales"))
+        step = max(1, _MASKS // len(masks))
+        few = (rows[i : i + step] for i in range(0, len(rows), step))
+        return sum((masks[:, some] @ scales[some] for some in few), start=np.zeros(len(masks)))
+
+    def _brackets(self, rows: Rows, summed: Any, penalty: float, mine: Any, targets: Rows) -> Any:
         """The bracket of the variance of targets that share a lambda, [target]."""
         masks, eigenvalues, scales, free = (
             self.store.map_constant(name) for name in ("masks", "eigenvalues", "scales", "free")
         )
         damped, step = 1 / (eigenvalues + penalty), max(1, _MASKS // len(masks))
-        few = (rows[i : i + step] for i in range(0, len(rows), step))
-        summed = sum((masks[:, some] @ scales[some] for some in few), start=np.zeros(len(masks)))
         whole = np.square(scales[rows], dtype=np.float64).sum() - damped @ np.square(summed)
         if not free:
             return np.maximum(whole, 0)
@@ -239,4 +245,4 @@ def fitted_by_older(store: Store) -> bool:
         True where it did; nothing tells how sure their effects are any more.
     """
     told = store.provenance.settings.get("method", {})
-    return "chosen" in store.spec.arrays and "alike" not in told
+    return "chosen" in store.spec.arrays and "free" not in told

@@ -7,5 +7,6 @@ def forget_scales(path):
     """Makes a store of ridge datamodels one that was fitted before there were scales of effects."""
     root = path / "zarr.json"
     told = json.loads(root.read_text())
-    del told["attributes"]["provenance"]["settings"]["method"]["alike"]
+    for name in ("alike", "free"):
+        del told["attributes"]["provenance"]["settings"]["method"][name]
     root.write_text(json.dumps(told))

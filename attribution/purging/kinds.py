@@ -110,9 +110,7 @@ def _taken(values: Any, axes: tuple[str | None, ...], positions: Mapping[str, An
     return values
 
 
-def _datamodel(context: Context, store: Store, plain: Remains) -> Remains | None:
-    if fitted_by_older(store):
-        return None  # nothing opens it any more
+def _datamodel(context: Context, store: Store, plain: Remains) -> Remains:
     # Fitted on all targets together, the purged rows' own too; predictions are to stay the same.
     shrink = list(uncertainty_of(store).shrink)
     fewer = replace(plain, attributes={**plain.attributes, "shrink": shrink})
@@ -131,6 +129,10 @@ def _datamodel(context: Context, store: Store, plain: Remains) -> Remains | None
 def _fewer_masks(store: Store, left: Any) -> Mapping[str, Any]:
     # The eigenvalues of all rows' Gram matrix would tell what the masks that are left lack of it,
     # and scales whose squares are 1 in the mean of all rows what those that are left lack of that.
+    if fitted_by_older(store):  # it is refused until it is fitted anew, and is not lost till then
+        with threads(1):
+            older = fewer_rows(torch.from_numpy(store.constant("masks")[:, left]))
+        return dict(zip(("eigenvalues", "masks"), (part.numpy() for part in older), strict=True))
     alike = store.provenance.settings["method"]["alike"]
     masks, before = (torch.from_numpy(store.constant(name)) for name in ("masks", "scales"))
     before = before[left].double()

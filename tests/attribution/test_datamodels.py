@@ -12,6 +12,7 @@ from attribution import (
     draw_subsets,
     fit_datamodels,
     regression,
+    ridge_datamodels,
     uncertainty,
 )
 from attribution.regression import Problem, problem
@@ -45,7 +46,7 @@ def task():
     return blobs(rows=TRAIN, test_rows=TARGETS - TRAIN)
 
 
-@pytest.fixture(scope="module", params=[(38, None), (38, True), (11, None), (11, False)], ids=str)
+@pytest.fixture(scope="module", params=[(38, None), (38, False), (11, None), (11, True)], ids=str)
 def kind(request):
     """Number of models, more and fewer than rows, and whether own rows are free."""
     return request.param
@@ -275,6 +276,31 @@ def test_effects_of_noise_free_outputs_are_exact(task, tmp_path):
     np.testing.assert_allclose(change.mean, -effects[[0, 5, 7]].sum(0), rtol=0, atol=1e-5)
     np.testing.assert_allclose(change.std, 0, rtol=0, atol=1e-3)
     np.testing.assert_allclose(change.noise, 0, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("models", [11, 38])
+def test_nothing_tells_the_effect_of_a_row_that_all_models_saw(task, tmp_path, models, free):
+    random = np.random.default_rng(6)
+    masks = np.concatenate([half_masks(models, random), np.ones((ANCHORS, TRAIN), dtype=bool)])
+    masks[:, 4] = True
+    ensemble, anchor = write_pair(tmp_path, task, masks, noisy(masks, random))
+    method = Ridge(LAMBDAS, free=free)
+    found = fit_datamodels(ensemble, anchor=anchor, to=tmp_path / "x", method=method)
+    assert not found.store.numpy("effects")[4].any()
+    assert np.abs(found.store.numpy("effects")).max() < 10
+    std = found.change(ForgetSet.at(task, [4])).std
+    assert np.isinf(std[4]).all() == free
+    assert np.isfinite(np.delete(std, 4, 0)).all()
+    assert std.min() > 0
+
+
+def test_own_rows_are_judged_alike_however_many_are_looked_at(noisy_pair, fitted, monkeypatch):
+    monkeypatch.setattr(ridge_datamodels, "ROWS", 5)
+    method = Ridge(LAMBDAS, free=fitted.store.provenance.settings["method"]["free"])
+    found = method.constants(problem(*noisy_pair, 3, torch.float64))
+    for name in ("free", "scales", "masks", "maps"):
+        np.testing.assert_array_equal(found[name], fitted.store.constant(name))
 
 
 def test_rows_that_do_not_pull_are_expected_to_be_alike(noisy_pair, tmp_path, monkeypatch):

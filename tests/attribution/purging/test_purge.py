@@ -73,19 +73,14 @@ def test_a_run_that_is_not_finished_is_purged_and_then_finished(whole, tmp_path)
     assert change(run, "trak").mean.shape == (44, 3)
 
 
-def test_datamodels_of_an_older_version_go_with_the_rows(whole, tmp_path):
-    path = copied(whole.path.url, tmp_path)
-    names = "datamodel-mixed-24", "residual-mixed-24"
-    for name in names:
-        forget_scales(path / name)
-    purge(path, SPEC)
-    assert not any((path / name).exists() for name in names)
-
-
 @pytest.mark.filterwarnings("ignore:4 rows of task 'small' were purged")
-def test_datamodels_that_an_older_version_purged_are_fitted_anew(done, left, tmp_path):
-    path = shutil.copytree(done[0], tmp_path / "run")
-    forget_scales(path / "datamodel-mixed-24")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_datamodels_of_an_older_version_are_fitted_anew(whole, done, left, tmp_path, when):
+    path = shutil.copytree(done[0] if when == "before" else whole.path.url, tmp_path / "run")
+    for name in ("datamodel-mixed-24", "residual-mixed-24"):
+        forget_scales(path / name)
+    if when == "after":
+        purge(path, SPEC)
     with pytest.raises(ValueError, match=r"by an older version.* the same command") as refusal:
         precompute(left.settings.task, path, **SIZES)
     told = str(refusal.value).partition(": remove ")[2].partition(", and the same")[0]
