@@ -40,11 +40,11 @@ def test_blocks_change_nothing_and_resume(noisy_pair, fitted, tmp_path, monkeypa
     monkeypatch.setattr(ridge_datamodels, "COLUMNS", 3 * OUTPUTS)
     solved, solve = [], ridge_datamodels.solve
 
-    def interrupted(*args):
+    def interrupted(*args, free):
         solved.append(args)
         if len(solved) == 4:
             raise KeyboardInterrupt
-        return solve(*args)
+        return solve(*args, free=free)
 
     monkeypatch.setattr(ridge_datamodels, "solve", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -70,9 +70,9 @@ def test_little_memory_changes_nothing(noisy_pair, fitted, tmp_path, monkeypatch
     monkeypatch.setattr(held_out, "PIECE", 60)  # two of the held-out models at once
     widths, solve = [], ridge_datamodels.solve
 
-    def watched(design, rotated, *rest):
+    def watched(design, rotated, *rest, free):
         widths.append(rotated.shape[1])
-        return solve(design, rotated, *rest)
+        return solve(design, rotated, *rest, free=free)
 
     monkeypatch.setattr(ridge_datamodels, "solve", watched)
     options = {"method": RIDGE, "dtype": "float64", "seed": 3, "to": tmp_path / "datamodel"}
