@@ -32,9 +32,9 @@ class Ridge(Regression):
 
         s_i^2 = alike + (1 - alike) |g_i| / mean_k |g_k|.
 
-    A row that is at rest after training can hardly have moved it, one that pulls still may have.
-    The effect of a target's own row is often far larger than expected of others: where few models
-    tell it, it is better left free of the penalty.
+    A row whose loss no longer pulls can hardly have changed the model, one that pulls still may
+    have. The effect of a target's own row is often far larger than expected of others: where few
+    models tell it, it is better left free of the penalty.
 
     Args:
         lambdas: candidates, in units of the mean eigenvalue of the scaled masks' Gram matrix; that
@@ -59,6 +59,8 @@ class Ridge(Regression):
     def __post_init__(self) -> None:
         if not 0 < self.alike <= 1:
             raise ValueError(f"Ridge.alike must be above 0 and at most 1, got {self.alike}")
+        if self.free not in (None, False, True):
+            raise ValueError(f"Ridge.free must be None, False or True, got {self.free!r}")
         if not self.lambdas or min(self.lambdas) <= 0:
             raise ValueError(f"lambdas must all be above 0, got {self.lambdas}")
 

@@ -343,6 +343,11 @@ def test_shares_that_are_none_are_refused(alike):
         Ridge(alike=alike)
 
 
+def test_a_freedom_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="free must be None, False or True, got 'yes'"):
+        Ridge(free="yes")
+
+
 def test_effects_of_an_older_version_are_refused(fitted, tmp_path):
     shutil.copytree(fitted.store.path, tmp_path / "old")
     forget_scales(tmp_path / "old")

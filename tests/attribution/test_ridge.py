@@ -59,36 +59,28 @@ def own_row(target, free):
     return target if free and target < TRAIN else None
 
 
-def test_effects_equal_the_dense_regression(solved, free):
-    (masks, outputs, weights, penalty, scales), design, fit = solved
-    found = effects_of(design, fit)
+def each_regression(of, free):
+    """Target, output and what the dense regression of it takes."""
+    masks, outputs, weights, penalty, scales = of
     for target in range(TARGETS):
         for output in range(OUTPUTS):
-            _, expected = dense_datamodel(
-                masks,
-                outputs[:, target, output],
-                weights,
-                penalty[target],
-                scales,
-                own_row(target, free),
-            )
-            np.testing.assert_allclose(found[:, target, output], expected, rtol=0, atol=1e-8)
+            y, own = outputs[:, target, output], own_row(target, free)
+            yield target, output, (masks, y, weights, penalty[target], scales, own)
+
+
+def test_effects_equal_the_dense_regression(solved, free):
+    of, design, fit = solved
+    found = effects_of(design, fit)
+    for target, output, taken in each_regression(of, free):
+        _, expected = dense_datamodel(*taken)
+        np.testing.assert_allclose(found[:, target, output], expected, rtol=0, atol=1e-8)
 
 
 def test_the_variance_is_the_smallest_objective_by_degree_of_freedom(solved, free):
-    (masks, outputs, weights, penalty, scales), _, fit = solved
-    for target in range(TARGETS):
-        for output in range(OUTPUTS):
-            objective = datamodel_objective(
-                masks,
-                outputs[:, target, output],
-                weights,
-                penalty[target],
-                scales,
-                own_row(target, free),
-            )
-            expected = objective / (len(masks) - 1)
-            assert float(fit.variance[target, output]) == pytest.approx(expected, abs=1e-8)
+    of, _, fit = solved
+    for target, output, taken in each_regression(of, free):
+        expected = datamodel_objective(*taken) / (len(of[0]) - 1)
+        assert float(fit.variance[target, output]) == pytest.approx(expected, abs=1e-8)
 
 
 def test_the_gradient_of_the_objective_vanishes(solved, free):
