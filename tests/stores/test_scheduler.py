@@ -112,8 +112,10 @@ def test_ctrl_c_ends_the_work_and_spares_workers_that_stop_by_themselves(
     monkeypatch.setattr(Tasks, "hear", lambda self, event: None)
 
     def interrupt():
-        wait_until(lambda: len(work.noted("process")) == 2)
-        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            wait_until(lambda: len(work.noted("process")) == 2)
+        finally:  # or the work would never end where only one worker takes it up
+            os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
