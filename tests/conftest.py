@@ -1,6 +1,7 @@
 """One thread, one seed and no deadlines: the same numbers on a busy machine as on an idle one."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -97,3 +98,11 @@ def bucket(s3_endpoint, monkeypatch):
     """Address of a bucket of its own; the environment tells how to reach it."""
     s3_server.use(s3_endpoint, monkeypatch)
     return s3_server.make_bucket(s3_endpoint)
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT interrupts, also where the suite runs as a background job, whose shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -102,14 +102,6 @@ def test_a_block_that_kills_its_worker_is_listed_while_others_go_on(address, tmp
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [*range(3), *range(4, 8)]
 
 
-@pytest.fixture
-def ctrl_c():
-    """SIGINT interrupts, also where the suite runs as a background job, whose shell ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks processes up in /proc")
 @pytest.mark.parametrize("looks", [True, False], ids=["looks", "deaf"])

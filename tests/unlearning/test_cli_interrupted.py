@@ -96,6 +96,7 @@ def without_interruption(slow, folder):
     return arrays(folder)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_stops_at_once_in_one_line_and_the_same_command_finishes(slow, tmp_path, capsys):
     run = tmp_path / "run"
     words = ["precompute", slow, "--run", str(run), *ENSEMBLES, "--workers", "0"]
