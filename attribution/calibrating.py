@@ -1,17 +1,16 @@
 """The calibration of a run: all its predictors held against a bank of retrained models."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from attribution.calibration_bank import FEWEST_EACH, FORGET_SETS, calibration_bank
-from attribution.cases import cases_of, common_share
-from attribution.combined import Weights, weigh, weighed_sum
+from attribution.cases import Case, Numbers, cases_of, common_share
+from attribution.combined import Weights, forget_rows_together, weigh, weighed_sum
 from attribution.counterfactual import Change
 from attribution.datamodels import FEWEST_MODELS, fit_datamodels
-from attribution.deviations import held_out_error
 from attribution.ensemble import Ensemble
 from attribution.folders import store_places
 from attribution.linear_datamodel import LinearDatamodel
@@ -20,6 +19,7 @@ from attribution.residual import models_like_requests, residual_models
 from attribution.run import CALIBRATION, Run, RunSettings
 from attribution.run_calibration import RunCalibration
 from attribution.uncertainty import fitted_by_older
+from attribution.weighing import held_out_error
 from stores import Place, Store, name_blocks, taken_out
 
 RESIDUAL_MODELS = 1000  # at most: group Newton predicts the outputs of each
@@ -73,34 +73,45 @@ def calibrate_run(
     linear = [run.datamodel.change(case.forget) for case in cases]
     trak = run.fit_trak(run.damping_by(newton), **at)
     scored = [trak.change(case.forget) for case in cases]
-    sources: dict[str, list[Sequence[Change]]] = {"newton": [raw], "linear": [linear, scored]}
+    changes = {"newton": raw, "datamodel": linear, "trak": scored}
     residual: dict[str, Weights] = {}
     missed = _fit_residual(run, chosen, **at)
     if missed is not None:
-        lacking = [missed.change(case.forget) for case in cases]
-        sources["residual"] = [raw, lacking]
+        changes["lacking"] = lacking = [missed.change(case.forget) for case in cases]
         # The factor on group Newton's deviation, fitted to the bank, holds what it leaves, too.
         residual = weigh(cases, list(zip(first, lacking, strict=True)), trusted=False)
         first = [
             weighed_sum(residual, one, two, case.kind_numbers)
             for case, one, two in zip(cases, first, lacking, strict=True)
         ]
-    weights = weigh(cases, list(zip(first, linear, strict=True)))
-    own = [case.error(change.mean) for case, change in zip(cases, linear, strict=True)]
-    # A predictor with more factors must not look nearer for them alone.
-    means = {
-        name: [[change.mean for change in each] for each in changes]
-        for name, changes in sources.items()
-    }
-    errors = {"datamodel": float(np.mean(own))}
-    errors |= {name: held_out_error(cases, *parts) for name, parts in means.items()}
-    parts, added = means.get("residual", means["newton"]), [change.mean for change in linear]
-    errors["combined"] = held_out_error(cases, *parts, added=added)
-    fitted = weigh(cases, list(zip(linear, scored, strict=True)), trusted=False)
+    weights = weigh(cases, list(zip(first, linear, strict=True)), grows=True)
+    fitted = weigh(cases, list(zip(linear, scored, strict=True)), trusted=False, grows=True)
     sums = {kind: one.as_sure_as_the_first() for kind, one in fitted.items()}
+    errors = _held_out_errors(cases, changes, forget_rows_together(cases, first))
     found = RunCalibration(newton, weights, errors, residual, sums)
     found.save(run.path / CALIBRATION)
     return found
+
+
+def _held_out_errors(
+    cases: Sequence[Case], changes: Mapping[str, Sequence[Change]], together: Numbers
+) -> dict[str, float]:
+    """Of each predictor: one with more factors must not look nearer for them alone."""
+    means = {name: [change.mean for change in each] for name, each in changes.items()}
+    datamodel = means["datamodel"]
+    own = [case.error(mean) for case, mean in zip(cases, datamodel, strict=True)]
+    errors = {"datamodel": float(np.mean(own)), "newton": held_out_error(cases, means["newton"])}
+    errors["linear"] = held_out_error(
+        cases,
+        datamodel,
+        means["trak"],
+        together=forget_rows_together(cases, changes["datamodel"]),
+    )
+    first = [means[name] for name in ("newton", "lacking") if name in means]
+    if len(first) > 1:
+        errors["residual"] = held_out_error(cases, *first)
+    errors["combined"] = held_out_error(cases, *first, added=datamodel, together=together)
+    return errors
 
 
 def _models_each(settings: RunSettings, bank: Place) -> int:

@@ -236,3 +236,21 @@ def common_share(change: Array) -> float:
     power = float(np.square(change, dtype=np.float64).sum(1).mean())
     mean = np.square(change.mean(0, dtype=np.float64)).sum()
     return float(mean) / power if power else 0.0
+
+
+def rows_together(change: Array) -> float:
+    """How many forget rows change as one: their number times `common_share`.
+
+    Their number for rows of one cluster; about 1 for rows that have nothing in common.
+
+    Args:
+        change: of the forget rows' outputs, [row, output].
+
+    Returns:
+        The number, 0 to that of the rows.
+
+    Example:
+        >>> rows_together(np.array([[1.0, 0.0], [1.0, 0.0]])), rows_together(np.eye(2))
+        (2.0, 1.0)
+    """
+    return len(change) * common_share(change)

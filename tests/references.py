@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch.nn import functional
 
 from attribution.seeds import derive_seed, generator
@@ -140,6 +141,22 @@ def expected_effects(task, anchors, alike):
         slopes = [task.loss.gradient(torch.tensor(z[row])[None], label)[0] for z in anchors]
         pulls.append(np.mean([float(slope.square().sum() ** 0.5) for slope in slopes]))
     return np.sqrt(alike + (1 - alike) * np.array(pulls) / np.mean(pulls))
+
+
+def grown_weights(columns, wanted, together):
+    """Weights w >= 0 and the growth x of sum_j |wanted_j - (1 + x together_j) columns_j w|^2.
+
+    The best of the growths that make the largest factor 1 / (1 - share), share 0, .01 ... .95.
+    """
+    found, most = [], max(together)
+    for hundredths in range(96 if most > 0 else 1):
+        growth = hundredths / (100 - hundredths) / most if hundredths else 0.0
+        scaled = [(1 + growth * n) * c for n, c in zip(together, columns, strict=True)]
+        weights, error = nnls(np.concatenate(scaled), np.concatenate(list(wanted)))
+        found.append((error, growth, weights))
+    least = min(error for error, _, _ in found)
+    # Growths that fit alike, as where all sets are: the least one.
+    return next((w, x) for error, x, w in found if error <= least * (1 + 1e-9) + 1e-9)
 
 
 def triangular_rate(recipe, step, steps):

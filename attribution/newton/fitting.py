@@ -8,12 +8,7 @@ import numpy as np
 
 from attribution.cases import KINDS, Case, cases_of, common_share
 from attribution.counterfactual import Change
-from attribution.deviations import (
-    deviation_factors,
-    mean_squares,
-    nonnegative_squares,
-    weights_without,
-)
+from attribution.deviations import deviation_factors
 from attribution.ensemble import Ensemble
 from attribution.forget import ForgetSet
 from attribution.gradients import Features, compute_curvatures
@@ -22,6 +17,7 @@ from attribution.newton.choosing import choose
 from attribution.newton.group import GroupNewton, damping_per_row
 from attribution.outputs import Array
 from attribution.training import threads
+from attribution.weighing import mean_squares, nonnegative_squares, weights_without
 from stores import (
     ArraySpec,
     Provenance,

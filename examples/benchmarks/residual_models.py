@@ -65,7 +65,7 @@ class Bench:
         """Two predictors, weighed on the bank."""
         first = self.told if one is self.run.newton else self.changes(one)
         pairs = list(zip(first, self.changes(second), strict=True))
-        return Combined(one, second, weigh(self.cases, pairs, trusted=trusted))
+        return Combined(one, second, weigh(self.cases, pairs, trusted=trusted, grows=trusted))
 
     def changes(self, predictor: Counterfactual) -> list[Change]:
         """What a predictor says of the bank's forget sets."""

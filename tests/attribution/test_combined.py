@@ -1,11 +1,11 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from attribution import Change, Combined, Counterfactual, ForgetSet, Task
-from attribution.cases import KINDS, Case
-from attribution.combined import Weights, weigh
+from attribution.cases import KINDS, Case, row_kinds, rows_together
+from attribution.combined import Weights, forget_rows_together, weigh
 from tests.tasks import blobs, line
 
 ALL = 48
@@ -229,3 +229,61 @@ def test_a_second_deviation_that_is_not_trusted_is_left_out(task):
     assert {w.second_spread for w in weights.values()} == {0.0}
     found = Combined(Told(one), Told(two), weights).change(forget)
     assert np.isfinite(found.std).all()
+
+
+GROWING = {
+    "forget": Weights(0.9, 0.2, 1.5, 3.0, growth=0.4, most=1.5),
+    "retain": Weights(0.5, 0.0, 1.0, 2.0, 7.0, growth=0.1, most=9.0),
+    "test": Weights(0.0, 0.7, 2.0, 0.5, 1.2),
+}
+ASKED = [None, np.array([40, 3, 0, 20]), np.array([39, 1, 39]), np.array([], dtype=np.int64)]
+
+
+@pytest.mark.parametrize("targets", ASKED)
+def test_the_sum_grows_with_forget_rows_that_change_together(task, targets):
+    one, two, forget = drawn(1), drawn(2), ForgetSet.at(task, [3, 20, 21])
+    one.mean[[3, 20, 21]] = [[1.0, 0.5], [1.0, 0.5], [1.0, 0.2]]
+    together = rows_together(one.mean[[3, 20, 21]])
+    assert 2.9 < together < 3
+    found = Combined(Told(one), Told(two), GROWING).change(forget, targets=targets)
+    plain = Combined(Told(one), Told(two), {k: replace(w, growth=0.0) for k, w in GROWING.items()})
+    expected = plain.change(forget, targets=targets)
+    places = np.arange(ALL) if targets is None else targets
+    factors = np.array([1 + 0.4 * 1.5, 1 + 0.1 * together, 1.0])[row_kinds(forget, places), None]
+    np.testing.assert_allclose(found.mean, factors * expected.mean, rtol=1e-6)
+    np.testing.assert_allclose(found.std, factors * expected.std, rtol=1e-6)
+    np.testing.assert_array_equal(found.noise, expected.noise)
+
+
+def test_rows_that_are_gone_already_grew_by_themselves(task):
+    one, two = drawn(1), drawn(2)
+    one.mean[[3, 20, 21]] = [1.0, 0.5]
+    combined = Combined(Told(one), Told(two), GROWING)
+    forget, gone = ForgetSet.at(task, [3, 20, 21]), ForgetSet.at(task, [3])
+    found, whole = combined.change(forget, gone), combined.change(forget)
+    expected = whole.mean - combined.change(gone).mean
+    np.testing.assert_allclose(found.mean, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(found.std, whole.std)  # what Told says of any rows
+
+
+def test_a_growth_is_found_for_each_kind_of_row(task):
+    cases, pairs = [], []
+    for number in (0, 1, 2, 3, 4, 5, 5):  # the largest twice, as none is told beyond others
+        one, two = drawn(2 * number), drawn(2 * number + 1)
+        rows = np.arange(number, 3 * number + 3)
+        one.mean[rows[: number + 1]] = [2.0, -1.0]
+        forget = ForgetSet.at(task, rows)
+        growth = np.array([0.2, 0.05, 0.0])[row_kinds(forget, np.arange(ALL)), None]
+        factor = 1 + growth * rows_together(one.mean[rows])
+        change = factor * (0.6 * one.mean + 0.3 * two.mean)
+        cases.append(Case(task, forget, np.zeros((ALL, 2), np.float32), change))
+        pairs.append((one, two))
+    found, plain = weigh(cases, pairs, grows=True), weigh(cases, pairs)
+    most = max(forget_rows_together(cases, [one for one, _ in pairs]))
+    for kind, growth in zip(KINDS, (0.2, 0.05, 0.0), strict=True):
+        assert found[kind].most == most
+        assert 1 + found[kind].growth * most == pytest.approx(1 + growth * most, rel=0.03)
+        assert (found[kind].first, found[kind].second) == pytest.approx((0.6, 0.3), rel=0.05)
+        assert plain[kind].growth == 0
+    # The deviations are those of what is left then, which is nothing.
+    assert found["forget"].spread < 0.1 * plain["forget"].spread

@@ -27,7 +27,10 @@ from tests.tasks import blobs, write_ensemble
 FIRST, BOTH = [3, 20], [3, 8, 20, 33]
 FACTORS = dict(zip(KINDS, (0.8, 0.5, 0.3), strict=True))
 CALIBRATION = Calibration(0.4, 1.2, FACTORS, FACTORS, FACTORS, 20)
-WEIGHTS = {kind: Weights(factor, 1 - factor, 1.5, 2.0) for kind, factor in FACTORS.items()}
+WEIGHTS = {
+    kind: Weights(factor, 1 - factor, 1.5, 2.0, growth=factor / 4, most=3.0)
+    for kind, factor in FACTORS.items()
+}
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from scipy.optimize import nnls
 
 from attribution import ForgetSet, calibrating, precompute
-from attribution.cases import KINDS, cases_of, row_kinds
+from attribution.cases import KINDS, cases_of, row_kinds, rows_together
 from attribution.combined import weighed_sum
 from attribution.linear_datamodel import LinearDatamodel
 from attribution.run import Run, RunSettings, read_settings
@@ -14,6 +13,7 @@ from attribution.run_calibration import RunCalibration
 from attribution.subsets import DESIGNS
 from stores import Store, place
 from tests.old_stores import forget_scales
+from tests.references import grown_weights
 from tests.small_runs import (
     MODELS,
     NORMALISED,
@@ -45,8 +45,10 @@ def other_mlp():""",
 )
 
 
-def weighed_by(chosen, cases, means):
+def weighed_by(chosen, cases, means, together=None):
     """The sum of some predictions of each set, with weights fitted to some of the sets."""
+    together = np.zeros(len(cases)) if together is None else np.array(together)
+    known = together[list(chosen)]
     found = [np.zeros(mean.shape) for mean in means[0]]
     for kind in range(len(KINDS)):
         columns, wanted = [], []
@@ -55,11 +57,16 @@ def weighed_by(chosen, cases, means):
             rows, root = case.kinds[kind], np.sqrt(case.weight(kind))
             columns.append(root * np.stack([mean[number][rows].ravel() for mean in means], 1))
             wanted.append(root * case.change[rows].ravel())
-        weights = nnls(np.concatenate(columns), np.concatenate(wanted))[0]
+        weights, growth = grown_weights(columns, wanted, known)
         for number, case in enumerate(cases):
             rows, each = case.kinds[kind], [mean[number] for mean in means]
-            found[number][rows] = sum(w * mean[rows] for w, mean in zip(weights, each, strict=True))
+            weighed = sum(w * mean[rows] for w, mean in zip(weights, each, strict=True))
+            found[number][rows] = (1 + growth * min(together[number], known.max())) * weighed
     return found
+
+
+def rows_together_of(cases, means):
+    return [rows_together(mean[c.forget.rows]) for c, mean in zip(cases, means, strict=True)]
 
 
 @pytest.fixture
@@ -161,16 +168,17 @@ class TestNewton:
         each = [case.error(mean) for case, mean in zip(cases, linear, strict=True)]
         assert told.errors["datamodel"] == pytest.approx(np.mean(each), rel=1e-5)
         for name, means in sources.items():
-            errors = []
+            errors, grows = [], rows_together_of(cases, linear) if name == "linear" else None
             for left, case in enumerate(cases):
                 others = [number for number in range(len(cases)) if number != left]
-                errors.append(case.error(weighed_by(others, cases, means)[left]))
+                errors.append(case.error(weighed_by(others, cases, means, grows)[left]))
             assert told.errors[name] == pytest.approx(np.mean(errors), rel=1e-4)
-        errors = []
+        errors, residual = [], weighed_by(range(len(cases)), cases, [newton, lacking])
+        grows = rows_together_of(cases, residual)
         for left, case in enumerate(cases):
             others = [number for number in range(len(cases)) if number != left]
             first = weighed_by(others, cases, [newton, lacking])
-            errors.append(case.error(weighed_by(others, cases, [first, linear])[left]))
+            errors.append(case.error(weighed_by(others, cases, [first, linear], grows)[left]))
         assert told.errors["combined"] == pytest.approx(np.mean(errors), rel=1e-4)
 
     def test_the_combination_is_of_the_residual_and_the_datamodel(self, run):
@@ -182,7 +190,11 @@ class TestNewton:
             LinearDatamodel.open(run.residual_path).change(forget),
             kinds,
         )
-        expected = weighed_sum(told.weights, first, run.datamodel.change(forget), kinds)
+        assert all(weights.growth == 0 for weights in told.residual.values())
+        assert any(weights.growth > 0 for weights in told.weights.values())
+        together = rows_together(first.mean[forget.rows])
+        second = run.datamodel.change(forget)
+        expected = weighed_sum(told.weights, first, second, kinds, together)
         found = run.combined.change(forget)
         for name in ("mean", "std", "noise"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
@@ -191,13 +203,16 @@ class TestNewton:
         forget = ForgetSet.at(run.task, [3, 5, 8])
         told, kinds = run.calibration.linear, row_kinds(forget, np.arange(48))
         changes = run.datamodel.change(forget), run.trak.change(forget)
-        expected, found = weighed_sum(told, *changes, kinds), run.linear.change(forget)
+        together = rows_together(changes[0].mean[forget.rows])
+        expected = weighed_sum(told, *changes, kinds, together)
+        found = run.linear.change(forget)
         for name in ("mean", "std", "noise"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
         bank = type(run.full).open(run.path / "calibration" / "bank", run.task)
         cases, both = cases_of(bank, run.full.outputs), (run.datamodel, run.trak)
         means = [[one.change(case.forget).mean for case in cases] for one in both]
-        weighed = weighed_by(range(len(cases)), cases, means)
+        grows = rows_together_of(cases, means[0])
+        weighed = weighed_by(range(len(cases)), cases, means, grows)
         for case, mean in zip(cases, weighed, strict=True):
             np.testing.assert_allclose(run.linear.change(case.forget).mean, mean, atol=1e-5)
 
