@@ -63,8 +63,14 @@ class Case:
         return row_kinds(self.forget, self.targets)
 
     def weight(self, kind: int) -> float:
-        """One over the squared change of the rows of a kind, a number of `KINDS`."""
-        return 1 / max(float(np.square(self.change[self.kinds[kind]]).sum()), SMALLEST)
+        """One over the squared change of the rows of a kind and its variance, a number of `KINDS`.
+
+        Every forget set weighs the same but for what of its change is chance, of which the square
+        holds the variance once already.
+        """
+        rows = self.kinds[kind]
+        variance = np.broadcast_to(self.change_variance, self.change.shape)[rows].sum()
+        return 1 / max(float(np.square(self.change[rows]).sum() + variance), SMALLEST)
 
     def views(self, change: Array) -> tuple[Array, Array]:
         """What a change of the outputs is in outputs and in margins.

@@ -146,9 +146,9 @@ def weigh(
 ) -> dict[str, Weights]:
     """Fits the weights of two predictors on models retrained without forget sets of their own.
 
-    Non-negative least squares for each kind of row, every forget set weighing the same; a kind
-    without rows takes the first predictor as it is. Factors on the standard deviations are fitted
-    to what is left of each set by weights that are fitted to the others.
+    Non-negative least squares for each kind of row; see `Case.weight` for what each forget set
+    weighs. A kind without rows takes the first predictor as it is. Factors on the standard
+    deviations are fitted to what is left of each set by weights that are fitted to the others.
 
     Args:
         cases: the forget sets.

@@ -45,7 +45,7 @@ def nonnegative_squares(gram: Numbers, right: Numbers) -> Any:
 def mean_squares(cases: Sequence[Case], kind: int, *means: Sequence[Numbers]) -> tuple[Any, Any]:
     """What each forget set adds to the least squares of its measured changes on predicted ones.
 
-    Each set weighs one over the squared change of its rows of that kind.
+    Each set weighs one over the squared change of its rows of that kind and its variance.
 
     Args:
         cases: the forget sets.

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,11 @@ def test_a_kind_of_row_weighs_one_over_its_squared_change(task):
     case = case_of(task)
     assert case.weight(0) == pytest.approx(1 / np.square(case.change[[3, 20]]).sum())
     assert case.weight(2) == pytest.approx(1 / np.square(case.change[37:]).sum())
+    for variance, total in ((0.25, 0.25 * case.change[37:].size), (case.change**2, None)):
+        unsure = replace(case, change_variance=variance)
+        squares = np.square(case.change[37:]).sum()
+        expected = squares + (squares if total is None else total)
+        assert unsure.weight(2) == pytest.approx(1 / expected)
     still = Case(task, case.forget, case.before, 0 * case.change)
     assert np.isfinite(still.weight(1))
 

@@ -144,12 +144,13 @@ class TestFactors:
         np.testing.assert_array_equal(outputs_before(newton.features, full), shifted)
         found = calibrate(newton, doubled, tmp_path / "c", full=full, **ONE)
         powers, products = [], []
+        weights = {c.forget.mask.tobytes(): c.weight(2) for c in cases_of(doubled, shifted)}
         for mask, after in zip(doubled.masks, doubled.outputs, strict=True):
             forget = ForgetSet.at(newton.task, np.flatnonzero(~mask))
             predicted = replace(newton, damping=UNIT).change(forget).mean[ROWS:]
-            change = (after - shifted.mean(0))[ROWS:]
-            powers.append(np.square(predicted).sum() / np.square(change).sum())
-            products.append((predicted * change).sum() / np.square(change).sum())
+            change, weight = (after - shifted.mean(0))[ROWS:], weights[forget.mask.tobytes()]
+            powers.append(weight * np.square(predicted).sum())
+            products.append(weight * (predicted * change).sum())
         assert found.scale["test"] == pytest.approx(sum(products) / sum(powers), rel=1e-3)
 
 
