@@ -81,7 +81,7 @@ def calibrate_run(
         # The factor on group Newton's deviation, fitted to the bank, holds what it leaves, too.
         residual = weigh(cases, list(zip(first, lacking, strict=True)), trusted=False)
         first = [
-            weighed_sum(residual, one, two, case.kind_numbers)
+            weighed_sum(residual, one, two, case.kind_numbers, one.mean[case.forget.rows])
             for case, one, two in zip(cases, first, lacking, strict=True)
         ]
     weights = weigh(cases, list(zip(first, linear, strict=True)), grows=True)

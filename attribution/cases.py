@@ -63,10 +63,16 @@ class Case:
         return row_kinds(self.forget, self.targets)
 
     def weight(self, kind: int) -> float:
-        """One over the squared change of the rows of a kind and its variance, a number of `KINDS`.
+        """One over the squared change of the rows of a kind plus its variance.
 
-        Every forget set weighs the same but for what of its change is chance, of which the square
-        holds the variance once already.
+        So all forget sets weigh the same, large or small, but those less whose change is chance for
+        the most part: they tell little, and pull factors towards what chance made of them.
+
+        Args:
+            kind: a number of `KINDS`.
+
+        Returns:
+            The weight.
         """
         rows = self.kinds[kind]
         variance = np.broadcast_to(self.change_variance, self.change.shape)[rows].sum()

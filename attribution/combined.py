@@ -5,13 +5,19 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from attribution.cases import KINDS, Case, Numbers, row_kinds, rows_together
+from attribution.cases import KINDS, Case, Numbers, common_share, row_kinds, rows_together
 from attribution.counterfactual import Change, Counterfactual
 from attribution.deviations import deviation_factors
 from attribution.forget import ForgetSet, Mask
 from attribution.outputs import Array
 from attribution.task import Rows, Task
-from attribution.weighing import fit_weights, growth_factor, mean_squares, weights_without
+from attribution.weighing import (
+    fit_weights,
+    growth_factor,
+    growth_helps,
+    mean_squares,
+    weights_without,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class Weights:
         second_spread: factor on the second one's standard deviation; None: the first one's.
         growth: what each row that changes together with others adds to the factor on the sum.
         most: how many such rows count at most; see `growth_factor`.
+        shared: factor on the sum, which makes it what all rows that have everything in common are
+            off by.
     """
 
     first: float
@@ -35,35 +43,43 @@ class Weights:
     second_spread: float | None = None
     growth: float = 0.0
     most: float = 0.0
+    shared: float = 0.0
 
     def as_sure_as_the_first(self) -> "Weights":
-        """The same means with the first one's deviations as they are, or else the second one's.
+        """The same means with the first one's deviations, or else the second one's weighed ones.
 
-        Factors that a bank fits to them are set by the few sets on which everything linear fails.
+        They grow as the means do. Factors that a bank fits to them are set by the few sets on which
+        everything linear fails.
         """
         if self.first > 0:
-            return replace(self, spread=1 / self.first, noise=1.0, second_spread=0.0)
-        return replace(self, spread=0.0, noise=1.0, second_spread=1.0)
+            spreads = {"spread": 1 / self.first, "second_spread": 0.0}
+        else:
+            spreads = {"spread": 0.0, "second_spread": 1.0}
+        return replace(self, noise=1.0, shared=0.0, **spreads)
 
     def row(self, together: float) -> tuple[float, ...]:
-        """Both weights, both factors on standard deviations, and the factor on the noise.
+        """Both weights, both factors on standard deviations, those on the noise and on the sum.
 
         The weights are those for a forget set of which so many rows change together.
         """
         other = self.spread if self.second_spread is None else self.second_spread
         grown = growth_factor(self.growth, self.most, together)
-        return grown * self.first, grown * self.second, self.spread, other, self.noise
+        weights = grown * self.first, grown * self.second
+        return *weights, self.spread, other, self.noise, self.shared
 
 
 @dataclass(frozen=True)
 class Combined(Counterfactual):
     """A weighed sum of two predictions, with weights of its own for each kind of row.
 
-    mean = f (a m_1 + b m_2), std^2 = f^2 ((c a s_1)^2 + (d b s_2)^2), noise = e n_1, where a to e
-    are those of forget rows, other training rows or test rows, and f = 1 + x min(k, most) with the
-    growth x of these rows and the number k of forget rows that change together as the first one
-    predicts it. Retrained models (datamodels) know what the path of training does, gradients what
-    the curvature at its end does.
+    mean = f (a m_1 + b m_2), noise = e n_1,
+    std^2 = f^2 ((c a s_1)^2 + (d b s_2)^2) + k / |F| (g mean)^2,
+
+    where a to g, and f = 1 + x min(k, most) with the growth x, are those of forget rows, other
+    training rows or test rows; k of the |F| forget rows change together as the first one predicts
+    it, see `rows_together`, and most is what k came to at most where the growth was fitted.
+    Retrained models (datamodels) know what the path of training does, gradients what the curvature
+    at its end does.
 
     Args:
         first: a predictor: group Newton, a sum of it and what it lacks, or a linear datamodel.
@@ -84,33 +100,30 @@ class Combined(Counterfactual):
         self, forget: ForgetSet, already: ForgetSet | None = None, targets: Rows | None = None
     ) -> Change:
         """The weighed sum of the two changes."""
-        one, together = self._first(forget, targets)
+        one, own = self._first(forget, targets)
         two = self.second.change(forget, None, targets)
         kinds = row_kinds(forget, np.arange(len(one.mean)) if targets is None else targets)
-        found = weighed_sum(self.weights, one, two, kinds, together)
+        found = weighed_sum(self.weights, one, two, kinds, own)
         if already is None:
             return found
         one, two = (each.change(forget, already, targets) for each in (self.first, self.second))
         # Rows that are gone already are of the kind that they were when they were removed.
         mean = found.mean - self.change(already, None, targets).mean
-        return replace(weighed_sum(self.weights, one, two, kinds, together), mean=mean)
+        return replace(weighed_sum(self.weights, one, two, kinds, own), mean=mean)
 
-    def _first(self, forget: ForgetSet, targets: Rows | None) -> tuple[Change, float]:
-        """The first one's change, and how many forget rows change together, if that matters."""
-        if not any(weights.growth for weights in self.weights.values()):
-            return self.first.change(forget, None, targets), 0.0
+    def _first(self, forget: ForgetSet, targets: Rows | None) -> tuple[Change, Array]:
+        """The first one's change of these targets, and its means of the forget rows."""
         if targets is None:
             found = self.first.change(forget)
-            return found, rows_together(found.mean[forget.rows])
+            return found, found.mean[forget.rows]
         places, at = np.unique(np.append(targets, forget.rows), return_inverse=True)
         found = self.first.change(forget, None, places)
         asked, own = at[: len(targets)], at[len(targets) :]
-        change = Change(found.mean[asked], found.std[asked], found.noise[asked])
-        return change, rows_together(found.mean[own])
+        return Change(found.mean[asked], found.std[asked], found.noise[asked]), found.mean[own]
 
 
 def weighed_sum(
-    weights: Mapping[str, Weights], one: Change, two: Change, kinds: Rows, together: float = 0.0
+    weights: Mapping[str, Weights], one: Change, two: Change, kinds: Rows, own: Array
 ) -> Change:
     """The weighed sum of two changes.
 
@@ -119,7 +132,7 @@ def weighed_sum(
         one: what the first predictor says of some targets.
         two: what the second one says of them.
         kinds: kind of each of these targets, [target]; see `row_kinds`.
-        together: how many forget rows change together; see `rows_together`.
+        own: mean change of the forget rows as the first predictor says, [forget row, output].
 
     Returns:
         The sum.
@@ -128,13 +141,15 @@ def weighed_sum(
         >>> unit = np.ones((1, 1), dtype=np.float32)
         >>> one, two = Change(2 * unit, unit, unit), Change(3 * unit, unit, unit)
         >>> weights = dict.fromkeys(KINDS, Weights(first=0.5, second=1.0, spread=1.0, noise=1.0))
-        >>> weighed_sum(weights, one, two, np.array([0])).mean
+        >>> weighed_sum(weights, one, two, np.array([0]), one.mean).mean
         array([[4.]], dtype=float32)
     """
-    table = np.array([weights[kind].row(together) for kind in KINDS])
-    a, b, spread, other, noise = table.astype(np.float32)[kinds].T[..., None]
+    table = np.array([weights[kind].row(rows_together(own)) for kind in KINDS])
+    a, b, spread, other, noise, shared = table.astype(np.float32)[kinds].T[..., None]
+    mean = a * one.mean + b * two.mean
     std = np.hypot(_part(spread * a, one.std), _part(other * b, two.std))
-    return Change(a * one.mean + b * two.mean, std, noise * one.noise)
+    common = np.float32(np.sqrt(common_share(own)))
+    return Change(mean, np.hypot(std, shared * common * np.abs(mean)), noise * one.noise)
 
 
 def weigh(
@@ -154,7 +169,8 @@ def weigh(
         cases: the forget sets.
         pairs: what the two predictors say of each, for all targets.
         trusted: False leaves the second one's standard deviation out.
-        grows: whether the sum may grow with the rows that change together; see `fit_weights`.
+        grows: whether the sum may grow with the rows that change together; it does for those kinds
+            of which forget sets left out in turn are predicted better so.
 
     Returns:
         Weights by kind of row.
@@ -193,6 +209,26 @@ def forget_rows_together(cases: Sequence[Case], changes: Sequence[Change]) -> Nu
     return np.array([rows_together(change.mean[case.forget.rows]) for case, change in told])
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The rows of a kind of a forget set, and what two predictors say of the set."""
+
+    case: Case
+    one: Change
+    two: Change
+    rows: Mask
+
+    def mean(self, weights: Numbers) -> Numbers:
+        first, second = weights
+        return np.asarray(first * self.one.mean[self.rows] + second * self.two.mean[self.rows])
+
+    def variances(self, weights: Numbers, trusted: bool) -> list[Numbers]:
+        changes = [self.one, self.two] if trusted else [self.one]
+        told = [_part(w, c.std[self.rows]) for w, c in zip(weights, changes, strict=False)]
+        common = common_share(self.one.mean[self.case.forget.rows])
+        return [np.square(std) for std in (*told, np.sqrt(common) * self.mean(weights))]
+
+
 def _fitted(
     kind: int,
     cases: Sequence[Case],
@@ -200,36 +236,30 @@ def _fitted(
     trusted: bool,
     grows: bool,
 ) -> Weights:
-    parts = [
-        (case, one, two, case.kinds[kind])
-        for case, (one, two) in zip(cases, pairs, strict=True)
-        if case.kinds[kind].any()
-    ]
+    every = [_Part(c, *pair, c.kinds[kind]) for c, pair in zip(cases, pairs, strict=True)]
+    parts = [part for part in every if part.rows.any()]
     if not parts:
         return Weights(1.0, 0.0, 1.0, 1.0)
-    known, rows = [case for case, *_ in parts], [rows for *_, rows in parts]
-    one, two = [one for _, one, _, _ in parts], [two for _, _, two, _ in parts]
-    gram, right = mean_squares(known, kind, *([each.mean for each in told] for told in (one, two)))
-    together = forget_rows_together(known, one) if grows else np.zeros(len(parts))
-    fit = fit_weights(gram, right, together)
-    # What is left of each set by the others' weights, beside the deviations that its own give it.
-    given = np.stack([fit.at(number) for number in together]).T
-    variances = [_variances(*told) for told in zip(given, (one, two), (rows, rows), strict=True)]
-    others = weights_without(gram, right, together)
-    predicted = [
-        (case, of, a * x.mean[of] + b * y.mean[of])
-        for (a, b), case, x, y, of in zip(others, known, one, two, rows, strict=True)
+    known, ones = [part.case for part in parts], [part.one for part in parts]
+    means = [one.mean for one in ones], [part.two.mean for part in parts]
+    gram, right = mean_squares(known, kind, *means)
+    together = forget_rows_together(known, ones)
+    if not (grows and growth_helps(gram, right, together)):
+        together = np.zeros(len(parts))
+    fit, others = fit_weights(gram, right, together), weights_without(gram, right, together)
+    predicted = [(p.case, p.rows, p.mean(w)) for p, w in zip(parts, others, strict=True)]
+    variances = [
+        part.variances(fit.at(number), trusted)
+        for part, number in zip(parts, together, strict=True)
     ]
-    noise = [each.noise[of] for each, of in zip(one, rows, strict=True)]
-    *spreads, factor = deviation_factors(predicted, *variances[: 1 + trusted], noise=noise)
-    a, b = map(float, fit.weights)
-    second = spreads[1] if trusted else 0.0
-    return Weights(a, b, spreads[0], factor, second, fit.growth, fit.most)
-
-
-def _variances(factors: Numbers, changes: Sequence[Change], rows: Sequence[Mask]) -> list[Numbers]:
-    told = zip(factors, changes, rows, strict=True)
-    return [np.square(_part(factor, change.std[of])) for factor, change, of in told]
+    *spreads, shared, noise = deviation_factors(
+        predicted,
+        *map(list, zip(*variances, strict=True)),
+        noise=[part.one.noise[part.rows] for part in parts],
+    )
+    first, second = map(float, fit.weights)
+    other = spreads[1] if trusted else 0.0
+    return Weights(first, second, spreads[0], noise, other, fit.growth, fit.most, shared)
 
 
 def _part(factor: Array | float, std: Array) -> Array:

@@ -12,7 +12,7 @@ from attribution.cases import KINDS, Case, Numbers
 # What share of the factor growth may be where most rows change together: these, then the best
 # one's neighbours.
 SHARES, NEIGHBOURS = np.arange(0, 96, 5) / 100, np.arange(-4, 5) / 100
-NEARER = 1e-9  # by what part of it a squared error must be less for more growth to be taken
+NEARER = 1e-9  # by what part of what is explained more of it must be for any growth to be taken
 
 
 def nonnegative_squares(gram: Numbers, right: Numbers) -> Any:
@@ -78,7 +78,7 @@ def _flat(values: Numbers) -> Numbers:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Weighing:
     """Weights of predictors, and how their sum grows with the rows that change together.
 
     Args:
@@ -101,7 +101,8 @@ def growth_factor(growth: float, most: float, together: float) -> float:
 
     Where rows that hold an output in place go together, less is left to hold it, and the change is
     larger than the sum of what each of them does: to second order by a part in proportion to how
-    many they are. Beyond what was measured it is taken to grow no further.
+    many they are. Where they have little in common, more of what is predicted is error, and the
+    best factor is smaller. Growth holds both; beyond what was measured it is taken to end.
 
     Args:
         growth: what one row adds.
@@ -115,10 +116,10 @@ def growth_factor(growth: float, most: float, together: float) -> float:
         >>> growth_factor(0.01, 80, 50), growth_factor(0.01, 80, 1000)
         (1.5, 1.8)
     """
-    return 1 + growth * min(together, most)
+    return 1 + growth * min(together, most) if growth else 1.0
 
 
-def fit_weights(gram: Numbers, right: Numbers, together: Numbers | None = None) -> Fit:
+def fit_weights(gram: Numbers, right: Numbers, together: Numbers | None = None) -> Weighing:
     """Non-negative least squares over forget sets, with one growth of the weighed sum.
 
     Minimises sum_j f_j^2 w^T G_j w - 2 f_j w^T r_j over w >= 0 and the growth x >= 0, where
@@ -132,7 +133,7 @@ def fit_weights(gram: Numbers, right: Numbers, together: Numbers | None = None) 
         together: e_j, [set]; None: nothing grows.
 
     Returns:
-        The fit; weights are 0 where there is no set.
+        It; weights are 0 where there is no set.
 
     Example:
         >>> fit = fit_weights(np.ones((2, 1, 1)), np.array([[2.0], [3.0]]), np.array([0.0, 10.0]))
@@ -141,18 +142,18 @@ def fit_weights(gram: Numbers, right: Numbers, together: Numbers | None = None) 
     """
     most = 0.0 if together is None else float(together.max(initial=0.0))
     if together is None or not most > 0:
-        return Fit(nonnegative_squares(gram.sum(0), right.sum(0)))
+        return Weighing(nonnegative_squares(gram.sum(0), right.sum(0)))
 
     told = gram, right, together / most
-    plain, *others = [_fitted(*told, share) for share in SHARES]
+    plain, *others = [_least(*told, share) for share in SHARES]
     best = min([plain, *others], key=itemgetter(0))
     near = np.clip(best[1] + NEIGHBOURS, 0, SHARES[-1])
-    best = min([_fitted(*told, share) for share in near], key=itemgetter(0))
+    best = min([_least(*told, share) for share in near], key=itemgetter(0))
     _, share, weights = plain if best[0] > (1 + NEARER) * plain[0] else best
-    return Fit(weights, share / (1 - share) / most, most)
+    return Weighing(weights, share / (1 - share) / most, most)
 
 
-def _fitted(
+def _least(
     gram: Numbers, right: Numbers, together: Numbers, share: float
 ) -> tuple[float, float, Numbers]:
     """What is minimised, at its least for the share that growth has of the largest factor."""
@@ -182,6 +183,32 @@ def weights_without(gram: Numbers, right: Numbers, together: Numbers | None = No
     return np.stack([_without(j, gram, right, together) for j in range(len(gram))])
 
 
+def growth_helps(gram: Numbers, right: Numbers, together: Numbers) -> bool:
+    """Whether a sum that grows is nearer on forget sets that it was not fitted to.
+
+    Args:
+        gram: of each set, [set, predictor, predictor]; see `mean_squares`.
+        right: likewise, [set, predictor].
+        together: how many rows of each set change together, [set].
+
+    Returns:
+        True where sum_j |change_j - prediction_j|^2 of sets left out in turn is less with growth.
+
+    Example:
+        >>> gram, change = np.ones((4, 1, 1)), np.array([[2.0], [3.0], [4.0], [5.0]])
+        >>> growth_helps(gram, change, np.arange(4.0)), growth_helps(gram, change, np.ones(4))
+        (True, False)
+    """
+    grown, plain = weights_without(gram, right, together), weights_without(gram, right)
+    return _error(gram, right, grown) < _error(gram, right, plain)
+
+
+def _error(gram: Numbers, right: Numbers, weights: Numbers) -> float:
+    """Squared error over all sets by weights of each, less what no weights change."""
+    squares = np.einsum("sa,sab,sb->", weights, gram, weights)
+    return float(squares - 2 * np.einsum("sa,sa->", weights, right))
+
+
 def _without(left: int, gram: Numbers, right: Numbers, together: Numbers | None) -> Numbers:
     others = np.arange(len(gram)) != left
     together = np.zeros(len(gram)) if together is None else together
@@ -202,8 +229,8 @@ def held_out_error(
         cases: the forget sets, two or more.
         means: of one or more predictors, for each set [target, output].
         added: of one more, which is weighed against the weighed sum of the others.
-        together: how many rows of each set change together, with which the last weighed sum grows,
-            [set]; None: it does not.
+        together: how many rows of each set change together, with which the last weighed sum grows
+            where that makes this error less, [set]; None: it does not.
 
     Returns:
         The mean error over the sets.
@@ -219,11 +246,14 @@ def held_out_error(
     """
     if added is not None:
         means = (*means, added)
-    weigh = weights_without if added is None else _in_turn_without
-    weights = np.stack(
-        [weigh(*mean_squares(cases, kind, *means), together) for kind in range(len(KINDS))], 1
-    )
-    told = zip(cases, weights, zip(*means, strict=True), strict=True)
+    without = weights_without if added is None else _in_turn_without
+    weights = []
+    for kind in range(len(KINDS)):
+        squares = mean_squares(cases, kind, *means)
+        plain = without(*squares, None)
+        grown = plain if together is None else without(*squares, together)
+        weights.append(grown if _error(*squares, grown) < _error(*squares, plain) else plain)
+    told = zip(cases, np.stack(weights, 1), zip(*means, strict=True), strict=True)
     return float(np.mean([case.error(_summed(own, case, each)) for case, own, each in told]))
 
 

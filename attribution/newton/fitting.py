@@ -59,8 +59,8 @@ def calibrate(
     go together change what the linear model takes as fixed. The variance of the change, and that of
     one retraining, are known: `cases_of` pools them over the bank and the models trained on all
     rows, or the checkpoints, which tell them badly where the bank has one model of each set. For
-    the scale a forget set weighs one over the squared change of its rows of that kind,
-    for the variances all weigh the same, and s is then the scale that fits the other sets.
+    the scale a forget set weighs as `Case.weight` says, for the variances all weigh the same, and
+    s is then the scale that fits the other sets.
 
     Along the segments of trainings only the factors are fitted: the recipe tells lambda, the
     probabilities are those of the path, so that T = 1, and steps are those of `newton`, or 3.

@@ -61,11 +61,13 @@ class Bench:
         """What group Newton says of them."""
         return self.changes(self.run.newton)
 
-    def weighed(self, one: Counterfactual, second: Counterfactual, *, trusted: bool) -> Combined:
+    def weighed(
+        self, one: Counterfactual, second: Counterfactual, *, trusted: bool, grows: bool
+    ) -> Combined:
         """Two predictors, weighed on the bank."""
         first = self.told if one is self.run.newton else self.changes(one)
         pairs = list(zip(first, self.changes(second), strict=True))
-        return Combined(one, second, weigh(self.cases, pairs, trusted=trusted, grows=trusted))
+        return Combined(one, second, weigh(self.cases, pairs, trusted=trusted, grows=grows))
 
     def changes(self, predictor: Counterfactual) -> list[Change]:
         """What a predictor says of the bank's forget sets."""
@@ -103,16 +105,16 @@ def predictors(
         yield f"datamodel, alike {share:g}", other
     plain = fit_datamodels(ensemble, anchor=run.full, to=folder / "datamodel", workers=None)
     yield "datamodel", plain
-    yield "newton + datamodel", bench.weighed(run.newton, plain, trusted=True)
+    yield "newton + datamodel", bench.weighed(run.newton, plain, trusted=True, grows=True)
     for chosen in _distinct(models_like_requests(ensemble, number, seed) for number in most):
         to = folder / f"residual-{len(chosen)}"
         left = residual_models(
             ensemble, run.newton, to, anchor=run.full, models=chosen, workers=None
         )
         lacking = fit_datamodels(left, anchor=run.full, to=to / "lacking", workers=None)
-        residual = bench.weighed(run.newton, lacking, trusted=False)
+        residual = bench.weighed(run.newton, lacking, trusted=False, grows=False)
         yield f"residual ({len(chosen)})", residual
-        yield f"combined ({len(chosen)})", bench.weighed(residual, plain, trusted=True)
+        yield f"combined ({len(chosen)})", bench.weighed(residual, plain, trusted=True, grows=True)
 
 
 def _distinct(choices: Iterable[Rows]) -> list[Rows]:
