@@ -192,7 +192,8 @@ def growth_helps(gram: Numbers, right: Numbers, together: Numbers) -> bool:
         together: how many rows of each set change together, [set].
 
     Returns:
-        True where sum_j |change_j - prediction_j|^2 of sets left out in turn is less with growth.
+        True where sum_j |change_j - prediction_j|^2 of sets left out in turn is less with growth,
+        by more than rounding.
 
     Example:
         >>> gram, change = np.ones((4, 1, 1)), np.array([[2.0], [3.0], [4.0], [5.0]])
@@ -200,7 +201,8 @@ def growth_helps(gram: Numbers, right: Numbers, together: Numbers) -> bool:
         (True, False)
     """
     grown, plain = weights_without(gram, right, together), weights_without(gram, right)
-    return _error(gram, right, grown) < _error(gram, right, plain)
+    before = _error(gram, right, plain)
+    return _error(gram, right, grown) < before - NEARER * abs(before)
 
 
 def _error(gram: Numbers, right: Numbers, weights: Numbers) -> float:

@@ -5,7 +5,7 @@ import pytest
 
 from attribution import Change, Combined, Counterfactual, ForgetSet, Task
 from attribution.cases import KINDS, Case, row_kinds, rows_together
-from attribution.combined import Weights, forget_rows_together, weigh
+from attribution.combined import Weights, forget_rows_together, weigh, weighed_sum
 from tests.tasks import blobs, line
 
 ALL = 48
@@ -233,9 +233,10 @@ def test_a_second_deviation_that_is_not_trusted_is_left_out(task):
 
 GROWING = {
     "forget": Weights(0.9, 0.2, 1.5, 3.0, growth=0.4, most=1.5),
-    "retain": Weights(0.5, 0.0, 1.0, 2.0, 7.0, growth=0.1, most=9.0),
-    "test": Weights(0.0, 0.7, 2.0, 0.5, 1.2),
+    "retain": Weights(0.5, 0.0, 1.0, 2.0, 7.0, growth=0.1, most=9.0, shared=0.3),
+    "test": Weights(0.0, 0.7, 2.0, 0.5, 1.2, shared=0.8),
 }
+PLAIN = {kind: replace(one, growth=0.0, shared=0.0) for kind, one in GROWING.items()}
 ASKED = [None, np.array([40, 3, 0, 20]), np.array([39, 1, 39]), np.array([], dtype=np.int64)]
 
 
@@ -246,24 +247,43 @@ def test_the_sum_grows_with_forget_rows_that_change_together(task, targets):
     together = rows_together(one.mean[[3, 20, 21]])
     assert 2.9 < together < 3
     found = Combined(Told(one), Told(two), GROWING).change(forget, targets=targets)
-    plain = Combined(Told(one), Told(two), {k: replace(w, growth=0.0) for k, w in GROWING.items()})
-    expected = plain.change(forget, targets=targets)
-    places = np.arange(ALL) if targets is None else targets
-    factors = np.array([1 + 0.4 * 1.5, 1 + 0.1 * together, 1.0])[row_kinds(forget, places), None]
-    np.testing.assert_allclose(found.mean, factors * expected.mean, rtol=1e-6)
-    np.testing.assert_allclose(found.std, factors * expected.std, rtol=1e-6)
+    expected = Combined(Told(one), Told(two), PLAIN).change(forget, targets=targets)
+    kinds = row_kinds(forget, np.arange(ALL) if targets is None else targets)
+    factors = np.array([1 + 0.4 * 1.5, 1 + 0.1 * together, 1.0])[kinds, None]
+    mean = factors * expected.mean
+    shared = np.array([0.0, 0.3, 0.8])[kinds, None] * np.sqrt(together / 3) * mean
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-6)
+    std = np.sqrt(np.square(factors * expected.std) + np.square(shared))
+    np.testing.assert_allclose(found.std, std, rtol=1e-6)
     np.testing.assert_array_equal(found.noise, expected.noise)
+    for part in (found.mean, found.std, found.noise):
+        assert part.dtype == np.float32
+
+
+@dataclass(frozen=True)
+class Additive(Told):
+    """Says the sum of what each row that is still there does, and how sure it is of it."""
+
+    def change(self, forget, already=None, targets=None):
+        told = super().change(forget, None, targets)
+        count = len(forget) - (len(already) if already else 0)
+        return Change(*(np.float32(count) * part for part in (told.mean, told.std, told.noise)))
 
 
 def test_rows_that_are_gone_already_grew_by_themselves(task):
     one, two = drawn(1), drawn(2)
     one.mean[[3, 20, 21]] = [1.0, 0.5]
-    combined = Combined(Told(one), Told(two), GROWING)
+    combined, parts = Combined(Additive(one), Additive(two), GROWING), (one, two)
     forget, gone = ForgetSet.at(task, [3, 20, 21]), ForgetSet.at(task, [3])
-    found, whole = combined.change(forget, gone), combined.change(forget)
-    expected = whole.mean - combined.change(gone).mean
-    np.testing.assert_allclose(found.mean, expected, rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(found.std, whole.std)  # what Told says of any rows
+    found = combined.change(forget, gone)
+    whole, before = combined.change(forget), combined.change(gone)
+    np.testing.assert_allclose(found.mean, whole.mean - before.mean, rtol=1e-6, atol=1e-6)
+    # Three rows change together in the end, of which two are still there.
+    left = (Change(*(2 * part for part in (c.mean, c.std, c.noise))) for c in parts)
+    kinds = row_kinds(forget, np.arange(ALL))
+    expected = weighed_sum(GROWING, *left, kinds, one.mean[forget.rows])
+    np.testing.assert_allclose(found.std, expected.std, rtol=1e-6)
+    np.testing.assert_allclose(found.noise, expected.noise, rtol=1e-6)
 
 
 def test_a_growth_is_found_for_each_kind_of_row(task):
@@ -281,9 +301,44 @@ def test_a_growth_is_found_for_each_kind_of_row(task):
     found, plain = weigh(cases, pairs, grows=True), weigh(cases, pairs)
     most = max(forget_rows_together(cases, [one for one, _ in pairs]))
     for kind, growth in zip(KINDS, (0.2, 0.05, 0.0), strict=True):
-        assert found[kind].most == most
+        assert found[kind].most == (most if growth else 0)
         assert 1 + found[kind].growth * most == pytest.approx(1 + growth * most, rel=0.03)
         assert (found[kind].first, found[kind].second) == pytest.approx((0.6, 0.3), rel=0.05)
         assert plain[kind].growth == 0
-    # The deviations are those of what is left then, which is nothing.
+    # The deviations are those of what is left then, which is little.
     assert found["forget"].spread < 0.1 * plain["forget"].spread
+
+
+def test_what_forget_rows_are_off_by_together_is_found(task):
+    """Coherent sets are off by a part of the sum, those without anything in common are not."""
+    random = np.random.default_rng(3)
+    cases, pairs = [], []
+    for number in range(24):
+        one, two = drawn(2 * number), drawn(2 * number + 1)
+        one.std[:], two.std[:] = 0.02, 0.02
+        rows = np.arange(number, number + 6)
+        one.mean[rows] = [2.0, -1.0] if number % 2 else [[2.0, -1.0], [-2.0, 1.0]] * 3
+        mean = 0.6 * one.mean + 0.3 * two.mean
+        off = 0.4 * random.normal(size=mean.shape) if number % 2 else 0.0
+        forget = ForgetSet.at(task, rows)
+        cases.append(Case(task, forget, np.zeros((ALL, 2), np.float32), mean * (1 + off)))
+        pairs.append((one, two))
+    for weights in weigh(cases, pairs).values():
+        assert weights.shared == pytest.approx(0.4, rel=0.25)
+    told, own = weigh(cases, pairs)["retain"], {"shared": 0.0, "noise": 1.0}
+    sure = told.as_sure_as_the_first()
+    assert sure == replace(told, **own, spread=1 / told.first, second_spread=0.0)
+    alone = replace(told, first=0.0).as_sure_as_the_first()
+    assert alone == replace(told, **own, first=0.0, spread=0.0, second_spread=1.0)
+
+
+@pytest.mark.parametrize("first", [0.8, 0.0])
+def test_deviations_of_the_first_grow_as_the_means_do(task, first):
+    one, two, forget = drawn(1), drawn(2), ForgetSet.at(task, [3, 20, 21])
+    weights = Weights(first, 0.5, 9.0, 9.0, 9.0, growth=0.2, most=2.0, shared=0.7)
+    sure = dict.fromkeys(KINDS, weights.as_sure_as_the_first())
+    found = Combined(Told(one), Told(two), sure).change(forget)
+    factor = 1 + 0.2 * min(2, rows_together(one.mean[[3, 20, 21]]))
+    expected = one.std if first else 0.5 * two.std
+    np.testing.assert_allclose(found.std, factor * expected, rtol=1e-6)
+    np.testing.assert_array_equal(found.noise, one.noise)

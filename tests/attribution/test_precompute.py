@@ -65,6 +65,42 @@ def weighed_by(chosen, cases, means, together=None):
     return found
 
 
+def left_out(cases, means_by, together):
+    """Each set's change as weights that were fitted to the others predict it."""
+    found = []
+    for left in range(len(cases)):
+        others = [number for number in range(len(cases)) if number != left]
+        found.append(weighed_by(others, cases, means_by(others), together)[left])
+    return found
+
+
+def kinds_that_grow(cases, means_by, together):
+    """Whether rows of each kind are predicted better, by weights of other sets, with growth."""
+    errors = [
+        [
+            sum(
+                c.weight(kind) * np.square(c.change - mean)[c.kinds[kind]].sum()
+                for c, mean in zip(cases, left_out(cases, means_by, given), strict=True)
+            )
+            for kind in range(len(KINDS))
+        ]
+        for given in (None, together)
+    ]
+    return [grown < plain for plain, grown in zip(*errors, strict=True)]
+
+
+def left_out_error(cases, means_by, together):
+    found = left_out(cases, means_by, None)
+    if together is not None:
+        grown = left_out(cases, means_by, together)
+        grows = np.array(kinds_that_grow(cases, means_by, together))
+        found = [
+            np.where(grows[case.kind_numbers, None], more, mean)
+            for case, more, mean in zip(cases, grown, found, strict=True)
+        ]
+    return np.mean([case.error(mean) for case, mean in zip(cases, found, strict=True)])
+
+
 def rows_together_of(cases, means):
     return [rows_together(mean[c.forget.rows]) for c, mean in zip(cases, means, strict=True)]
 
@@ -168,18 +204,15 @@ class TestNewton:
         each = [case.error(mean) for case, mean in zip(cases, linear, strict=True)]
         assert told.errors["datamodel"] == pytest.approx(np.mean(each), rel=1e-5)
         for name, means in sources.items():
-            errors, grows = [], rows_together_of(cases, linear) if name == "linear" else None
-            for left, case in enumerate(cases):
-                others = [number for number in range(len(cases)) if number != left]
-                errors.append(case.error(weighed_by(others, cases, means, grows)[left]))
-            assert told.errors[name] == pytest.approx(np.mean(errors), rel=1e-4)
-        errors, residual = [], weighed_by(range(len(cases)), cases, [newton, lacking])
-        grows = rows_together_of(cases, residual)
-        for left, case in enumerate(cases):
-            others = [number for number in range(len(cases)) if number != left]
-            first = weighed_by(others, cases, [newton, lacking])
-            errors.append(case.error(weighed_by(others, cases, [first, linear], grows)[left]))
-        assert told.errors["combined"] == pytest.approx(np.mean(errors), rel=1e-4)
+            grows = rows_together_of(cases, linear) if name == "linear" else None
+            error = left_out_error(cases, lambda others, m=means: m, grows)
+            assert told.errors[name] == pytest.approx(error, rel=1e-4)
+        residual = [newton, lacking]
+        grows = rows_together_of(cases, weighed_by(range(len(cases)), cases, residual))
+        error = left_out_error(
+            cases, lambda others: [weighed_by(others, cases, residual), linear], grows
+        )
+        assert told.errors["combined"] == pytest.approx(error, rel=1e-4)
 
     def test_the_combination_is_of_the_residual_and_the_datamodel(self, run):
         forget = ForgetSet.at(run.task, [3, 5, 8])
@@ -189,12 +222,11 @@ class TestNewton:
             run.newton.change(forget),
             LinearDatamodel.open(run.residual_path).change(forget),
             kinds,
+            run.newton.change(forget).mean[forget.rows],
         )
         assert all(weights.growth == 0 for weights in told.residual.values())
-        assert any(weights.growth > 0 for weights in told.weights.values())
-        together = rows_together(first.mean[forget.rows])
         second = run.datamodel.change(forget)
-        expected = weighed_sum(told.weights, first, second, kinds, together)
+        expected = weighed_sum(told.weights, first, second, kinds, first.mean[forget.rows])
         found = run.combined.change(forget)
         for name in ("mean", "std", "noise"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
@@ -203,18 +235,22 @@ class TestNewton:
         forget = ForgetSet.at(run.task, [3, 5, 8])
         told, kinds = run.calibration.linear, row_kinds(forget, np.arange(48))
         changes = run.datamodel.change(forget), run.trak.change(forget)
-        together = rows_together(changes[0].mean[forget.rows])
-        expected = weighed_sum(told, *changes, kinds, together)
+        expected = weighed_sum(told, *changes, kinds, changes[0].mean[forget.rows])
         found = run.linear.change(forget)
         for name in ("mean", "std", "noise"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
         bank = type(run.full).open(run.path / "calibration" / "bank", run.task)
         cases, both = cases_of(bank, run.full.outputs), (run.datamodel, run.trak)
         means = [[one.change(case.forget).mean for case in cases] for one in both]
-        grows = rows_together_of(cases, means[0])
-        weighed = weighed_by(range(len(cases)), cases, means, grows)
-        for case, mean in zip(cases, weighed, strict=True):
-            np.testing.assert_allclose(run.linear.change(case.forget).mean, mean, atol=1e-5)
+        together = rows_together_of(cases, means[0])
+        grows = kinds_that_grow(cases, lambda others: means, together)
+        assert [told[kind].growth > 0 for kind in KINDS] == grows
+        assert any(grows)
+        plain, grown = (weighed_by(range(len(cases)), cases, means, x) for x in (None, together))
+        for case, *both in zip(cases, plain, grown, strict=True):
+            expected = np.where(np.array(grows)[case.kind_numbers, None], *reversed(both))
+            found = run.linear.change(case.forget).mean
+            np.testing.assert_allclose(found, expected, atol=1e-5)
 
     def test_a_lost_calibration_is_made_again_from_what_is_there(self, run, tmp_path):
         copy = copied(run.path, tmp_path)

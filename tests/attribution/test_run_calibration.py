@@ -9,7 +9,7 @@ from attribution.run_calibration import RunCalibration
 
 FACTORS = dict.fromkeys(KINDS, 0.8)
 NEWTON = Calibration(0.72, 1.4, FACTORS, FACTORS, FACTORS, 20)
-WEIGHTS = {kind: Weights(0.7, 0.2, 1.5, 2.0) for kind in KINDS}
+WEIGHTS = {kind: Weights(0.7, 0.2, 1.5, 2.0, growth=0.01, most=61.5, shared=0.2) for kind in KINDS}
 ERRORS = {"datamodel": 0.8, "newton": 0.4, "combined": 0.3}
 
 

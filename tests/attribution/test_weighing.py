@@ -9,6 +9,7 @@ from attribution.cases import KINDS, Case
 from attribution.weighing import (
     fit_weights,
     growth_factor,
+    growth_helps,
     held_out_error,
     nonnegative_squares,
     weights_without,
@@ -84,7 +85,7 @@ def squares(seed=0, sets=7, growth=0.0, noise=0.0):
     return gram, np.einsum("sra,sr->sa", columns, wanted), together, columns, wanted
 
 
-@pytest.mark.parametrize("growth", [0.0, 0.003, 0.04, 0.5])
+@pytest.mark.parametrize("growth", [0.0, 0.003, 0.04, 0.2])
 def test_a_growth_that_made_the_changes_is_found(growth):
     gram, right, together, *_ = squares(growth=growth)
     fit = fit_weights(gram, right, together)
@@ -102,6 +103,12 @@ def test_the_growth_is_the_best_of_a_fine_search(seed):
     np.testing.assert_allclose(fit.weights, weights, rtol=1e-6, atol=1e-9)
 
 
+def test_the_largest_factor_is_twenty():
+    gram, right, together, *_ = squares(growth=50.0)
+    fit = fit_weights(gram, right, together)
+    assert 1 + fit.growth * fit.most == pytest.approx(20)
+
+
 def test_changes_that_shrink_with_more_rows_do_not_grow():
     gram, right, together, *_ = squares(growth=-0.02)
     assert fit_weights(gram, right, together).growth == 0
@@ -113,6 +120,32 @@ def test_without_a_difference_between_sets_nothing_grows(together):
     fit = fit_weights(gram, right, together)
     assert fit.growth == 0
     np.testing.assert_allclose(fit.weights, nonnegative_squares(gram.sum(0), right.sum(0)))
+
+
+def test_growth_that_is_none_is_hardly_ever_taken():
+    """Sets that each want another scale, whether their rows change together or not."""
+    gains, taken = [], 0
+    for seed in range(40):
+        gram, right, together, *_ = squares(seed, sets=20)
+        scales = 1 + 0.3 * np.random.default_rng([seed, 1]).normal(size=20)
+        right = right * scales[:, None]
+        plain, grown = weights_without(gram, right), weights_without(gram, right, together)
+        helps = growth_helps(gram, right, together)
+        taken += helps
+        error = [
+            sum(w @ g @ w - 2 * w @ r for w, g, r in zip(each, gram, right, strict=True))
+            for each in (plain, grown)
+        ]
+        assert helps == (error[1] < error[0] - 1e-6 * abs(error[0]))
+        gains.append(max(0.0, error[0] - error[1]) / abs(error[0]))
+    assert taken <= 12
+    assert np.mean(gains) < 0.01
+
+
+def test_growth_that_is_there_is_taken():
+    for seed in range(10):
+        gram, right, together, *_ = squares(seed, sets=20, growth=0.03, noise=1.0)
+        assert growth_helps(gram, right, together)
 
 
 def test_no_growth_is_told_beyond_the_largest_set():
