@@ -202,7 +202,7 @@ class Run:
 
     @cached_property
     def combined(self) -> Combined:
-        """The residual predictor, or group Newton where there is none, and the datamodel."""
+        """Weighed sum of the residual predictor, or else of group Newton, and of the datamodel."""
         if self.calibration is None or not self.calibration.weights:
             raise ValueError(f"{self.path} has no calibration bank: use another predictor")
         first = self.residual if self.calibration.residual else self.newton
@@ -218,7 +218,7 @@ class Run:
 
     @cached_property
     def linear(self) -> Combined:
-        """The datamodel and TRAK scores, weighed: a query sums stored effects."""
+        """Weighed sum of the datamodel and of TRAK scores: a query sums stored effects."""
         if self.calibration is None or not self.calibration.linear:
             raise ValueError(f"{self.path} has no calibration bank: use another predictor")
         return Combined(self.datamodel, self.trak, self.calibration.linear)

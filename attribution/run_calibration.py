@@ -21,7 +21,8 @@ class RunCalibration:
             datamodel, by kind of row; empty without a datamodel.
         errors: each predictor's squared error over the squared change, averaged over forget sets,
             outputs and margins, and kinds of row; the noise of the retrained models is in it, alike
-            for all. Factors of a predictor's mean are fitted to the other forget sets each time.
+            for all. Factors of a predictor's mean are fitted to the other forget sets each time;
+            that a sum grows at all, and how many rows change together, is decided by all of them.
         residual: weights of group Newton and of the datamodel of what it misses, by kind of row;
             empty where there is none.
         linear: weights of the datamodel and of TRAK scores, by kind of row; empty without them.

@@ -28,7 +28,7 @@ FIRST, BOTH = [3, 20], [3, 8, 20, 33]
 FACTORS = dict(zip(KINDS, (0.8, 0.5, 0.3), strict=True))
 CALIBRATION = Calibration(0.4, 1.2, FACTORS, FACTORS, FACTORS, 20)
 WEIGHTS = {
-    kind: Weights(factor, 1 - factor, 1.5, 2.0, growth=factor / 4, most=3.0)
+    kind: Weights(factor, 1 - factor, 1.5, 2.0, growth=factor / 4, most=3.0, shared=0.1)
     for kind, factor in FACTORS.items()
 }
 
@@ -84,6 +84,20 @@ def combined_case(folder):
     return Case(task, combined, by_kind=True)
 
 
+def linear_case(folder):
+    task = blobs()
+    features = newton_of(task, folder / "features", damping=0.5).features
+    scores = LinearDatamodel.from_scores(fit_trak(features, folder / "trak", damping=0.5))
+    weights = {kind: one.as_sure_as_the_first() for kind, one in WEIGHTS.items()}
+    return Case(task, Combined(datamodel_of(task, folder), scores, weights), by_kind=True)
+
+
+def nested_case(folder):
+    inner = combined_case(folder)
+    outer = Combined(inner.predictor, inner.predictor.second, WEIGHTS)
+    return Case(inner.task, outer, by_kind=True)
+
+
 def residual_case(folder):
     task = blobs()
     newton = newton_of(task, folder / "features", damping=0.5)
@@ -111,6 +125,8 @@ CASES = {f"newton, {name}": newton_case(make) for name, make in TASKS.items()} |
     "datamodel": datamodel_case,
     "trak": trak_case,
     "combined": combined_case,
+    "combined, nested": nested_case,
+    "linear": linear_case,
     "residual": residual_case,
 }
 

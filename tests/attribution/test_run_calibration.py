@@ -21,6 +21,18 @@ def test_it_is_read_as_it_was_written(tmp_path, weights):
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_weights_of_before_do_not_grow(tmp_path):
+    file = tmp_path / "a.json"
+    RunCalibration(NEWTON, WEIGHTS, ERRORS).save(file)
+    told = json.loads(file.read_text())
+    for weights in told["weights"].values():
+        del weights["growth"], weights["most"], weights["shared"]
+    file.write_text(json.dumps(told))
+    found = RunCalibration.load(file).weights
+    assert found == dict.fromkeys(KINDS, Weights(0.7, 0.2, 1.5, 2.0))
+    assert found["test"].row(50.0) == (0.7, 0.2, 1.5, 1.5, 2.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
