@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from attribution.calibration_bank import FEWEST_EACH, FORGET_SETS, calibration_bank
-from attribution.cases import Case, Numbers, cases_of, common_share
+from attribution.cases import KINDS, Case, Numbers, cases_of, common_share
 from attribution.combined import Weights, forget_rows_together, weigh, weighed_sum
 from attribution.counterfactual import Change
 from attribution.datamodels import FEWEST_MODELS, fit_datamodels
@@ -77,7 +77,8 @@ def calibrate_run(
     residual: dict[str, Weights] = {}
     missed = _fit_residual(run, chosen, **at)
     if missed is not None:
-        changes["lacking"] = lacking = [missed.change(case.forget) for case in cases]
+        lacking = [missed.change(case.forget) for case in cases]
+        changes["lacking"] = lacking
         # The factor on group Newton's deviation, fitted to the bank, holds what it leaves, too.
         residual = weigh(cases, list(zip(first, lacking, strict=True)), trusted=False)
         first = [
@@ -87,30 +88,35 @@ def calibrate_run(
     weights = weigh(cases, list(zip(first, linear, strict=True)), grows=True)
     fitted = weigh(cases, list(zip(linear, scored, strict=True)), trusted=False, grows=True)
     sums = {kind: one.as_sure_as_the_first() for kind, one in fitted.items()}
-    errors = _held_out_errors(cases, changes, forget_rows_together(cases, first))
+    grows = {
+        "combined": _growing(weights, forget_rows_together(cases, first)),
+        "linear": _growing(sums, forget_rows_together(cases, linear)),
+    }
+    errors = _held_out_errors(cases, changes, grows)
     found = RunCalibration(newton, weights, errors, residual, sums)
     found.save(run.path / CALIBRATION)
     return found
 
 
+def _growing(weights: Mapping[str, Weights], together: Numbers) -> list[Numbers | None]:
+    return [together if weights[kind].growth else None for kind in KINDS]
+
+
 def _held_out_errors(
-    cases: Sequence[Case], changes: Mapping[str, Sequence[Change]], together: Numbers
+    cases: Sequence[Case],
+    changes: Mapping[str, Sequence[Change]],
+    grows: Mapping[str, Sequence[Numbers | None]],
 ) -> dict[str, float]:
     """Of each predictor: one with more factors must not look nearer for them alone."""
     means = {name: [change.mean for change in each] for name, each in changes.items()}
     datamodel = means["datamodel"]
     own = [case.error(mean) for case, mean in zip(cases, datamodel, strict=True)]
     errors = {"datamodel": float(np.mean(own)), "newton": held_out_error(cases, means["newton"])}
-    errors["linear"] = held_out_error(
-        cases,
-        datamodel,
-        means["trak"],
-        together=forget_rows_together(cases, changes["datamodel"]),
-    )
+    errors["linear"] = held_out_error(cases, datamodel, means["trak"], together=grows["linear"])
     first = [means[name] for name in ("newton", "lacking") if name in means]
     if len(first) > 1:
         errors["residual"] = held_out_error(cases, *first)
-    errors["combined"] = held_out_error(cases, *first, added=datamodel, together=together)
+    errors["combined"] = held_out_error(cases, *first, added=datamodel, together=grows["combined"])
     return errors
 
 

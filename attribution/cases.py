@@ -138,7 +138,8 @@ def cases_of(bank: Ensemble, before: Array) -> list[Case]:
         One case a set.
 
     Raises:
-        ValueError: some model of the bank saw all rows, or `before` has other axes.
+        ValueError: some model of the bank saw all rows, no forget set is left of it, or `before`
+            has other axes.
     """
     wanted = bank.outputs.shape[1:]
     if before.ndim != 3 or not len(before) or before.shape[1:] != wanted:
@@ -152,6 +153,11 @@ def cases_of(bank: Ensemble, before: Array) -> list[Case]:
     for number, mask in enumerate(bank.masks):
         if not mask.all():
             models.setdefault(mask.tobytes(), []).append(number)
+    if not models:
+        raise ValueError(
+            f"all forget sets of {bank.store.path} were purged: remove it, and the same command"
+            " makes others"
+        )
     groups = list(models.values())
     full, spreads = _spread(before), [_spread(bank.outputs[numbers]) for numbers in groups]
     cases = [

@@ -32,8 +32,8 @@ class Weights:
         second_spread: factor on the second one's standard deviation; None: the first one's.
         growth: what each row that changes together with others adds to the factor on the sum.
         most: how many such rows count at most; see `growth_factor`.
-        shared: factor on the sum, which makes it what all rows that have everything in common are
-            off by.
+        shared: factor on the sum, which makes it a standard deviation, too, for forget sets whose
+            rows have everything in common; for others times the root of their `common_share`.
     """
 
     first: float
@@ -57,7 +57,7 @@ class Weights:
             spreads = {"spread": 0.0, "second_spread": 1.0}
         return replace(self, noise=1.0, shared=0.0, **spreads)
 
-    def row(self, together: float) -> tuple[float, ...]:
+    def factors(self, together: float) -> tuple[float, ...]:
         """Both weights, both factors on standard deviations, those on the noise and on the sum.
 
         The weights are those for a forget set of which so many rows change together.
@@ -72,14 +72,13 @@ class Weights:
 class Combined(Counterfactual):
     """A weighed sum of two predictions, with weights of its own for each kind of row.
 
-    mean = f (a m_1 + b m_2), noise = e n_1,
-    std^2 = f^2 ((c a s_1)^2 + (d b s_2)^2) + k / |F| (g mean)^2,
+    mean = f (a m_1 + b m_2), f = 1 + growth x min(k, most),
+    std^2 = f^2 ((spread a s_1)^2 + (second_spread b s_2)^2) + k / |F| (shared x mean)^2,
 
-    where a to g, and f = 1 + x min(k, most) with the growth x, are those of forget rows, other
-    training rows or test rows; k of the |F| forget rows change together as the first one predicts
-    it, see `rows_together`, and most is what k came to at most where the growth was fitted.
-    Retrained models (datamodels) know what the path of training does, gradients what the curvature
-    at its end does.
+    and the noise is the first one's times a factor. a and b are the `Weights` first and second, and
+    all are those of forget rows, of other training rows or of test rows. k of the |F| forget rows
+    change together as the first one predicts it, see `rows_together`. Retrained models (datamodels)
+    know what the path of training does, gradients what the curvature at its end does.
 
     Args:
         first: a predictor: group Newton, a sum of it and what it lacks, or a linear datamodel.
@@ -107,7 +106,8 @@ class Combined(Counterfactual):
         if already is None:
             return found
         one, two = (each.change(forget, already, targets) for each in (self.first, self.second))
-        # Rows that are gone already are of the kind that they were when they were removed.
+        # Rows that are gone already are of the kind that they were when they were removed, and as
+        # many changed together. Deviations are those of the difference, with the k of all of them.
         mean = found.mean - self.change(already, None, targets).mean
         return replace(weighed_sum(self.weights, one, two, kinds, own), mean=mean)
 
@@ -144,12 +144,13 @@ def weighed_sum(
         >>> weighed_sum(weights, one, two, np.array([0]), one.mean).mean
         array([[4.]], dtype=float32)
     """
-    table = np.array([weights[kind].row(rows_together(own)) for kind in KINDS])
+    together = rows_together(own)
+    table = np.array([weights[kind].factors(together) for kind in KINDS])
     a, b, spread, other, noise, shared = table.astype(np.float32)[kinds].T[..., None]
     mean = a * one.mean + b * two.mean
-    std = np.hypot(_part(spread * a, one.std), _part(other * b, two.std))
-    common = np.float32(np.sqrt(common_share(own)))
-    return Change(mean, np.hypot(std, shared * common * np.abs(mean)), noise * one.noise)
+    std = np.hypot(_weighed_std(spread * a, one.std), _weighed_std(other * b, two.std))
+    off = _weighed_std(shared, np.float32(np.sqrt(common_share(own))) * np.abs(mean))
+    return Change(mean, np.hypot(std, off), noise * one.noise)
 
 
 def weigh(
@@ -162,8 +163,9 @@ def weigh(
     """Fits the weights of two predictors on models retrained without forget sets of their own.
 
     Non-negative least squares for each kind of row; see `Case.weight` for what each forget set
-    weighs. A kind without rows takes the first predictor as it is. Factors on the standard
-    deviations are fitted to what is left of each set by weights that are fitted to the others.
+    weighs. A kind without rows takes the first predictor as it is. Factors on the deviations, both
+    predictors' and the one that forget rows share, are fitted to what is left of each set by
+    weights that are fitted to the others.
 
     Args:
         cases: the forget sets.
@@ -224,7 +226,7 @@ class _Part:
 
     def variances(self, weights: Numbers, trusted: bool) -> list[Numbers]:
         changes = [self.one, self.two] if trusted else [self.one]
-        told = [_part(w, c.std[self.rows]) for w, c in zip(weights, changes, strict=False)]
+        told = [_weighed_std(w, c.std[self.rows]) for w, c in zip(weights, changes, strict=False)]
         common = common_share(self.one.mean[self.case.forget.rows])
         return [np.square(std) for std in (*told, np.sqrt(common) * self.mean(weights))]
 
@@ -262,7 +264,7 @@ def _fitted(
     return Weights(first, second, spreads[0], noise, other, fit.growth, fit.most, shared)
 
 
-def _part(factor: Array | float, std: Array) -> Array:
+def _weighed_std(factor: Array | float, std: Array) -> Array:
     """What a prediction adds to the deviation; nothing without weight, even where unknown."""
     known = np.broadcast_to(np.not_equal(factor, 0), std.shape)
     return np.asarray(np.multiply(factor, std, where=known, out=np.zeros_like(std)))

@@ -11,8 +11,9 @@ from attribution.cases import KINDS, Case, Numbers
 
 # What share of the factor growth may be where most rows change together: these, then the best
 # one's neighbours.
-SHARES, NEIGHBOURS = np.arange(0, 96, 5) / 100, np.arange(-4, 5) / 100
-NEARER = 1e-9  # by what part of what is explained more of it must be for any growth to be taken
+SHARES, NEIGHBOURS = np.arange(0, 81, 5) / 100, np.arange(-4, 5) / 100
+NEARER = 1e-9  # a gain below this share of what is explained is rounding
+FEWEST_SETS = 10  # that can tell growth from chance
 
 
 def nonnegative_squares(gram: Numbers, right: Numbers) -> Any:
@@ -45,7 +46,7 @@ def nonnegative_squares(gram: Numbers, right: Numbers) -> Any:
 def mean_squares(cases: Sequence[Case], kind: int, *means: Sequence[Numbers]) -> tuple[Any, Any]:
     """What each forget set adds to the least squares of its measured changes on predicted ones.
 
-    Each set weighs one over the squared change of its rows of that kind and its variance.
+    Each set weighs as `Case.weight` says of its rows of that kind.
 
     Args:
         cases: the forget sets.
@@ -78,7 +79,7 @@ def _flat(values: Numbers) -> Numbers:
 
 
 @dataclass(frozen=True)
-class Weighing:
+class GrownWeights:
     """Weights of predictors, and how their sum grows with the rows that change together.
 
     Args:
@@ -116,16 +117,16 @@ def growth_factor(growth: float, most: float, together: float) -> float:
         >>> growth_factor(0.01, 80, 50), growth_factor(0.01, 80, 1000)
         (1.5, 1.8)
     """
-    return 1 + growth * min(together, most) if growth else 1.0
+    return 1 + growth * min(together, most)
 
 
-def fit_weights(gram: Numbers, right: Numbers, together: Numbers | None = None) -> Weighing:
+def fit_weights(gram: Numbers, right: Numbers, together: Numbers | None = None) -> GrownWeights:
     """Non-negative least squares over forget sets, with one growth of the weighed sum.
 
     Minimises sum_j f_j^2 w^T G_j w - 2 f_j w^T r_j over w >= 0 and the growth x >= 0, where
     f_j = 1 + x e_j and e_j rows of set j change together. The largest of these factors is
-    1 / (1 - share), for the best share of 0, 0.01, ..., 0.95: first of every fifth, then of those
-    around it.
+    1 / (1 - share); of the shares 0, 0.05, ..., 0.8 the best one is taken, and then the best of
+    those around it that are 0.01 apart.
 
     Args:
         gram: G_j, [set, predictor, predictor]; see `mean_squares`.
@@ -133,7 +134,7 @@ def fit_weights(gram: Numbers, right: Numbers, together: Numbers | None = None) 
         together: e_j, [set]; None: nothing grows.
 
     Returns:
-        It; weights are 0 where there is no set.
+        The weights, 0 where there is no set, and how their sum grows.
 
     Example:
         >>> fit = fit_weights(np.ones((2, 1, 1)), np.array([[2.0], [3.0]]), np.array([0.0, 10.0]))
@@ -142,25 +143,24 @@ def fit_weights(gram: Numbers, right: Numbers, together: Numbers | None = None) 
     """
     most = 0.0 if together is None else float(together.max(initial=0.0))
     if together is None or not most > 0:
-        return Weighing(nonnegative_squares(gram.sum(0), right.sum(0)))
-
-    told = gram, right, together / most
-    plain, *others = [_least(*told, share) for share in SHARES]
+        return GrownWeights(nonnegative_squares(gram.sum(0), right.sum(0)))
+    relative = together / most
+    plain, *others = [_least(gram, right, relative, share) for share in SHARES]
     best = min([plain, *others], key=itemgetter(0))
     near = np.clip(best[1] + NEIGHBOURS, 0, SHARES[-1])
-    best = min([_least(*told, share) for share in near], key=itemgetter(0))
+    best = min([_least(gram, right, relative, share) for share in near], key=itemgetter(0))
     _, share, weights = plain if best[0] > (1 + NEARER) * plain[0] else best
-    return Weighing(weights, share / (1 - share) / most, most)
+    return GrownWeights(weights, share / (1 - share) / most, most)
 
 
 def _least(
-    gram: Numbers, right: Numbers, together: Numbers, share: float
+    gram: Numbers, right: Numbers, relative: Numbers, share: float
 ) -> tuple[float, float, Numbers]:
-    """What is minimised, at its least for the share that growth has of the largest factor."""
-    factors = 1 + share / (1 - share) * together
-    told = np.tensordot(factors, right, 1)
-    weights = nonnegative_squares(np.tensordot(factors**2, gram, 1), told)
-    return -float(weights @ told), float(share), weights
+    """What is minimised, where it is least for this share; the share; the weights."""
+    factors = 1 + share / (1 - share) * relative
+    grown = np.tensordot(factors, right, 1)
+    weights = nonnegative_squares(np.tensordot(factors**2, gram, 1), grown)
+    return -float(weights @ grown), float(share), weights
 
 
 def weights_without(gram: Numbers, right: Numbers, together: Numbers | None = None) -> Numbers:
@@ -186,20 +186,24 @@ def weights_without(gram: Numbers, right: Numbers, together: Numbers | None = No
 def growth_helps(gram: Numbers, right: Numbers, together: Numbers) -> bool:
     """Whether a sum that grows is nearer on forget sets that it was not fitted to.
 
+    With fewer than 10 sets, which often say so by chance, it is not.
+
     Args:
         gram: of each set, [set, predictor, predictor]; see `mean_squares`.
         right: likewise, [set, predictor].
         together: how many rows of each set change together, [set].
 
     Returns:
-        True where sum_j |change_j - prediction_j|^2 of sets left out in turn is less with growth,
-        by more than rounding.
+        True where the squared error of sets left out in turn, each with its weight, is less with
+        growth by more than rounding.
 
     Example:
-        >>> gram, change = np.ones((4, 1, 1)), np.array([[2.0], [3.0], [4.0], [5.0]])
-        >>> growth_helps(gram, change, np.arange(4.0)), growth_helps(gram, change, np.ones(4))
-        (True, False)
+        >>> gram, rows = np.ones((12, 1, 1)), np.arange(12.0)
+        >>> [growth_helps(gram, 2 + rows[:, None], each) for each in (rows, np.ones(12))]
+        [True, False]
     """
+    if len(gram) < FEWEST_SETS:
+        return False
     grown, plain = weights_without(gram, right, together), weights_without(gram, right)
     before = _error(gram, right, plain)
     return _error(gram, right, grown) < before - NEARER * abs(before)
@@ -213,7 +217,8 @@ def _error(gram: Numbers, right: Numbers, weights: Numbers) -> float:
 
 def _without(left: int, gram: Numbers, right: Numbers, together: Numbers | None) -> Numbers:
     others = np.arange(len(gram)) != left
-    together = np.zeros(len(gram)) if together is None else together
+    if together is None:
+        return fit_weights(gram[others], right[others]).weights
     return fit_weights(gram[others], right[others], together[others]).at(together[left])
 
 
@@ -221,7 +226,7 @@ def held_out_error(
     cases: Sequence[Case],
     *means: Sequence[Numbers],
     added: Sequence[Numbers] | None = None,
-    together: Numbers | None = None,
+    together: Sequence[Numbers | None] = (None,) * len(KINDS),
 ) -> float:
     """Error of a weighed sum of predictions on forget sets that its weights were not fitted to.
 
@@ -231,8 +236,8 @@ def held_out_error(
         cases: the forget sets, two or more.
         means: of one or more predictors, for each set [target, output].
         added: of one more, which is weighed against the weighed sum of the others.
-        together: how many rows of each set change together, with which the last weighed sum grows
-            where that makes this error less, [set]; None: it does not.
+        together: how many rows of each set change together, with which the last weighed sum grows,
+            [kind][set]; None for kinds of row of which it does not.
 
     Returns:
         The mean error over the sets.
@@ -249,12 +254,9 @@ def held_out_error(
     if added is not None:
         means = (*means, added)
     without = weights_without if added is None else _in_turn_without
-    weights = []
-    for kind in range(len(KINDS)):
-        squares = mean_squares(cases, kind, *means)
-        plain = without(*squares, None)
-        grown = plain if together is None else without(*squares, together)
-        weights.append(grown if _error(*squares, grown) < _error(*squares, plain) else plain)
+    weights = [
+        without(*mean_squares(cases, kind, *means), grows) for kind, grows in enumerate(together)
+    ]
     told = zip(cases, np.stack(weights, 1), zip(*means, strict=True), strict=True)
     return float(np.mean([case.error(_summed(own, case, each)) for case, own, each in told]))
 

@@ -146,10 +146,10 @@ def expected_effects(task, anchors, alike):
 def grown_weights(columns, wanted, together):
     """Weights w >= 0 and the growth x of sum_j |wanted_j - (1 + x together_j) columns_j w|^2.
 
-    The best of the growths that make the largest factor 1 / (1 - share), share 0, .01 ... .95.
+    The best of the growths that make the largest factor 1 / (1 - share), share 0, .01 ... .8.
     """
     found, most = [], max(together)
-    for hundredths in range(96 if most > 0 else 1):
+    for hundredths in range(81 if most > 0 else 1):
         growth = hundredths / (100 - hundredths) / most if hundredths else 0.0
         scaled = [(1 + growth * n) * c for n, c in zip(together, columns, strict=True)]
         weights, error = nnls(np.concatenate(scaled), np.concatenate(list(wanted)))

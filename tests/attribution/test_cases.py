@@ -211,3 +211,11 @@ def test_means_are_no_outputs_of_models(task, tmp_path):
         told = rf"axes are \[48, 2\], got the shape \[{', '.join(map(str, shape))}\]"
         with pytest.raises(ValueError, match=told):
             cases_of(bank, np.zeros(shape))
+
+
+def test_a_bank_whose_sets_were_all_purged_is_refused(task, tmp_path, monkeypatch):
+    masks = np.ones((2, 37), dtype=bool)
+    bank = write_ensemble(tmp_path / "bank", task, masks, np.zeros((2, ALL, 2), np.float32))
+    monkeypatch.setattr("attribution.cases.taken_out", lambda _: [3])
+    with pytest.raises(ValueError, match="sets of .*bank were purged: remove it, and the same"):
+        cases_of(bank, np.zeros((1, ALL, 2)))

@@ -89,16 +89,19 @@ def kinds_that_grow(cases, means_by, together):
     return [grown < plain for plain, grown in zip(*errors, strict=True)]
 
 
-def left_out_error(cases, means_by, together):
+def left_out_error(cases, means_by, together=None, grows=(False, False, False)):
     found = left_out(cases, means_by, None)
     if together is not None:
         grown = left_out(cases, means_by, together)
-        grows = np.array(kinds_that_grow(cases, means_by, together))
         found = [
-            np.where(grows[case.kind_numbers, None], more, mean)
+            np.where(np.array(grows)[case.kind_numbers, None], more, mean)
             for case, more, mean in zip(cases, grown, found, strict=True)
         ]
     return np.mean([case.error(mean) for case, mean in zip(cases, found, strict=True)])
+
+
+def growing(weights):
+    return [weights[kind].growth > 0 for kind in KINDS]
 
 
 def rows_together_of(cases, means):
@@ -204,13 +207,20 @@ class TestNewton:
         each = [case.error(mean) for case, mean in zip(cases, linear, strict=True)]
         assert told.errors["datamodel"] == pytest.approx(np.mean(each), rel=1e-5)
         for name, means in sources.items():
-            grows = rows_together_of(cases, linear) if name == "linear" else None
-            error = left_out_error(cases, lambda others, m=means: m, grows)
+            grown = rows_together_of(cases, linear), growing(told.linear)
+            error = left_out_error(
+                cases, lambda _, m=means: m, *(grown if name == "linear" else ())
+            )
             assert told.errors[name] == pytest.approx(error, rel=1e-4)
         residual = [newton, lacking]
-        grows = rows_together_of(cases, weighed_by(range(len(cases)), cases, residual))
+        first = weighed_by(range(len(cases)), cases, residual)
+        together = rows_together_of(cases, first)
+        assert growing(told.weights) == kinds_that_grow(cases, lambda _: [first, linear], together)
         error = left_out_error(
-            cases, lambda others: [weighed_by(others, cases, residual), linear], grows
+            cases,
+            lambda others: [weighed_by(others, cases, residual), linear],
+            together,
+            growing(told.weights),
         )
         assert told.errors["combined"] == pytest.approx(error, rel=1e-4)
 
@@ -243,9 +253,10 @@ class TestNewton:
         cases, both = cases_of(bank, run.full.outputs), (run.datamodel, run.trak)
         means = [[one.change(case.forget).mean for case in cases] for one in both]
         together = rows_together_of(cases, means[0])
-        grows = kinds_that_grow(cases, lambda others: means, together)
-        assert [told[kind].growth > 0 for kind in KINDS] == grows
+        grows = kinds_that_grow(cases, lambda _: means, together)
+        assert growing(told) == grows
         assert any(grows)
+        assert {(one.shared, one.noise, one.second_spread) for one in told.values()} == {(0, 1, 0)}
         plain, grown = (weighed_by(range(len(cases)), cases, means, x) for x in (None, together))
         for case, *both in zip(cases, plain, grown, strict=True):
             expected = np.where(np.array(grows)[case.kind_numbers, None], *reversed(both))

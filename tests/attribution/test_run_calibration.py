@@ -30,7 +30,7 @@ def test_weights_of_before_do_not_grow(tmp_path):
     file.write_text(json.dumps(told))
     found = RunCalibration.load(file).weights
     assert found == dict.fromkeys(KINDS, Weights(0.7, 0.2, 1.5, 2.0))
-    assert found["test"].row(50.0) == (0.7, 0.2, 1.5, 1.5, 2.0, 0.0)
+    assert found["test"].factors(50.0) == (0.7, 0.2, 1.5, 1.5, 2.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def squares(seed=0, sets=7, growth=0.0, noise=0.0):
     return gram, np.einsum("sra,sr->sa", columns, wanted), together, columns, wanted
 
 
-@pytest.mark.parametrize("growth", [0.0, 0.003, 0.04, 0.2])
+@pytest.mark.parametrize("growth", [0.0, 0.003, 0.04, 0.1])
 def test_a_growth_that_made_the_changes_is_found(growth):
     gram, right, together, *_ = squares(growth=growth)
     fit = fit_weights(gram, right, together)
@@ -103,10 +103,10 @@ def test_the_growth_is_the_best_of_a_fine_search(seed):
     np.testing.assert_allclose(fit.weights, weights, rtol=1e-6, atol=1e-9)
 
 
-def test_the_largest_factor_is_twenty():
+def test_the_largest_factor_is_five():
     gram, right, together, *_ = squares(growth=50.0)
     fit = fit_weights(gram, right, together)
-    assert 1 + fit.growth * fit.most == pytest.approx(20)
+    assert 1 + fit.growth * fit.most == pytest.approx(5)
 
 
 def test_changes_that_shrink_with_more_rows_do_not_grow():
@@ -122,24 +122,34 @@ def test_without_a_difference_between_sets_nothing_grows(together):
     np.testing.assert_allclose(fit.weights, nonnegative_squares(gram.sum(0), right.sum(0)))
 
 
-def test_growth_that_is_none_is_hardly_ever_taken():
+def test_growth_that_is_none_is_seldom_taken():
     """Sets that each want another scale, whether their rows change together or not."""
-    gains, taken = [], 0
+    taken = 0
     for seed in range(40):
         gram, right, together, *_ = squares(seed, sets=20)
         scales = 1 + 0.3 * np.random.default_rng([seed, 1]).normal(size=20)
-        right = right * scales[:, None]
-        plain, grown = weights_without(gram, right), weights_without(gram, right, together)
-        helps = growth_helps(gram, right, together)
-        taken += helps
-        error = [
-            sum(w @ g @ w - 2 * w @ r for w, g, r in zip(each, gram, right, strict=True))
-            for each in (plain, grown)
-        ]
-        assert helps == (error[1] < error[0] - 1e-6 * abs(error[0]))
-        gains.append(max(0.0, error[0] - error[1]) / abs(error[0]))
-    assert taken <= 12
-    assert np.mean(gains) < 0.01
+        taken += growth_helps(gram, right * scales[:, None], together)
+    assert 0 < taken <= 8
+
+
+def test_growth_is_taken_where_sets_left_out_say_so():
+    for seed in range(20):
+        gram, right, together, *_ = squares(seed, sets=12, growth=0.002 * (seed % 3), noise=2.0)
+        plain, grown = (
+            sum(
+                w @ g @ w - 2 * w @ r
+                for w, g, r in zip(weights_without(gram, right, x), gram, right, strict=True)
+            )
+            for x in (None, together)
+        )
+        if abs(grown - plain) > 1e-6 * abs(plain):
+            assert growth_helps(gram, right, together) == (grown < plain)
+
+
+@pytest.mark.parametrize(("sets", "helps"), [(9, False), (10, True)])
+def test_few_sets_do_not_tell_growth_from_chance(sets, helps):
+    gram, right, together, *_ = squares(sets=sets, growth=0.05)
+    assert growth_helps(gram, right, together) == helps
 
 
 def test_growth_that_is_there_is_taken():
@@ -172,5 +182,8 @@ def test_a_growth_makes_held_out_errors_less_where_there_is_one():
     ]
     for added in (None, two):
         means = (one, two) if added is None else (one,)
-        plain = held_out_error(grown, *means, added=added)
-        assert held_out_error(grown, *means, added=added, together=together) < plain - 0.02
+        errors = [
+            held_out_error(grown, *means, added=added, together=each)
+            for each in ((None,) * 3, (together, None, None), (together,) * 3)
+        ]
+        assert errors[0] - 0.02 > errors[1] - 0.01 > errors[2]
