@@ -86,37 +86,32 @@ def calibrate_run(
             for case, one, two in zip(cases, first, lacking, strict=True)
         ]
     weights = weigh(cases, list(zip(first, linear, strict=True)), grows=True)
-    fitted = weigh(cases, list(zip(linear, scored, strict=True)), trusted=False, grows=True)
+    # Growth makes its R2 larger, but brings models that are matched to it no nearer to retraining.
+    fitted = weigh(cases, list(zip(linear, scored, strict=True)), trusted=False)
     sums = {kind: one.as_sure_as_the_first() for kind, one in fitted.items()}
-    grows = {
-        "combined": _growing(weights, forget_rows_together(cases, first)),
-        "linear": _growing(sums, forget_rows_together(cases, linear)),
-    }
+    together = forget_rows_together(cases, first)
+    grows = [together if weights[kind].growth else None for kind in KINDS]
     errors = _held_out_errors(cases, changes, grows)
     found = RunCalibration(newton, weights, errors, residual, sums)
     found.save(run.path / CALIBRATION)
     return found
 
 
-def _growing(weights: Mapping[str, Weights], together: Numbers) -> list[Numbers | None]:
-    return [together if weights[kind].growth else None for kind in KINDS]
-
-
 def _held_out_errors(
     cases: Sequence[Case],
     changes: Mapping[str, Sequence[Change]],
-    grows: Mapping[str, Sequence[Numbers | None]],
+    grows: Sequence[Numbers | None],
 ) -> dict[str, float]:
     """Of each predictor: one with more factors must not look nearer for them alone."""
     means = {name: [change.mean for change in each] for name, each in changes.items()}
     datamodel = means["datamodel"]
     own = [case.error(mean) for case, mean in zip(cases, datamodel, strict=True)]
     errors = {"datamodel": float(np.mean(own)), "newton": held_out_error(cases, means["newton"])}
-    errors["linear"] = held_out_error(cases, datamodel, means["trak"], together=grows["linear"])
+    errors["linear"] = held_out_error(cases, datamodel, means["trak"])
     first = [means[name] for name in ("newton", "lacking") if name in means]
     if len(first) > 1:
         errors["residual"] = held_out_error(cases, *first)
-    errors["combined"] = held_out_error(cases, *first, added=datamodel, together=grows["combined"])
+    errors["combined"] = held_out_error(cases, *first, added=datamodel, together=grows)
     return errors
 
 

@@ -48,8 +48,8 @@ class Weights:
     def as_sure_as_the_first(self) -> "Weights":
         """The same means with the first one's deviations, or else the second one's weighed ones.
 
-        They grow as the means do. Factors that a bank fits to them are set by the few sets on which
-        everything linear fails.
+        They grow as the means do, if those grow. Factors that a bank fits to them are set by the
+        few sets on which everything linear fails.
         """
         if self.first > 0:
             spreads = {"spread": 1 / self.first, "second_spread": 0.0}

@@ -217,5 +217,5 @@ def test_a_bank_whose_sets_were_all_purged_is_refused(task, tmp_path, monkeypatc
     masks = np.ones((2, 37), dtype=bool)
     bank = write_ensemble(tmp_path / "bank", task, masks, np.zeros((2, ALL, 2), np.float32))
     monkeypatch.setattr("attribution.cases.taken_out", lambda _: [3])
-    with pytest.raises(ValueError, match="sets of .*bank were purged: remove it, and the same"):
+    with pytest.raises(ValueError, match=r"sets of .*bank were purged: remove it, and the same"):
         cases_of(bank, np.zeros((1, ALL, 2)))

@@ -207,10 +207,7 @@ class TestNewton:
         each = [case.error(mean) for case, mean in zip(cases, linear, strict=True)]
         assert told.errors["datamodel"] == pytest.approx(np.mean(each), rel=1e-5)
         for name, means in sources.items():
-            grown = rows_together_of(cases, linear), growing(told.linear)
-            error = left_out_error(
-                cases, lambda _, m=means: m, *(grown if name == "linear" else ())
-            )
+            error = left_out_error(cases, lambda _, m=means: m)
             assert told.errors[name] == pytest.approx(error, rel=1e-4)
         residual = [newton, lacking]
         first = weighed_by(range(len(cases)), cases, residual)
@@ -252,16 +249,11 @@ class TestNewton:
         bank = type(run.full).open(run.path / "calibration" / "bank", run.task)
         cases, both = cases_of(bank, run.full.outputs), (run.datamodel, run.trak)
         means = [[one.change(case.forget).mean for case in cases] for one in both]
-        together = rows_together_of(cases, means[0])
-        grows = kinds_that_grow(cases, lambda _: means, together)
-        assert growing(told) == grows
-        assert any(grows)
-        assert {(one.shared, one.noise, one.second_spread) for one in told.values()} == {(0, 1, 0)}
-        plain, grown = (weighed_by(range(len(cases)), cases, means, x) for x in (None, together))
-        for case, *both in zip(cases, plain, grown, strict=True):
-            expected = np.where(np.array(grows)[case.kind_numbers, None], *reversed(both))
-            found = run.linear.change(case.forget).mean
-            np.testing.assert_allclose(found, expected, atol=1e-5)
+        weighed = weighed_by(range(len(cases)), cases, means)
+        for case, mean in zip(cases, weighed, strict=True):
+            np.testing.assert_allclose(run.linear.change(case.forget).mean, mean, atol=1e-5)
+        factors = {(one.growth, one.shared, one.noise, one.second_spread) for one in told.values()}
+        assert factors == {(0, 0, 1, 0)}
 
     def test_a_lost_calibration_is_made_again_from_what_is_there(self, run, tmp_path):
         copy = copied(run.path, tmp_path)
