@@ -86,7 +86,7 @@ def calibrate_run(
             for case, one, two in zip(cases, first, lacking, strict=True)
         ]
     weights = weigh(cases, list(zip(first, linear, strict=True)), grows=True)
-    # Growth makes its R2 larger, but brings models that are matched to it no nearer to retraining.
+    # With growth its outputs are nearer, its margins farther off, and models matched to it no nearer.
     fitted = weigh(cases, list(zip(linear, scored, strict=True)), trusted=False)
     sums = {kind: one.as_sure_as_the_first() for kind, one in fitted.items()}
     together = forget_rows_together(cases, first)
