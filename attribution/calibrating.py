@@ -86,7 +86,7 @@ def calibrate_run(
             for case, one, two in zip(cases, first, lacking, strict=True)
         ]
     weights = weigh(cases, list(zip(first, linear, strict=True)), grows=True)
-    # With growth its outputs are nearer, its margins farther off, and models matched to it no nearer.
+    # With growth its outputs come nearer, but neither its margins nor models matched to it do.
     fitted = weigh(cases, list(zip(linear, scored, strict=True)), trusted=False)
     sums = {kind: one.as_sure_as_the_first() for kind, one in fitted.items()}
     together = forget_rows_together(cases, first)
